@@ -1,0 +1,21 @@
+"""Normalizing flows for NumPyro: guides, reparameterizations and densities with exact log-determinants."""
+
+from numpyro_flows import conditioners, distributions, flows, transforms, univariate
+from numpyro_flows.distributions import FlowDistribution
+from numpyro_flows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule, flow_module
+
+__version__ = "0.1.0"
+__all__ = [
+    "Compose",
+    "Conditioned",
+    "FlowDistribution",
+    "Inverse",
+    "Repeat",
+    "TransformModule",
+    "conditioners",
+    "distributions",
+    "flow_module",
+    "flows",
+    "transforms",
+    "univariate",
+]

@@ -1,0 +1,243 @@
+"""The contract: one invertible map, its value and its exact log-determinant in one pass.
+
+A family subclasses :class:`TransformModule` and writes ``forward_and_log_det`` and ``inverse_and_log_det``.
+Calling, ``.inv``, ``log_abs_det_jacobian``, NumPyro's intermediates, composition and conditioning come from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro
+from jax import Array, lax
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
+
+
+class _EquinoxPytree:
+    """Leaves the pytree registration to Equinox: ``Transform`` would register the class a second time."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super(Transform, cls).__init_subclass__(**kwargs)
+
+
+class TransformModule(_EquinoxPytree, eqx.Module, Transform):
+    """An invertible map ``y = f(x)`` of real vectors which carries its parameters.
+
+    It is an :class:`equinox.Module` (a frozen dataclass and pytree: ``jit``, ``grad``, ``vmap`` and ``scan`` see the
+    parameters) and a NumPyro ``Transform``. A subclass defines two methods, each a single pass.
+
+    Shapes: ``x`` and ``y`` ``(..., dim)``, ``context`` ``(..., context_dim)`` (its batch axes broadcast against those
+    of ``x``), log-determinants ``(...)``.
+    """
+
+    domain = constraints.real_vector  # type: ignore[assignment]
+    codomain = constraints.real_vector  # type: ignore[assignment]
+    log_det_is_exact = True
+
+    def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        """Returns ``y = f(x)`` and ``log |det dy/dx|``."""
+        raise NotImplementedError
+
+    def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        """Returns ``x = f^{-1}(y)`` and ``log |det dx/dy|``."""
+        raise NotImplementedError
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Sequential network passes which the forward and the inverse direction take."""
+        return 1, 1
+
+    def condition(self, context: Array) -> Conditioned:
+        """Binds a context ``(..., context_dim)``: the result is a transform of ``x`` alone."""
+        return Conditioned(self, context)
+
+    # -- NumPyro's Transform protocol ------------------------------------------------------------------------------
+    def __call__(self, x: Array) -> Array:
+        return self.forward_and_log_det(x)[0]
+
+    def _inverse(self, y: Array) -> Array:
+        return self.inverse_and_log_det(y)[0]
+
+    def call_with_intermediates(self, x: Array) -> tuple[Array, Array]:
+        return self.forward_and_log_det(x)
+
+    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Array | None = None) -> Array:
+        """``log |det dy/dx|`` at the pair ``y = f(x)``, computed in whichever direction takes fewer passes."""
+        if intermediates is not None:
+            return intermediates
+        forward, inverse = self.passes
+        return self.forward_and_log_det(x)[1] if forward <= inverse else -self.inverse_and_log_det(y)[1]
+
+    @property
+    def inv(self) -> TransformModule:
+        return Inverse(self)
+
+    def tree_flatten(self) -> Any:  # jax goes through Equinox's registration; this serves direct callers only
+        return jax.tree.flatten(self)
+
+    def eq(self, other: object, static: bool = False) -> Any:
+        return self is other if static else eqx.tree_equal(self, other)
+
+    __eq__ = Transform.__eq__
+    __hash__ = object.__hash__
+
+
+class Inverse(TransformModule):
+    """Exchanges the two directions of ``transform``; what ``transform.inv`` returns."""
+
+    transform: TransformModule
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        forward, inverse = self.transform.passes
+        return inverse, forward
+
+    @property
+    def log_det_is_exact(self) -> bool:  # type: ignore[override]
+        return self.transform.log_det_is_exact
+
+    @property
+    def inv(self) -> TransformModule:
+        return self.transform
+
+    def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        return self.transform.inverse_and_log_det(x, context)
+
+    def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        return self.transform.forward_and_log_det(y, context)
+
+
+class Conditioned(TransformModule):
+    """``transform`` with its context bound: a transform of ``x`` alone."""
+
+    transform: TransformModule
+    context: Array
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        return self.transform.passes
+
+    @property
+    def log_det_is_exact(self) -> bool:  # type: ignore[override]
+        return self.transform.log_det_is_exact
+
+    def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        return self.transform.forward_and_log_det(x, self.context)
+
+    def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        return self.transform.inverse_and_log_det(y, self.context)
+
+
+class Compose(TransformModule):
+    """Applies ``layers`` in order; the log-determinants add up in the same pass."""
+
+    layers: tuple[TransformModule, ...]
+
+    def __init__(self, layers: Sequence[TransformModule]):
+        flat: list[TransformModule] = []
+        for layer in layers:
+            if not isinstance(layer, TransformModule):
+                raise TypeError(
+                    f"Compose: layers must be TransformModules, but got {type(layer).__name__}. "
+                    "Use numpyro.distributions.transforms.ComposeTransform to mix them with NumPyro's own."
+                )
+            flat += layer.layers if isinstance(layer, Compose) else [layer]
+        self.layers = tuple(flat)
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        each = [layer.passes for layer in self.layers]
+        return sum(f for f, _ in each), sum(i for _, i in each)
+
+    @property
+    def log_det_is_exact(self) -> bool:  # type: ignore[override]
+        return all(layer.log_det_is_exact for layer in self.layers)
+
+    def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        total = jnp.zeros(x.shape[:-1], x.dtype)
+        for layer in self.layers:
+            x, log_det = layer.forward_and_log_det(x, context)
+            total = total + log_det
+        return x, total
+
+    def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        total = jnp.zeros(y.shape[:-1], y.dtype)
+        for layer in reversed(self.layers):
+            y, log_det = layer.inverse_and_log_det(y, context)
+            total = total + log_det
+        return y, total
+
+
+class Repeat(TransformModule):
+    """``num_layers`` layers of one shape, run as one ``lax.scan``: compile time does not grow with depth.
+
+    Their parameters are stacked along a leading axis.
+
+    :param make_layer: makes a layer from ``key=``; every call must give the same structure.
+    """
+
+    layers: TransformModule
+    num_layers: int = eqx.field(static=True)
+
+    def __init__(self, make_layer: Callable[..., TransformModule], num_layers: int, *, key: Array):
+        if num_layers < 1:
+            raise ValueError(f"Repeat: num_layers must be at least 1, but got {num_layers}.")
+        self.num_layers = num_layers
+        self.layers = eqx.filter_vmap(lambda k: make_layer(key=k))(jax.random.split(key, num_layers))
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        forward, inverse = self.layers.passes
+        return self.num_layers * forward, self.num_layers * inverse
+
+    @property
+    def log_det_is_exact(self) -> bool:  # type: ignore[override]
+        return self.layers.log_det_is_exact
+
+    def _scan(self, x: Array, context: Array | None, inverse: bool) -> tuple[Array, Array]:
+        arrays, static = eqx.partition(self.layers, eqx.is_array)
+
+        def step(carry, arrays):
+            x, total = carry
+            layer = eqx.combine(arrays, static)
+            x, log_det = (layer.inverse_and_log_det if inverse else layer.forward_and_log_det)(x, context)
+            return (x, total + log_det), None
+
+        if context is not None:  # the carry needs its final batch shape from the start
+            x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape[:-1], context.shape[:-1]) + x.shape[-1:])
+        start = x, jnp.zeros(x.shape[:-1], x.dtype)
+        return lax.scan(step, start, arrays, reverse=inverse)[0]
+
+    def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        return self._scan(x, context, inverse=False)
+
+    def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        return self._scan(y, context, inverse=True)
+
+
+def flow_module(name: str, transform: TransformModule) -> TransformModule:
+    """Registers the parameters of ``transform`` as the NumPyro param site ``{name}$params``.
+
+    :returns: the transform with the parameters of the current substitution (of ``SVI``, ``handlers.substitute``, ...).
+    """
+    params, static = eqx.partition(transform, eqx.is_inexact_array)
+    return eqx.combine(numpyro.param(f"{name}$params", lambda _: params), static)
+
+
+def check_context(context: Array | None, context_dim: int, owner: str) -> None:
+    """Raises a ``ValueError`` unless ``context`` is what a transform with ``context_dim`` expects."""
+    if context is None and context_dim:
+        raise ValueError(
+            f"{owner}: context is missing: expected shape (..., {context_dim}). "
+            "Bind one with .condition(context), or build the transform with context_dim=0."
+        )
+    if context is not None and context.shape[-1:] != (context_dim,):
+        raise ValueError(
+            f"{owner}: context has shape {tuple(context.shape)}, but expected (..., {context_dim}). "
+            "Pass context_dim= to the constructor so that it agrees with the context's last axis."
+        )

@@ -1,0 +1,73 @@
+"""Masked autoregressive maps (Kingma et al. 2016, IAF; Papamakarios et al. 2017, MAF)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import Array, lax
+
+from numpyro_flows.conditioners import MaskedMLP
+from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.univariate import Univariate
+
+
+class Autoregressive(TransformModule):
+    """``y_i = g(x_i; theta_i(x_1 .. x_{i-1}, context))``: a triangular Jacobian.
+
+    Forward takes one network pass, the inverse ``dim`` (each fixes one more element, exactly). As written it is an
+    IAF layer; :class:`~numpyro_flows.Inverse` turns it into a MAF layer.
+
+    :param dim: size of ``x``.
+    :param univariate: the elementwise map ``g``.
+    :param hidden_dims: hidden widths of the masked conditioner.
+    :param context_dim: size of the context, 0 for none.
+    :param reverse: returns ``y`` in reversed order, so that equal layers alternate the ordering.
+    :param activation: the conditioner's activation.
+    """
+
+    conditioner: MaskedMLP
+    univariate: Univariate
+    dim: int = eqx.field(static=True)
+    reverse: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        univariate: Univariate,
+        hidden_dims: Sequence[int] = (32, 32),
+        *,
+        context_dim: int = 0,
+        reverse: bool = True,
+        activation: str = "silu",
+        key: Array,
+    ):
+        self.dim, self.univariate, self.reverse = dim, univariate, reverse
+        self.conditioner = MaskedMLP(dim, hidden_dims, univariate.num_params, context_dim, activation, key=key)
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        return 1, self.dim
+
+    def _params(self, x: Array, context: Array | None) -> Array:
+        theta = self.conditioner(x, context)
+        return theta.reshape(*theta.shape[:-1], self.univariate.num_params, self.dim)
+
+    def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        y, log_det = self.univariate.forward_and_log_det(x, self._params(x, context))
+        return y[..., ::-1] if self.reverse else y, log_det.sum(-1)
+
+    def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        if self.reverse:
+            y = y[..., ::-1]
+        if context is not None:
+            y = jnp.broadcast_to(y, jnp.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
+
+        def sweep(i, state):
+            x, log_det = self.univariate.inverse_and_log_det(y, self._params(state[0], context))
+            # elements beyond the i-th are not known yet; zeros keep what they feed finite
+            return jnp.where(jnp.arange(self.dim) <= i, x, 0), log_det
+
+        x, log_det = lax.fori_loop(0, self.dim, sweep, (jnp.zeros_like(y), jnp.zeros_like(y)))
+        return x, log_det.sum(-1)

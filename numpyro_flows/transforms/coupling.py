@@ -1,0 +1,70 @@
+"""Coupling (Dinh et al. 2015, 2017): one block stays and parametrises a univariate map of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import Array
+
+from numpyro_flows.conditioners import MLP
+from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.univariate import Univariate
+
+
+class Coupling(TransformModule):
+    """``x = (x1, x2) -> (x1, g(x2; theta(x1, context)))``.
+
+    Both directions take one network pass. The Jacobian is triangular, the log-determinant the sum over ``g``'s.
+
+    :param dim: size of ``x``. With ``dim=1`` the map is elementwise (nothing is left to condition on).
+    :param univariate: the elementwise map ``g``.
+    :param hidden_dims: hidden widths of the conditioner.
+    :param context_dim: size of the context, 0 for none.
+    :param split: size of ``x1``; ``dim // 2`` unless given.
+    :param swap: returns the blocks exchanged, so that equal layers alternate which block they transform.
+    :param activation: the conditioner's activation.
+    """
+
+    conditioner: MLP
+    univariate: Univariate
+    dim: int = eqx.field(static=True)
+    split: int = eqx.field(static=True)
+    swap: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        univariate: Univariate,
+        hidden_dims: Sequence[int] = (32, 32),
+        *,
+        context_dim: int = 0,
+        split: int | None = None,
+        swap: bool = True,
+        activation: str = "silu",
+        key: Array,
+    ):
+        self.split = dim // 2 if split is None else split
+        if not 0 <= self.split < dim:
+            raise ValueError(f"Coupling: split must lie in [0, dim) = [0, {dim}), but got {split}.")
+        self.dim, self.univariate, self.swap = dim, univariate, swap
+        out_dim = univariate.num_params * (dim - self.split)
+        self.conditioner = MLP(self.split, hidden_dims, out_dim, context_dim, activation, key=key)
+
+    def _params(self, x1: Array, context: Array | None) -> Array:
+        theta = self.conditioner(x1, context)
+        return theta.reshape(*theta.shape[:-1], self.univariate.num_params, self.dim - self.split)
+
+    def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        x1, x2 = x[..., : self.split], x[..., self.split :]
+        y2, log_det = self.univariate.forward_and_log_det(x2, self._params(x1, context))
+        x1 = jnp.broadcast_to(x1, y2.shape[:-1] + x1.shape[-1:])
+        return jnp.concatenate([y2, x1] if self.swap else [x1, y2], -1), log_det.sum(-1)
+
+    def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        cut = self.dim - self.split if self.swap else self.split
+        y1, y2 = (y[..., cut:], y[..., :cut]) if self.swap else (y[..., :cut], y[..., cut:])
+        x2, log_det = self.univariate.inverse_and_log_det(y2, self._params(y1, context))
+        y1 = jnp.broadcast_to(y1, x2.shape[:-1] + y1.shape[-1:])
+        return jnp.concatenate([y1, x2], -1), log_det.sum(-1)

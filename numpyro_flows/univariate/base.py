@@ -1,0 +1,28 @@
+"""What every univariate map provides."""
+
+from __future__ import annotations
+
+import equinox as eqx
+from jax import Array
+
+
+class Univariate(eqx.Module):
+    """A monotone map of the real line whose parameters are given from outside; it holds none itself.
+
+    Shapes: ``x`` ``(..., n)``, ``params`` ``(..., num_params, n)``, values and log-derivatives ``(..., n)``. The
+    parameters' axis is the second to last, so that sums over it run over contiguous columns. Any real ``params`` are
+    valid; all zeros give the identity.
+    """
+
+    @property
+    def num_params(self) -> int:
+        """Parameters per element."""
+        raise NotImplementedError
+
+    def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:
+        """Returns ``y = g(x; params)`` and ``log dy/dx``, elementwise."""
+        raise NotImplementedError
+
+    def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
+        """Returns ``x`` with ``g(x; params) = y`` and ``log dx/dy``, elementwise."""
+        raise NotImplementedError

@@ -1,0 +1,20 @@
+"""Normalizing flows for Pyro: guides, reparameterizations and densities with exact log-determinants."""
+
+from pyroflows import conditioners, distributions, flows, transforms, univariate
+from pyroflows.distributions import FlowDistribution
+from pyroflows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule
+
+__version__ = "0.1.0"
+__all__ = [
+    "Compose",
+    "Conditioned",
+    "FlowDistribution",
+    "Inverse",
+    "Repeat",
+    "TransformModule",
+    "conditioners",
+    "distributions",
+    "flows",
+    "transforms",
+    "univariate",
+]

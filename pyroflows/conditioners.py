@@ -1,0 +1,122 @@
+"""Networks ``theta(x, context)`` that compute the parameters of the univariate maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyroflows.transform_module import check_context
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "elu": F.elu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "softplus": F.softplus,
+}
+
+
+class Linear(nn.Module):
+    """``weight x + bias`` over the last axis; ``weight`` ``(out, in)``, uniform in ``+-1/sqrt(in)`` at the start."""
+
+    def __init__(self, in_dim: int, out_dim: int, zero: bool = False):
+        super().__init__()
+        limit = 0.0 if zero else max(in_dim, 1) ** -0.5
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim).uniform_(-limit, limit))
+        self.bias = nn.Parameter(torch.empty(out_dim).uniform_(-limit, limit))
+
+
+class MLP(nn.Module):
+    """Perceptron of ``x`` ``(..., in_dim)`` and an optional context; its last layer starts at zero.
+
+    The context enters the first layer. Its batch axes broadcast against those of ``x`` without being copied.
+
+    :param in_dim: size of the input, may be 0 (then only the context counts).
+    :param hidden_dims: widths of the hidden layers.
+    :param out_dim: size of the output ``(..., out_dim)``.
+    :param context_dim: size of the context ``(..., context_dim)``, 0 for none.
+    :param activation: one of ``conditioners.ACTIVATIONS``. The smooth ones suit guides which NUTS runs through.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dims: Sequence[int],
+        out_dim: int,
+        context_dim: int = 0,
+        activation: str = "silu",
+    ):
+        super().__init__()
+        check_network(hidden_dims, context_dim, activation)
+        dims = (in_dim + context_dim, *hidden_dims, out_dim)
+        last = len(dims) - 2
+        self.layers = nn.ModuleList(
+            Linear(i, o, zero=n == last) for n, (i, o) in enumerate(zip(dims, dims[1:], strict=False))
+        )
+        self.in_dim, self.context_dim, self.activation = in_dim, context_dim, activation
+
+    def _weights(self) -> list[Tensor]:
+        return [layer.weight for layer in self.layers]  # type: ignore[misc]
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_context(context, self.context_dim, type(self).__name__)
+        weights, activation = self._weights(), ACTIVATIONS[self.activation]
+        biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        if context is None:
+            h = F.linear(x, weights[0], biases[0])
+        else:
+            h = F.linear(x, weights[0][:, : self.in_dim], biases[0])
+            h = h + F.linear(context, weights[0][:, self.in_dim :])
+        for weight, bias in zip(weights[1:], biases[1:], strict=True):
+            h = F.linear(activation(h), weight, bias)
+        return h
+
+
+class MaskedMLP(MLP):
+    """Perceptron whose output ``i`` depends on ``x[..., :i]`` (and the context) only (Germain et al. 2015, MADE).
+
+    Its output ``(..., num_params * dim)`` is laid out as ``(num_params, dim)``.
+
+    :param dim: size of the input.
+    :param num_params: outputs per input.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dims: Sequence[int],
+        num_params: int,
+        context_dim: int = 0,
+        activation: str = "silu",
+    ):
+        super().__init__(dim, hidden_dims, num_params * dim, context_dim, activation)
+        for n, mask in enumerate(autoregressive_masks(dim, hidden_dims, num_params, context_dim)):
+            self.register_buffer(f"mask_{n}", torch.from_numpy(mask), persistent=False)
+
+    def _weights(self) -> list[Tensor]:
+        return [layer.weight * getattr(self, f"mask_{n}") for n, layer in enumerate(self.layers)]  # type: ignore
+
+
+def autoregressive_masks(
+    dim: int, hidden_dims: Sequence[int], num_params: int, context_dim: int
+) -> list[np.ndarray]:
+    """Masks ``(out, in)`` of the weights of a :class:`MaskedMLP` (Germain et al. 2015, section 4)."""
+    degrees = [np.concatenate([np.arange(dim), np.full(context_dim, -1)])]
+    degrees += [np.arange(width) % max(dim - 1, 1) for width in hidden_dims]
+    masks = [after[:, None] >= before for before, after in zip(degrees, degrees[1:], strict=False)]
+    return [*masks, np.tile(np.arange(dim), num_params)[:, None] > degrees[-1]]
+
+
+def check_network(hidden_dims: Sequence[int], context_dim: int, activation: str) -> None:
+    """Raises a ``ValueError`` that names the argument with which no conditioner can be built."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, but got {activation!r}.")
+    if isinstance(hidden_dims, int) or any(width < 1 for width in hidden_dims):
+        raise ValueError(f"hidden_dims must be a sequence of positive integers, but got {hidden_dims!r}.")
+    if context_dim < 0:
+        raise ValueError(f"context_dim must not be negative, but got {context_dim}.")

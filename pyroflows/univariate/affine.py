@@ -1,0 +1,54 @@
+"""Shift, and shift with scale (Dinh et al. 2015, NICE; Dinh et al. 2017, Density estimation using Real NVP)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyroflows.univariate.base import Univariate
+
+
+@dataclass(frozen=True)
+class Additive(Univariate):
+    """``y = x + shift``: volume preserving (Dinh et al. 2015, eq. 4). Params: shift."""
+
+    @property
+    def num_params(self) -> int:
+        return 1
+
+    def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + params[..., 0, :]
+        return y, torch.zeros_like(y)
+
+    def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        x = y - params[..., 0, :]
+        return x, torch.zeros_like(x)
+
+
+@dataclass(frozen=True)
+class Affine(Univariate):
+    """``y = x * exp(log_scale) + shift`` (Dinh et al. 2017, eq. 7). Params: shift, raw log-scale.
+
+    The log-scale is ``max_log_scale * tanh(raw / max_log_scale)``: smooth, bounded and of slope one at zero, so that
+    no sample and no gradient can explode.
+    """
+
+    max_log_scale: float = 3.0
+
+    @property
+    def num_params(self) -> int:
+        return 2
+
+    def _unpack(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = params.unbind(-2)
+        return shift, self.max_log_scale * torch.tanh(raw / self.max_log_scale)
+
+    def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._unpack(params)
+        return torch.addcmul(shift, x, log_scale.exp()), log_scale
+
+    def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._unpack(params)
+        return (y - shift) * torch.exp(-log_scale), -log_scale
