@@ -2,13 +2,19 @@
 
 from numpyro_flows import conditioners, distributions, flows, transforms, univariate
 from numpyro_flows.distributions import FlowDistribution
+from numpyro_flows.guides import AutoFlow
+from numpyro_flows.inference import FlowVI
+from numpyro_flows.posterior import FlowPosterior
 from numpyro_flows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule, flow_module
 
 __version__ = "0.1.0"
 __all__ = [
+    "AutoFlow",
     "Compose",
     "Conditioned",
     "FlowDistribution",
+    "FlowPosterior",
+    "FlowVI",
     "Inverse",
     "Repeat",
     "TransformModule",

@@ -1,0 +1,181 @@
+"""A normalizing flow over all latents of a model jointly, as an automatic guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from numpyro import handlers
+from numpyro.infer.autoguide import AutoContinuous
+from numpyro.infer.initialization import init_to_uniform
+
+from numpyro_flows import flows
+from numpyro_flows.distributions import FlowDistribution
+from numpyro_flows.log_density import LogDensity, check_latents, prototype_trace
+from numpyro_flows.transform_module import Compose, TransformModule, flow_module
+from numpyro_flows.transforms import ElementwiseAffine, TriangularAffine
+
+_REBUILT = ("prototype_trace", "_potential_fn_gen", "_potential_fn", "_postprocess_fn", "_unpack_latent")
+
+
+class AutoFlow(AutoContinuous):
+    """Guide ``z ~ N(0, I) -> flow -> location and scale -> latents``, with an exact density.
+
+    A drop-in ``AutoContinuous``: it works in NumPyro's ``SVI``, ``Predictive``, ``NeuTraReparam``, with any support that
+    ``biject_to`` knows, and from one latent dimension on. The flow starts at the identity, so the guide starts as the
+    normal of ``init_loc_fn`` and ``init_scale``. All its parameters are the one param site ``{prefix}_flow$params``.
+
+    :param model: NumPyro model with continuous latents.
+    :param flow: factory ``flow(dim, key=key) -> TransformModule``, such as ``flows.nsf`` or
+        ``functools.partial(flows.nsf, num_layers=4)``.
+    :param prefix: prefix of the guide's sites.
+    :param init_loc_fn: NumPyro's initialisation strategy, which gives the first location.
+    :param init_scale: first scale on the unconstrained space: a positive number, a vector ``(latent_dim,)``, or a lower
+        Cholesky factor ``(latent_dim, latent_dim)`` (then the scale map is of full rank).
+    :param base_df: degrees of freedom of a Student-t base, for heavier tails; ``None`` for a normal base.
+    :raises ValueError: at the first call, for a model with discrete latents, none, latents in a subsampled plate, or
+        a log-density that is not finite at the start (naming the sites).
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        flow: Callable[..., TransformModule] = flows.realnvp,
+        *,
+        prefix: str = "auto",
+        init_loc_fn: Callable = init_to_uniform,
+        init_scale: float | Array = 0.1,
+        base_df: float | None = None,
+    ):
+        if not callable(flow) or isinstance(flow, TransformModule):
+            raise TypeError(
+                f"AutoFlow: flow must be a factory 'dim, *, key -> TransformModule', but got {type(flow).__name__}. "
+                "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a built flow."
+            )
+        check_guide_scale(init_scale, base_df)
+        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+        self._make_flow, self._init_scale, self._base_df = flow, init_scale, base_df
+        self.transform: Compose | None = None
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        owner = type(self).__name__
+        key = numpyro.prng_key()
+        key = jax.random.key(0) if key is None else key
+        self._prototype_call = key, args, kwargs
+        seeded = handlers.seed(self.model, key)
+        check_latents(prototype_trace(seeded, args, kwargs, self.init_loc_fn), owner)
+        try:
+            with handlers.seed(rng_seed=key):
+                super()._setup_prototype(*args, **kwargs)
+        except RuntimeError as error:
+            if "initial parameters" not in str(error):
+                raise
+            raise ValueError(self._not_finite(seeded, args, kwargs)) from error
+        if self.transform is None:  # kept when a pickled guide sets itself up again
+            dtype = self._init_latent.dtype
+            flow = self._make_flow(self.latent_dim, key=jax.random.fold_in(key, 1))
+            flow = jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, flow)
+            self.transform = Compose([flow, self._location_and_scale(self._init_latent, self._init_scale)])
+
+    def _location_and_scale(self, loc: Array, scale: float | Array) -> TransformModule:
+        loc, scale = (jnp.asarray(a, self._init_latent.dtype) for a in (loc, scale))
+        outer = TriangularAffine if scale.ndim == 2 else ElementwiseAffine
+        return outer(self.latent_dim, loc, scale)
+
+    def start_at(self, loc: Array, scale: float | Array) -> None:
+        """Moves the guide's first location and scale, given on the unconstrained space, before it is trained.
+
+        :param loc: location ``(latent_dim,)``, for example that of a fitted ``AutoMultivariateNormal``.
+        :param scale: as ``init_scale``.
+        """
+        if self.transform is None:
+            raise RuntimeError("AutoFlow: start_at needs the model's structure: call the guide (or log_density) first.")
+        check_guide_scale(scale, self._base_df)
+        self.transform = Compose([*self.transform.layers[:-1], self._location_and_scale(loc, scale)])
+
+    def _not_finite(self, seeded: Callable, args: tuple, kwargs: dict) -> str:
+        trace = prototype_trace(seeded, args, kwargs, self.init_loc_fn)
+        sites = {
+            name: str(jnp.sum(site["fn"].log_prob(site["value"])))
+            for name, site in trace.items()
+            if site["type"] == "sample" and not jnp.isfinite(jnp.sum(site["fn"].log_prob(site["value"])))
+        }
+        where = f"site(s) {sites}" if sites else "its gradient"
+        return (
+            f"{type(self).__name__}: the model's log-density is not finite at the start: {where}. "
+            "Check the data and the priors of what these sites depend on, or give init_loc_fn= a valid start."
+        )
+
+    def log_density(self, *args: Any, **kwargs: Any) -> LogDensity:
+        """The model's log-density over the guide's latent vector, given the model's arguments."""
+        if self.prototype_trace is None:
+            with handlers.seed(rng_seed=0):
+                self._setup_prototype(*args, **kwargs)
+        return LogDensity(self.model, args, kwargs, self.latent_dim, self._unpack_latent)
+
+    def get_base_dist(self) -> dist.Distribution:
+        """The flow's base ``(latent_dim,)``: standard normal, or Student-t with ``base_df`` degrees of freedom."""
+        loc = jnp.zeros(self.latent_dim, self._init_latent.dtype)
+        return (dist.Normal(loc, 1.0) if self._base_df is None else dist.StudentT(self._base_df, loc, 1.0)).to_event(1)
+
+    def _get_posterior(self) -> FlowDistribution:
+        transform = flow_module(f"{self.prefix}_flow", self.transform)
+        return FlowDistribution(self.get_base_dist(), transform)
+
+    def get_transform(self, params: dict[str, Any]) -> TransformModule:
+        """The map from the base to the unconstrained latents at ``params``."""
+        return handlers.substitute(self._get_posterior, params)().transform
+
+    def get_posterior(self, params: dict[str, Any]) -> FlowDistribution:
+        """The guide's distribution of the unconstrained latents at ``params``."""
+        return FlowDistribution(self.get_base_dist(), self.get_transform(params))
+
+    def quantiles(
+        self, params: dict[str, Any], quantiles: Any, *, rng_key: Array | None = None, num_samples: int = 10_000
+    ) -> dict[str, Array]:
+        """Quantiles of each latent site, from draws (a flow's marginals have no closed form).
+
+        :returns: dict of arrays ``(len(quantiles), *site_shape)``, or ``site_shape`` for a single number.
+        """
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        samples = self.sample_posterior(rng_key, params, sample_shape=(num_samples,))
+        latent = {name: samples[name] for name in self._init_locs}
+        return jax.tree.map(lambda x: jnp.quantile(x, jnp.asarray(quantiles), axis=0), latent)
+
+    def median(
+        self, params: dict[str, Any], *, rng_key: Array | None = None, num_samples: int = 10_000
+    ) -> dict[str, Array]:
+        """Median of each latent site, from draws."""
+        return self.quantiles(params, 0.5, rng_key=rng_key, num_samples=num_samples)
+
+    # closures of NumPyro's set-up cannot be pickled: a copy sets itself up again from the same key and arguments
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {name: None if name in _REBUILT else value for name, value in state.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_prototype_call" in state:
+            key, args, kwargs = state["_prototype_call"]
+            with handlers.seed(rng_seed=key):
+                self._setup_prototype(*args, **kwargs)
+
+
+def check_guide_scale(init_scale: Any, base_df: float | None) -> None:
+    """Raises a ``ValueError`` unless the first scale is positive and the base's degrees of freedom are."""
+    scale = np.asarray(init_scale)
+    diagonal = np.diagonal(scale) if scale.ndim == 2 else scale
+    if scale.ndim > 2 or not (diagonal > 0).all():
+        raise ValueError(
+            "AutoFlow: init_scale must be a positive number, a vector of them or a lower Cholesky factor, "
+            f"but got {init_scale!r}."
+        )
+    if base_df is not None and not base_df > 0:
+        raise ValueError(f"AutoFlow: base_df must be positive, or None for a normal base, but got {base_df}.")

@@ -1,0 +1,261 @@
+"""``FlowVI``: from a model to a posterior."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from numpyro import handlers
+from numpyro.infer.initialization import init_to_uniform
+from tqdm.auto import tqdm
+
+from numpyro_flows import flows
+from numpyro_flows.elbo import elbo_terms
+from numpyro_flows.guides import AutoFlow
+from numpyro_flows.initialization import Start, find_start
+from numpyro_flows.log_density import LogDensity, prototype_trace
+from numpyro_flows.posterior import FlowPosterior, History
+from numpyro_flows.transform_module import Compose, TransformModule
+from numpyro_flows.transforms import TriangularAffine
+
+_CHUNK = 50  # steps between two looks at the keyboard and the progress bar
+_WINDOW = 250  # steps whose mean ELBO says whether it still rises
+
+
+class FlowVI:
+    """Fits a flow to a model's posterior, with nothing to tune.
+
+    1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``).
+    2. *Ascent*: Adam on the ELBO at a constant step size, until the ELBO of one window of 250 steps is no longer
+       above that of the window before by more than their Monte-Carlo error.
+    3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the path gradient
+       (Roeder et al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact.
+
+    The guide is ``base -> flow -> full-rank affine map -> location and scale of the start``. The last is held fixed, so
+    that the flow works on a posterior of about unit scale. Steps with a gradient that is not finite are skipped and
+    counted.
+
+    :param model: NumPyro model with continuous latents.
+    :param flow: factory ``flow(dim, key=key) -> TransformModule``.
+    :param num_steps: most gradient steps of phases 2 and 3 together.
+    :param num_particles: draws per step, in one batched pass over the model.
+    :param learning_rate: Adam's step size in phase 2.
+    :param base_df: degrees of freedom of the Student-t base, ``None`` for a normal one. Heavier tails keep the
+        importance weights bounded.
+    :param path_gradient: whether phase 3 uses the path gradient; unless given, where the flow's inverse takes no more
+        passes than its forward direction.
+    :param num_starts: points from which the search walks.
+    :param init_loc_fn: NumPyro's initialisation strategy, which gives these points.
+    :param progress_bar: shows a bar with the running ELBO and the time left.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        flow: Callable[..., TransformModule] = flows.realnvp,
+        *,
+        num_steps: int = 4000,
+        num_particles: int = 256,
+        learning_rate: float = 2e-3,
+        base_df: float | None = 10.0,
+        path_gradient: bool | None = None,
+        num_starts: int = 4,
+        init_loc_fn: Callable = init_to_uniform,
+        progress_bar: bool = True,
+    ):
+        check_options(num_steps, num_particles, learning_rate, num_starts)
+        self.model, self.flow = model, flow
+        self.num_steps, self.num_particles, self.learning_rate = num_steps, num_particles, learning_rate
+        self.base_df, self.path_gradient = base_df, path_gradient
+        self.num_starts, self.init_loc_fn, self.progress_bar = num_starts, init_loc_fn, progress_bar
+
+    def run(self, rng_key: Array, *args: Any, **kwargs: Any) -> FlowPosterior:
+        """Fits the model given its arguments. Ctrl-C ends the fit early and keeps what it has reached.
+
+        :raises ValueError: for a model which a joint flow cannot serve (see :class:`AutoFlow`), or with param sites.
+        :raises RuntimeError: if no start has a finite ELBO, or every gradient is not finite.
+        """
+        begin = time.perf_counter()
+        setup_key, start_key, fit_key, draw_key = jax.random.split(rng_key, 4)
+        guide = AutoFlow(self.model, FullRank(self.flow), init_loc_fn=self.init_loc_fn, base_df=self.base_df)
+        with handlers.seed(rng_seed=setup_key):
+            guide._setup_prototype(*args, **kwargs)
+        learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
+        if learned:
+            raise ValueError(
+                f"FlowVI: the model has param site(s) {learned}, which a posterior does not cover. Give them priors, or "
+                "train them together with an AutoFlow guide by numpyro.infer.SVI."
+            )
+        log_density = guide.log_density(*args, **kwargs)
+        start = self._find_start(guide, log_density, start_key)
+        guide.start_at(start.loc, start.scale_tril)
+        transform, history = self._ascend(guide, log_density, fit_key)
+        history = history._replace(
+            gradients=start.gradients + self.num_particles * len(history.elbo),
+            seconds=time.perf_counter() - begin,
+        )
+        params = eqx.filter(transform, eqx.is_inexact_array)
+        return FlowPosterior(guide, {f"{guide.prefix}_flow$params": params}, log_density, history, rng_key=draw_key)
+
+    def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> Start:
+        unconstrain = jax.jit(lambda samples: log_density.unconstrain(samples)[0])
+        batch = jax.jit(jax.vmap(log_density))
+        value_and_grad = jax.jit(jax.value_and_grad(log_density))
+        hessian = jax.jit(jax.hessian(log_density))
+        points = [np.asarray(guide._init_latent, float)]
+        for k in jax.random.split(key, self.num_starts - 1):
+            trace = prototype_trace(
+                handlers.seed(self.model, k), log_density.args, log_density.kwargs, self.init_loc_fn
+            )
+            point = np.asarray(unconstrain({n: trace[n]["value"] for n in log_density.site_names}), float)
+            if np.isfinite(value_and_grad(point)[0]) and not np.allclose(point, points[0]):
+                points.append(point)
+        return find_start(
+            lambda u: np.asarray(batch(u), float),
+            lambda u: tuple(np.asarray(part, float) for part in value_and_grad(u)),  # type: ignore[arg-type, return-value]
+            lambda u: np.asarray(hessian(u), float),
+            points,
+            np.random.default_rng(int(jax.random.randint(key, (), 0, 2**31 - 1))),
+        )
+
+    def _ascend(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> tuple[TransformModule, History]:
+        """Phases 2 and 3, in the coordinates of the start."""
+        assert guide.transform is not None
+        *inner, outer = guide.transform.layers
+        params, static = eqx.partition(Compose(inner), eqx.is_inexact_array)
+        base, n = guide.get_base_dist(), self.num_particles
+        scale_log_det = outer.forward_and_log_det(jnp.zeros_like(guide._init_latent))[1]
+        use_path = self.path_gradient
+        if use_path is None:
+            forward, inverse = Compose(inner).passes
+            use_path = inverse <= forward
+
+        def whitened(z):
+            return jax.vmap(log_density)(outer.forward_and_log_det(z)[0]) + scale_log_det
+
+        def loss(params, x, path):
+            return -elbo_terms(eqx.combine(params, static), base, whitened, x, path).mean()
+
+        adam = optax.scale_by_adam()
+
+        def step(path, state, step_size_and_key):
+            params, moments, skipped = state
+            step_size, key = step_size_and_key
+            value, gradient = jax.value_and_grad(loss)(params, base.sample(key, (n,)), path)
+            finite = jnp.isfinite(optax.tree.norm(gradient))
+            update, new_moments = adam.update(gradient, moments)
+            new_params = jax.tree.map(lambda p, u: p - step_size * u, params, update)
+            new = new_params, new_moments, skipped
+            old = params, moments, skipped + 1
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), -value
+
+        @eqx.filter_jit
+        def chunk(path, state, step_sizes, keys):
+            return lax.scan(lambda s, k: step(path, s, k), state, (step_sizes, keys))
+
+        state = params, adam.init(params), jnp.zeros((), int)
+        trace, best, interrupted = [], (-np.inf, params), False
+        schedule = Schedule(self.num_steps, self.learning_rate)
+        dtype = guide._init_latent.dtype
+        with tqdm(total=self.num_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
+            try:
+                while (step_sizes := schedule.next_chunk(trace)) is not None:
+                    keys = jax.random.split(jax.random.fold_in(key, len(trace)), len(step_sizes))
+                    path = bool(use_path and schedule.annealing)
+                    state, elbos = chunk(path, state, jnp.asarray(step_sizes, dtype), keys)
+                    trace += np.asarray(elbos, float).tolist()
+                    if int(state[2]) == len(trace):
+                        raise RuntimeError(self._nothing_finite(log_density, outer, base, key))
+                    recent = float(np.nanmean(trace[-_WINDOW:]))
+                    if recent > best[0]:
+                        best = recent, state[0]
+                    bar.total = schedule.expected_steps
+                    bar.set_postfix(elbo=f"{recent:.3f}", refresh=False)
+                    bar.update(len(step_sizes))
+            except KeyboardInterrupt:
+                interrupted = True
+        final = state[0] if schedule.finished or not trace else best[1]
+        skipped = int(state[2])
+        history = History(np.asarray(trace), skipped, schedule.stationary, interrupted)
+        return Compose([eqx.combine(final, static), outer]), history
+
+    def _nothing_finite(self, log_density: LogDensity, outer: TransformModule, base: Any, key: Array) -> str:
+        u = outer.forward_and_log_det(base.sample(key, (64,)))[0]
+        sites = jax.vmap(log_density.site_log_probs)(u)
+        shares = {name: float(jnp.mean(~jnp.isfinite(value))) for name, value in sites.items()}
+        bad = {name: f"{share:.0%} of draws" for name, share in shares.items() if share} or "none (the gradient is)"
+        return (
+            f"FlowVI: no step had a finite gradient. Sites whose log-density is not finite near the start: {bad}. "
+            "Check the data and the priors of what these sites depend on."
+        )
+
+
+class FullRank:
+    """The factory of ``flow(dim)`` followed by a full-rank affine map."""
+
+    def __init__(self, flow: Callable[..., TransformModule]):
+        self.flow = flow
+
+    def __call__(self, dim: int, *, key: Array) -> TransformModule:
+        return Compose([self.flow(dim, key=key), TriangularAffine(dim)])
+
+
+class Schedule:
+    """Step sizes: constant until the ELBO is stationary, then down to zero along a cosine over as many steps again."""
+
+    def __init__(self, num_steps: int, learning_rate: float):
+        self.num_steps, self.learning_rate = num_steps, learning_rate
+        self.stationary = self.finished = False
+        self._anneal_from: int | None = None
+        self._anneal_steps = 0
+
+    @property
+    def annealing(self) -> bool:
+        return self._anneal_from is not None
+
+    @property
+    def expected_steps(self) -> int:
+        """Steps of the whole fit, as far as it is known."""
+        return self.num_steps if self._anneal_from is None else self._anneal_from + self._anneal_steps
+
+    def next_chunk(self, trace: list[float]) -> np.ndarray | None:
+        """Step sizes of the next steps given the ELBO of every step so far; ``None`` at the end."""
+        done = len(trace)
+        if self._anneal_from is None:
+            if done and done % _WINDOW == 0:
+                self.stationary = is_stationary(trace)
+            if self.stationary or 2 * done >= self.num_steps:
+                self._anneal_from = done
+                self._anneal_steps = min(max(done, 2 * _WINDOW), self.num_steps - done)
+        if self._anneal_from is None:
+            return np.full(min(_CHUNK, (self.num_steps + 1) // 2 - done), self.learning_rate)
+        steps = np.arange(done, min(done + _CHUNK, self.expected_steps)) - self._anneal_from
+        self.finished = len(steps) == 0
+        if self.finished:
+            return None
+        return 0.5 * self.learning_rate * (1 + np.cos(np.pi * steps / self._anneal_steps))
+
+
+def is_stationary(trace: list[float]) -> bool:
+    """Whether the mean ELBO of the last window exceeds that of the one before by no more than two standard errors."""
+    if len(trace) < 2 * _WINDOW:
+        return False
+    windows = np.asarray(trace[-2 * _WINDOW :]).reshape(2, _WINDOW)
+    before, after = np.nanmean(windows, 1)
+    return bool(after - before < 2 * np.sqrt((np.nanvar(windows, 1) / _WINDOW).sum()))
+
+
+def check_options(num_steps: int, num_particles: int, learning_rate: float, num_starts: int) -> None:
+    """Raises a ``ValueError`` that names the option with which nothing can be fitted."""
+    for name, value in (("num_steps", num_steps), ("num_particles", num_particles), ("num_starts", num_starts)):
+        if value < 1:
+            raise ValueError(f"FlowVI: {name} must be at least 1, but got {value}.")
+    if not learning_rate > 0:
+        raise ValueError(f"FlowVI: learning_rate must be positive, but got {learning_rate}.")

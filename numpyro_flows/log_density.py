@@ -1,0 +1,113 @@
+"""A model's log-density as a function of one unconstrained vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpyro import distributions as dist
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.distributions.util import sum_rightmost
+from numpyro.infer.initialization import init_to_uniform
+from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
+
+
+class LogDensity:
+    """``log p(data, latents)`` of a model on the unconstrained space, with the Jacobians of the supports.
+
+    Works on one draw; map it over a batch with ``jax.vmap``, which is correct for every model that runs under it. The
+    support of a site may depend on other sites.
+
+    :param model: NumPyro model with continuous latents.
+    :param args: positional arguments of the model.
+    :param kwargs: keyword arguments of the model.
+    :param dim: size of the unconstrained vector.
+    :param unpack: turns the vector into a dict of the sites' unconstrained values.
+    """
+
+    def __init__(
+        self, model: Callable, args: tuple, kwargs: dict, dim: int, unpack: Callable[[Array], dict[str, Array]]
+    ):
+        self.model, self.args, self.kwargs, self.dim, self.unpack = model, args, kwargs, dim, unpack
+        self.site_names = list(jax.eval_shape(unpack, jax.ShapeDtypeStruct((dim,), jnp.result_type(float))))
+
+    def __call__(self, u: Array) -> Array:
+        """Log-density of one unconstrained vector ``(dim,)``."""
+        return -potential_energy(self._seeded(), self.args, self.kwargs, self.unpack(u))
+
+    def constrain(self, u: Array) -> dict[str, Array]:
+        """Latent and deterministic sites at one unconstrained vector ``(dim,)``."""
+        return constrain_fn(self._seeded(), self.args, self.kwargs, self.unpack(u), return_deterministic=True)
+
+    def unconstrain(self, samples: dict[str, Array]) -> tuple[Array, Array]:
+        """The unconstrained vector ``(dim,)`` of one draw of all latents, and ``log |det d samples / d u|``."""
+        missing = [name for name in self.site_names if name not in samples]
+        if missing:
+            raise ValueError(f"samples: site(s) {missing} are missing; a draw of every latent site is needed.")
+        data = {name: samples[name] for name in self.site_names}
+        trace = handlers.trace(handlers.substitute(self._seeded(), data=data)).get_trace(*self.args, **self.kwargs)
+        parts, total = [], jnp.zeros(())
+        for name in self.site_names:
+            fn, value = trace[name]["fn"], trace[name]["value"]
+            bijection = biject_to(fn.support)
+            u = bijection.inv(value)
+            log_det = bijection.log_abs_det_jacobian(u, value)
+            total = total + sum_rightmost(log_det, jnp.ndim(log_det))
+            parts.append(jnp.ravel(u))
+        return jnp.concatenate(parts), total
+
+    def site_log_probs(self, u: Array) -> dict[str, Array]:
+        """Log-density of each site at one unconstrained vector: observed and latent ones, and factors."""
+        values = constrain_fn(self._seeded(), self.args, self.kwargs, self.unpack(u))
+        return compute_log_probs(self._seeded(), self.args, self.kwargs, values)[0]
+
+    def observed(self) -> dict[str, np.ndarray]:
+        """The observed sites' data."""
+        trace = prototype_trace(self._seeded(), self.args, self.kwargs)
+        return {
+            name: np.asarray(site["value"])
+            for name, site in trace.items()
+            if site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
+        }
+
+    def _seeded(self) -> Callable:
+        # a fixed key: only sites that are not latent (such as subsample indices) can draw from it
+        return handlers.seed(self.model, rng_seed=0)
+
+
+def prototype_trace(model: Callable, args: tuple, kwargs: dict, init_loc_fn: Callable = init_to_uniform) -> dict:
+    """One trace of a seeded model, with latents at the values of ``init_loc_fn``."""
+    with handlers.block():
+        return handlers.trace(handlers.substitute(model, substitute_fn=init_loc_fn)).get_trace(*args, **kwargs)
+
+
+def check_latents(trace: dict[str, Any], owner: str) -> None:
+    """Raises a ``ValueError`` where a flow over all latents jointly cannot serve the traced model."""
+    latent = {
+        name: site
+        for name, site in trace.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+    }
+    if not latent:
+        raise ValueError(f"{owner}: the model has no latent sites: there is nothing to infer.")
+    discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
+    if discrete:
+        raise ValueError(
+            f"{owner}: site(s) {discrete} are discrete, but a flow is a density of continuous variables. Sum them out "
+            "of the model (as a mixture, or by numpyro.contrib.funsor's enumeration), or relax them."
+        )
+    sizes = {name: site["args"] for name, site in trace.items() if site["type"] == "plate"}
+    for name, site in latent.items():
+        for frame in site["cond_indep_stack"]:
+            full = sizes[frame.name][0] if frame.name in sizes else frame.size
+            if frame.size != full:
+                raise ValueError(
+                    f"{owner}: latent site {name!r} lies in plate {frame.name!r}, which is subsampled "
+                    f"({frame.size} of {full}). A flow over all latents jointly needs them all: use the full plate, or "
+                    "AutoHierarchicalFlow, which has a conditional flow for local latents."
+                )
