@@ -1,0 +1,195 @@
+"""A normalizing flow over all latents of a model jointly, as an automatic guide."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyroflows import flows
+from pyroflows.distributions import FlowDistribution
+from pyroflows.log_density import LogDensity, check_latents, prototype_trace
+from pyroflows.transform_module import Compose, TransformModule
+from pyroflows.transforms import ElementwiseAffine, TriangularAffine
+
+
+class AutoFlow(AutoContinuous):
+    """Guide ``z ~ N(0, I) -> flow -> location and scale -> latents``, with an exact density.
+
+    A drop-in ``AutoContinuous``: it works in Pyro's ``SVI``, ``Predictive``, ``NeuTraReparam``, with any support that
+    ``biject_to`` knows, and from one latent dimension on. The flow starts at the identity, so the guide starts as the
+    normal of ``init_loc_fn`` and ``init_scale``. Dtype and device are those of the model's latents.
+
+    Every guide owns its parameters. In the param store they stand under the guide's name; a guide made later under the
+    same name takes that place with parameters of its own, and parameters read by ``ParamStoreDict.load`` are taken over
+    by the guide that is called next.
+
+    :param model: Pyro model with continuous latents.
+    :param flow: factory ``flow(dim) -> TransformModule``, such as ``flows.nsf`` or
+        ``functools.partial(flows.nsf, num_layers=4)``.
+    :param init_loc_fn: Pyro's initialisation strategy, which gives the first location.
+    :param init_scale: first scale on the unconstrained space: a positive number, a vector ``(latent_dim,)``, or a lower
+        Cholesky factor ``(latent_dim, latent_dim)`` (then the scale map is of full rank).
+    :param base_df: degrees of freedom of a Student-t base, for heavier tails; ``None`` for a normal base.
+    :raises ValueError: at the first call, for a model with discrete latents, none, latents in a subsampled plate, or
+        a log-density that is not finite at the start (naming the sites).
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        flow: Callable[..., TransformModule] = flows.realnvp,
+        *,
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float | Tensor = 0.1,
+        base_df: float | None = None,
+    ):
+        if not callable(flow) or isinstance(flow, TransformModule):
+            raise TypeError(
+                f"AutoFlow: flow must be a factory 'dim -> TransformModule', but got {type(flow).__name__}. "
+                "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a built flow."
+            )
+        check_guide_scale(init_scale, base_df)
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self._raw_model, self._init_loc_fn = (model,), init_loc_fn
+        self._make_flow, self._init_scale, self._base_df = flow, init_scale, base_df
+        self.transform: Compose | None = None
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        check_latents(prototype_trace(self._raw_model[0], args, kwargs, self._init_loc_fn), type(self).__name__)
+        with torch.no_grad():
+            super()._setup_prototype(*args, **kwargs)
+        self._check_finite()
+        loc = self._init_loc()
+        flow = self._make_flow(self.latent_dim).to(loc)
+        self.transform = Compose([flow, self._location_and_scale(loc, self._init_scale)])
+
+    def _location_and_scale(self, loc: Tensor, scale: float | Tensor) -> TransformModule:
+        like = self._init_loc()
+        loc, scale = (torch.as_tensor(t, dtype=like.dtype, device=like.device) for t in (loc, scale))
+        outer = TriangularAffine if scale.dim() == 2 else ElementwiseAffine
+        return outer(self.latent_dim, loc, scale)
+
+    def start_at(self, loc: Tensor, scale: float | Tensor) -> None:
+        """Moves the guide's first location and scale, given on the unconstrained space, before it is trained.
+
+        :param loc: location ``(latent_dim,)``, for example that of a fitted ``AutoMultivariateNormal``.
+        :param scale: as ``init_scale``.
+        """
+        transform = self._modules.get("transform")
+        if transform is None:
+            raise RuntimeError("AutoFlow: start_at needs the model's structure: call the guide (or log_density) first.")
+        check_guide_scale(scale, self._base_df)
+        self.transform = Compose([*transform.layers[:-1], self._location_and_scale(loc, scale)])
+
+    def _check_finite(self) -> None:
+        trace = self.prototype_trace.copy()
+        with pyro.validation_enabled(False):
+            trace.compute_log_prob()
+        sites = {
+            name: float(site["log_prob_sum"])
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and not torch.isfinite(site["log_prob_sum"])
+        }
+        if sites:
+            raise ValueError(
+                f"{type(self).__name__}: the model's log-density is not finite at the start: site(s) {sites}. "
+                "Check the data and the priors of what these sites depend on, or give init_loc_fn= a valid start."
+            )
+
+    def log_density(self, *args: Any, **kwargs: Any) -> LogDensity:
+        """The model's log-density over the guide's latent vector, given the model's arguments."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return LogDensity(self._raw_model[0], args, kwargs, self._unconstrained_shapes, self._init_loc())
+
+    def get_base_dist(self) -> dist.TorchDistribution:
+        """The flow's base ``(latent_dim,)``: standard normal, or Student-t with ``base_df`` degrees of freedom."""
+        zeros = torch.zeros_like(self._init_loc())
+        base = dist.Normal(zeros, 1.0) if self._base_df is None else dist.StudentT(self._base_df, zeros, 1.0)
+        return base.to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> TransformModule:
+        """The map from the base to the unconstrained latents, as a copy with its parameters held fixed.
+
+        Being fixed it can stand in a potential that is compiled (``NUTS(jit_compile=True)``).
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return copy.deepcopy(self._modules["transform"]).requires_grad_(False)  # type: ignore[union-attr, return-value]
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+        """The guide's distribution of the unconstrained latents, with trainable parameters."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        transform = self._modules["transform"]
+        if not pyro.settings.get("module_local_params"):
+            self._register(transform)  # type: ignore[arg-type]
+        return FlowDistribution(self.get_base_dist(), transform)  # type: ignore[arg-type]
+
+    def _register(self, transform: TransformModule) -> None:
+        """Puts this guide's own parameters into the param store."""
+        store, prefix = pyro.get_param_store(), f"{self._pyro_name}.transform"
+        for name, parameter in transform.named_parameters():
+            full_name = pyro.params.param_with_module_name(prefix, name)
+            stored = store._params.get(full_name)
+            if stored is None or stored is parameter:
+                continue
+            if not getattr(stored, "_of_a_guide", False):  # read from a file
+                if stored.shape != parameter.shape:
+                    raise ValueError(
+                        f"AutoFlow: the param store holds {full_name!r} of shape {tuple(stored.shape)}, but this guide's "
+                        f"is {tuple(parameter.shape)}. Call pyro.clear_param_store(), or build the guide as it was."
+                    )
+                with torch.no_grad():
+                    parameter.copy_(stored)
+            del store[full_name]
+        pyro.module(prefix, transform)
+        for parameter in transform.parameters():
+            parameter._of_a_guide = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Any, *args: Any, num_samples: int = 10_000, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Quantiles of each latent site, from draws (a flow's marginals have no closed form).
+
+        :returns: dict of tensors ``(len(quantiles), *site_shape)``, or ``site_shape`` for a single number.
+        """
+        latent = self.get_posterior(*args, **kwargs).sample((num_samples,))
+        q = torch.as_tensor(quantiles, dtype=latent.dtype, device=latent.device)
+        parts = latent.split([shape.numel() for shape in self._unconstrained_shapes.values()], -1)
+        result = {}
+        for part, (name, shape) in zip(parts, self._unconstrained_shapes.items(), strict=True):
+            value = biject_to(self.prototype_trace.nodes[name]["fn"].support)(part.reshape(num_samples, *shape))
+            result[name] = torch.quantile(value, q, dim=0)
+        return result
+
+    def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
+        """Median of each latent site, from draws."""
+        return self.quantiles(0.5, *args, num_samples=num_samples, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # unlike the base class's, leaves this guide as it is; the copied parameters are free of Pyro's weak references
+        return {**self.__dict__, "master": None, "_modules": copy.deepcopy(self._modules)}
+
+
+def check_guide_scale(init_scale: Any, base_df: float | None) -> None:
+    """Raises a ``ValueError`` unless the first scale is positive and the base's degrees of freedom are."""
+    scale = torch.as_tensor(init_scale)
+    diagonal = scale.diagonal() if scale.dim() == 2 else scale
+    if scale.dim() > 2 or not bool((diagonal > 0).all()):
+        raise ValueError(
+            "AutoFlow: init_scale must be a positive number, a vector of them or a lower Cholesky factor, "
+            f"but got {init_scale!r}."
+        )
+    if base_df is not None and not base_df > 0:
+        raise ValueError(f"AutoFlow: base_df must be positive, or None for a normal base, but got {base_df}.")

@@ -1,0 +1,317 @@
+"""A model's log-density as a function of unconstrained vectors, for batches of draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.fx.experimental.proxy_tensor import make_fx
+
+MODES = ("traced", "vmap", "plates", "loop")
+
+
+class LogDensity:
+    """``log p(data, latents)`` of a model on the unconstrained space, with the Jacobians of the supports.
+
+    Takes batches ``(n, dim)``. The support of a site may depend on other sites. A batch is evaluated in the fastest of
+    these ways that gives, at trial draws, the values and gradients of one draw at a time (``mode``):
+
+    - ``"traced"``: the batched density is recorded once as a graph of tensor operations, so that a call costs no
+      Pyro at all. The data are those at the time of recording.
+    - ``"vmap"``: ``torch.func.vmap`` over a run of the model.
+    - ``"plates"``: an outer plate of draws, for models that draw at random besides their latents (subsampling).
+    - ``"loop"``: one draw at a time, correct for every model.
+
+    :param model: Pyro model with continuous latents.
+    :param args: positional arguments of the model.
+    :param kwargs: keyword arguments of the model.
+    :param shapes: unconstrained shape of each latent site, in the order of the vector.
+    :param prototype: an unconstrained vector ``(dim,)`` where the density is finite; gives dtype and device.
+    :param mode: one of the above, chosen by trial unless given.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict,
+        shapes: dict[str, torch.Size],
+        prototype: Tensor,
+        *,
+        mode: str | None = None,
+    ):
+        if mode is not None and mode not in MODES:
+            raise ValueError(f"LogDensity: mode must be one of {MODES}, but got {mode!r}.")
+        self.model, self.args, self.kwargs, self.shapes = model, args, kwargs, shapes
+        self.site_names, self.prototype = list(shapes), prototype.detach()
+        self.dim = sum(shape.numel() for shape in shapes.values())
+        self._graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}
+        self.mode = mode or self._fastest_mode()
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+    def __call__(self, u: Tensor) -> Tensor:
+        """Log-densities ``(n,)`` of unconstrained vectors ``(n, dim)``."""
+        return self._evaluate(u, self.mode)
+
+    def _evaluate(self, u: Tensor, mode: str) -> Tensor:
+        with pyro.validation_enabled(False):
+            if mode == "traced":
+                key = tuple(u.shape), u.dtype, u.device
+                if key not in self._graphs:
+                    self._record(u.detach())
+                return self._graphs[key](u)
+            if mode == "vmap":
+                return torch.func.vmap(self._single)(u)
+            if mode == "plates":
+                return self._with_plate(u)
+            return torch.stack([self._single(row) for row in u]) if len(u) else u.new_zeros(0)
+
+    def _single(self, u: Tensor) -> Tensor:
+        """Log-density of one vector ``(dim,)``."""
+        with _Unconstrained(self._unpack(u)) as latents:
+            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        return trace.log_prob_sum() + latents.log_det
+
+    def _with_plate(self, u: Tensor) -> Tensor:
+        nesting = self._plate_nesting()
+        with _Unconstrained(self._unpack(u), nesting) as latents, pyro.plate("_draws", len(u), dim=-1 - nesting):
+            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        trace.compute_log_prob()
+        total = latents.log_det
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and not site["name"] == "_draws":
+                log_prob = site["log_prob"]
+                if log_prob.dim() <= nesting or log_prob.shape[-1 - nesting] != len(u):
+                    if poutine.util.site_is_subsample(site):
+                        continue
+                    raise ValueError("a site does not broadcast over the plate of draws")
+                total = total + log_prob.reshape(len(u), -1).sum(-1)
+        return total
+
+    def _plate_nesting(self) -> int:
+        trace = poutine.trace(poutine.block(self.model, hide=[])).get_trace(*self.args, **self.kwargs)
+        dims = [
+            -frame.dim
+            for site in trace.nodes.values()
+            if site["type"] == "sample"
+            for frame in site["cond_indep_stack"]
+            if frame.vectorized
+        ]
+        return max(dims, default=0)
+
+    def _unpack(self, u: Tensor) -> dict[str, Tensor]:
+        parts = u.split([shape.numel() for shape in self.shapes.values()], -1)
+        return {
+            name: part.reshape(u.shape[:-1] + shape)
+            for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
+        }
+
+    def _fastest_mode(self) -> str:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        noise = torch.randn((3, self.dim), generator=generator, dtype=self.prototype.dtype)
+        u = self.prototype + 0.1 * noise.to(self.prototype.device)
+        expected = self._value_and_grad_seeded(u, "loop")
+        for mode in MODES[:-1]:
+            try:
+                if mode == "traced":  # recorded at other draws than those it is tried on
+                    self._record(self.prototype.expand_as(u).clone())
+                actual = self._value_and_grad_seeded(u, mode)
+            except Exception:  # whatever a model does that a mode cannot: the next one is tried
+                self._graphs.clear()
+                continue
+            if all(_close(a, b) for a, b in zip(actual, expected, strict=True)):
+                return mode
+        return "loop"
+
+    def _record(self, u: Tensor) -> None:
+        """Adds the graph for batches like ``u``."""
+        with pyro.validation_enabled(False):
+            graph = make_fx(lambda u: torch.func.vmap(self._single)(u))(u)
+        self._graphs[(tuple(u.shape), u.dtype, u.device)] = graph
+
+    def _value_and_grad_seeded(self, u: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+        """Values and gradients with the same random stream for every draw, so that minibatches agree."""
+        rows = u.split(1) if mode == "loop" else (u,)
+        values, gradients = [], []
+        for row in rows:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                row = row.detach().requires_grad_()
+                value = self._evaluate(row, mode)
+                gradients.append(torch.autograd.grad(value.sum(), row)[0])
+                values.append(value.detach())
+        return torch.cat(values), torch.cat(gradients)
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-density and gradient at one vector ``(dim,)``."""
+        u = u.detach().requires_grad_()
+        value = self(u[None])[0]
+        return value.detach(), torch.autograd.grad(value, u)[0]
+
+    def hessian(self, u: Tensor) -> Tensor:
+        """Hessian ``(dim, dim)`` at one vector ``(dim,)``."""
+        u = u.detach().requires_grad_()
+        gradient = torch.autograd.grad(self(u[None])[0], u, create_graph=True)[0]
+        rows = [
+            torch.autograd.grad(g, u, retain_graph=True, materialize_grads=True)[0] if g.requires_grad else 0 * u
+            for g in gradient
+        ]
+        return torch.stack(rows).detach()
+
+    # -- constrained values ----------------------------------------------------------------------------------------
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        """Latent and deterministic sites ``(n, *site_shape)`` at unconstrained vectors ``(n, dim)``."""
+
+        def single(u: Tensor) -> dict[str, Tensor]:
+            with _Unconstrained(self._unpack(u)):
+                trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            return {
+                name: site["value"]
+                for name, site in trace.nodes.items()
+                if site["type"] == "sample" and (name in self.shapes or site["infer"].get("_deterministic"))
+            }
+
+        return self._map(single, u)
+
+    def unconstrain(self, samples: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Unconstrained vectors ``(n, dim)`` of draws of all latent sites, and ``log |det d samples / d u|`` ``(n,)``."""
+        missing = [name for name in self.site_names if name not in samples]
+        if missing:
+            raise ValueError(f"samples: site(s) {missing} are missing; a draw of every latent site is needed.")
+
+        def single(samples: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            with _Constrained(samples) as latents:
+                self.model(*self.args, **self.kwargs)
+            return torch.cat([latents.unconstrained[name].reshape(-1) for name in self.shapes]), latents.log_det
+
+        return self._map(single, {name: samples[name] for name in self.site_names})
+
+    def site_log_probs(self, u: Tensor) -> dict[str, Tensor]:
+        """Log-density ``(n,)`` of each site, factors included, at unconstrained vectors ``(n, dim)``."""
+
+        def single(u: Tensor) -> dict[str, Tensor]:
+            with _Unconstrained(self._unpack(u)):
+                trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            trace.compute_log_prob()
+            return {
+                name: site["log_prob_sum"]
+                for name, site in trace.nodes.items()
+                if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
+            }
+
+        return self._map(single, u)
+
+    @torch.no_grad()
+    def _map(self, single: Callable, batch: Any) -> Any:
+        """``single`` over the leading axis, by ``vmap`` where the density can."""
+        with pyro.validation_enabled(False):
+            if self.mode in ("traced", "vmap"):
+                return torch.func.vmap(single)(batch)
+            leaves, spec = torch.utils._pytree.tree_flatten(batch)
+            rows = [single(torch.utils._pytree.tree_unflatten(list(row), spec)) for row in zip(*leaves, strict=True)]
+            flat = [torch.utils._pytree.tree_flatten(row) for row in rows]
+            stacked = [torch.stack(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
+            return torch.utils._pytree.tree_unflatten(stacked, flat[0][1])
+
+    def observed(self) -> dict[str, np.ndarray]:
+        """The observed sites' data."""
+        with _Unconstrained(self._unpack(self.prototype)), torch.no_grad():
+            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        return {
+            name: site["value"].numpy(force=True)
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample"
+            and site["is_observed"]
+            and not site["infer"].get("_deterministic")
+            and not isinstance(site["fn"], pyro.distributions.Unit)
+            and not poutine.util.site_is_subsample(site)
+        }
+
+
+class _Unconstrained(Messenger):
+    """Sets latent sites from unconstrained values and adds up the Jacobians of their supports.
+
+    With ``nesting``, the values carry a leading axis of draws, which is put to the left of ``nesting`` plates.
+    """
+
+    def __init__(self, values: dict[str, Tensor], nesting: int | None = None):
+        super().__init__()
+        self.values, self.nesting = values, nesting
+        self.log_det: Any = 0.0
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["name"] not in self.values or msg["is_observed"]:
+            return
+        bijection, u = biject_to(msg["fn"].support), self.values[msg["name"]]
+        if self.nesting is not None:
+            event_dim = msg["fn"].event_dim + bijection.domain.event_dim - bijection.codomain.event_dim
+            batch = u.dim() - 1 - event_dim
+            u = u.reshape(u.shape[:1] + (1,) * (self.nesting - batch) + u.shape[1:])
+        msg["value"], msg["done"] = bijection(u), True
+        log_det = bijection.log_abs_det_jacobian(u, msg["value"])
+        self.log_det = self.log_det + (log_det.sum() if self.nesting is None else log_det.reshape(len(u), -1).sum(-1))
+
+
+class _Constrained(Messenger):
+    """Sets latent sites from constrained values and keeps their unconstrained ones and the Jacobians."""
+
+    def __init__(self, values: dict[str, Tensor]):
+        super().__init__()
+        self.values, self.unconstrained = values, {}
+        self.log_det: Any = 0.0
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["name"] not in self.values or msg["is_observed"]:
+            return
+        bijection, value = biject_to(msg["fn"].support), self.values[msg["name"]]
+        msg["value"], msg["done"] = value, True
+        u = bijection.inv(value)
+        self.unconstrained[msg["name"]] = u
+        self.log_det = self.log_det + bijection.log_abs_det_jacobian(u, value).sum()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = math.sqrt(torch.finfo(a.dtype).eps)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()), equal_nan=True)
+
+
+def prototype_trace(model: Callable, args: tuple, kwargs: dict, init_loc_fn: Callable = init_to_median) -> poutine.Trace:
+    """One trace of a model, with latents at the values of ``init_loc_fn``."""
+    with poutine.block(), torch.no_grad():
+        return poutine.trace(InitMessenger(init_loc_fn)(model)).get_trace(*args, **kwargs)
+
+
+def check_latents(trace: poutine.Trace, owner: str) -> None:
+    """Raises a ``ValueError`` where a flow over all latents jointly cannot serve the traced model."""
+    latent = {
+        name: site
+        for name, site in trace.iter_stochastic_nodes()
+        if not poutine.util.site_is_subsample(site) and not site["infer"].get("is_auxiliary", False)
+    }
+    if not latent:
+        raise ValueError(f"{owner}: the model has no latent sites: there is nothing to infer.")
+    discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
+    if discrete:
+        raise ValueError(
+            f"{owner}: site(s) {discrete} are discrete, but a flow is a density of continuous variables. Sum them out "
+            "of the model (as a mixture, or by pyro.infer.config_enumerate and TraceEnum_ELBO with a guide over "
+            "poutine.block(model, hide=[...])), or relax them."
+        )
+    for name, site in latent.items():
+        for frame in site["cond_indep_stack"]:
+            full = frame.full_size or frame.size
+            if frame.size != full:
+                raise ValueError(
+                    f"{owner}: latent site {name!r} lies in plate {frame.name!r}, which is subsampled "
+                    f"({frame.size} of {full}). A flow over all latents jointly needs them all: use the full plate, or "
+                    "AutoHierarchicalFlow, which has a conditional flow for local latents."
+                )
