@@ -2,13 +2,19 @@
 
 from pyroflows import conditioners, distributions, flows, transforms, univariate
 from pyroflows.distributions import FlowDistribution
+from pyroflows.guides import AutoFlow
+from pyroflows.inference import FlowVI
+from pyroflows.posterior import FlowPosterior
 from pyroflows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule
 
 __version__ = "0.1.0"
 __all__ = [
+    "AutoFlow",
     "Compose",
     "Conditioned",
     "FlowDistribution",
+    "FlowPosterior",
+    "FlowVI",
     "Inverse",
     "Repeat",
     "TransformModule",

@@ -1,0 +1,269 @@
+"""``FlowVI``: from a model to a posterior."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyroflows import flows
+from pyroflows.elbo import elbo_terms, forward_kl
+from pyroflows.guides import AutoFlow
+from pyroflows.initialization import Start, find_start
+from pyroflows.log_density import LogDensity, prototype_trace
+from pyroflows.posterior import FlowPosterior, History
+from pyroflows.transform_module import Compose, TransformModule
+from pyroflows.transforms import TriangularAffine
+
+_CHUNK = 50  # steps between two looks at the keyboard and the progress bar
+_WINDOW = 250  # steps whose mean ELBO says whether it still rises
+
+
+class FlowVI:
+    """Fits a flow to a model's posterior, with nothing to tune.
+
+    1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``).
+    2. *Ascent*: Adam on the ELBO at a constant step size, until the ELBO of one window of 250 steps is no longer
+       above that of the window before by more than their Monte-Carlo error.
+    3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the path gradient
+       (Roeder et al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact, and with the
+       forward KL divergence added to the loss, which makes the tails wide enough for importance weights.
+
+    The guide is ``base -> flow -> full-rank affine map -> location and scale of the start``. The last is held fixed, so
+    that the flow works on a posterior of about unit scale. Steps with a gradient that is not finite are skipped and
+    counted.
+
+    :param model: Pyro model with continuous latents.
+    :param flow: factory ``flow(dim) -> TransformModule``.
+    :param num_steps: most gradient steps of phases 2 and 3 together.
+    :param num_particles: draws per step, in one batched pass over the model.
+    :param learning_rate: Adam's step size in phase 2.
+    :param base_df: degrees of freedom of the Student-t base, ``None`` for a normal one. Heavier tails keep the
+        importance weights bounded.
+    :param path_gradient: whether phase 3 is as described; if not, it goes on with the plain ELBO. Unless given: where
+        the flow's inverse, of which both need a pass, takes no more network passes than its forward direction.
+    :param num_starts: points from which the search walks.
+    :param init_loc_fn: Pyro's initialisation strategy, which gives these points.
+    :param progress_bar: shows a bar with the running ELBO and the time left.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        flow: Callable[..., TransformModule] = flows.realnvp,
+        *,
+        num_steps: int = 4000,
+        num_particles: int = 256,
+        learning_rate: float = 2e-3,
+        base_df: float | None = 20.0,
+        path_gradient: bool | None = None,
+        num_starts: int = 4,
+        init_loc_fn: Callable = init_to_uniform,
+        progress_bar: bool = True,
+    ):
+        check_options(num_steps, num_particles, learning_rate, num_starts)
+        self.model, self.flow = model, flow
+        self.num_steps, self.num_particles, self.learning_rate = num_steps, num_particles, learning_rate
+        self.base_df, self.path_gradient = base_df, path_gradient
+        self.num_starts, self.init_loc_fn, self.progress_bar = num_starts, init_loc_fn, progress_bar
+
+    def run(self, *args: Any, **kwargs: Any) -> FlowPosterior:
+        """Fits the model given its arguments. Ctrl-C ends the fit early and keeps what it has reached.
+
+        Random numbers come from torch's generator: ``pyro.set_rng_seed`` makes a fit repeatable.
+
+        :raises ValueError: for a model which a joint flow cannot serve (see :class:`AutoFlow`), or with param sites.
+        :raises RuntimeError: if no start has a finite ELBO, or every gradient is not finite.
+        """
+        begin = time.perf_counter()
+        with pyro.poutine.trace(param_only=True) as trace:
+            guide = AutoFlow(self.model, FullRank(self.flow), init_loc_fn=self.init_loc_fn, base_df=self.base_df)
+            guide._setup_prototype(*args, **kwargs)
+        learned = list(trace.trace.param_nodes)
+        if learned:
+            raise ValueError(
+                f"FlowVI: the model has param site(s) {learned}, which a posterior does not cover. Give them priors, or "
+                "train them together with an AutoFlow guide by pyro.infer.SVI."
+            )
+        log_density = guide.log_density(*args, **kwargs)
+        start = self._find_start(guide, log_density)
+        like = log_density.prototype
+        guide.start_at(torch.as_tensor(start.loc).to(like), torch.as_tensor(start.scale_tril).to(like))
+        history = self._ascend(guide, log_density)
+        history = history._replace(
+            gradients=start.gradients + self.num_particles * len(history.elbo),
+            seconds=time.perf_counter() - begin,
+        )
+        return FlowPosterior(guide, log_density, history)
+
+    def _find_start(self, guide: AutoFlow, log_density: LogDensity) -> Start:
+        like = log_density.prototype
+
+        def tensor(u: np.ndarray) -> Tensor:
+            return torch.as_tensor(u).to(like)
+
+        def value_and_grad(u: np.ndarray) -> tuple[float, np.ndarray]:
+            value, gradient = log_density.value_and_grad(tensor(u))
+            return float(value), gradient.double().numpy(force=True)
+
+        def batch(u: np.ndarray) -> np.ndarray:
+            with torch.no_grad():
+                return log_density(tensor(u)).double().numpy(force=True)
+
+        points = [like.double().numpy(force=True)]
+        for _ in range(self.num_starts - 1):
+            trace = prototype_trace(self.model, log_density.args, log_density.kwargs, self.init_loc_fn)
+            values = {name: trace.nodes[name]["value"][None] for name in log_density.site_names}
+            point = log_density.unconstrain(values)[0][0].double().numpy(force=True)
+            if np.isfinite(value_and_grad(point)[0]) and not np.allclose(point, points[0]):
+                points.append(point)
+        return find_start(
+            batch,
+            value_and_grad,
+            lambda u: log_density.hessian(tensor(u)).double().numpy(force=True),
+            points,
+            np.random.default_rng(int(torch.randint(2**31 - 1, ()))),
+        )
+
+    def _ascend(self, guide: AutoFlow, log_density: LogDensity) -> History:
+        """Phases 2 and 3, in the coordinates of the start; trains the guide in place."""
+        *inner_layers, outer = guide.transform.layers  # type: ignore[union-attr]
+        inner: TransformModule = Compose(inner_layers)  # type: ignore[arg-type]
+        outer.requires_grad_(False)
+        base, n = guide.get_base_dist(), self.num_particles
+        scale_log_det = outer.forward_and_log_det(torch.zeros_like(log_density.prototype))[1]  # type: ignore[operator]
+        use_path = self.path_gradient
+        if use_path is None:
+            forward, inverse = inner.passes
+            use_path = inverse <= forward
+
+        def whitened(z: Tensor) -> Tensor:
+            return log_density(outer.forward_and_log_det(z)[0]) + scale_log_det  # type: ignore[operator]
+
+        parameters = list(inner.parameters())
+        adam = torch.optim.Adam(parameters, fused=True)
+
+        def step(step_size: float, path: bool) -> tuple[Tensor, bool]:
+            terms, z = elbo_terms(inner, base, whitened, base.sample((n,)), path=path)
+            loss = -terms.mean()
+            if path:
+                loss = loss + forward_kl(inner, base, z, terms)
+            gradients = torch.autograd.grad(loss, parameters)
+            finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+            if finite:
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                adam.param_groups[0]["lr"] = step_size
+                adam.step()
+            return terms.detach().mean(), finite
+
+        trace: list[float] = []
+        skipped, interrupted = 0, False
+        best = -np.inf, [p.detach().clone() for p in parameters]
+        schedule = Schedule(self.num_steps, self.learning_rate)
+        with tqdm(total=self.num_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
+            try:
+                while (step_sizes := schedule.next_chunk(trace)) is not None:
+                    path = bool(use_path and schedule.annealing)
+                    done = [step(float(size), path) for size in step_sizes]
+                    trace += torch.stack([elbo for elbo, _ in done]).tolist()
+                    skipped += sum(not finite for _, finite in done)
+                    if skipped == len(trace):
+                        raise RuntimeError(self._nothing_finite(log_density, outer, base))
+                    recent = float(np.nanmean(trace[-_WINDOW:]))
+                    if recent > best[0]:
+                        best = recent, [p.detach().clone() for p in parameters]
+                    bar.total = schedule.expected_steps
+                    bar.set_postfix(elbo=f"{recent:.3f}", refresh=False)
+                    bar.update(len(step_sizes))
+            except KeyboardInterrupt:
+                interrupted = True
+        if not schedule.finished:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, best[1], strict=True):
+                    parameter.copy_(value)
+        for parameter in parameters:
+            parameter.grad = None
+        outer.requires_grad_(True)
+        return History(np.asarray(trace), skipped, schedule.stationary, interrupted)
+
+    @torch.no_grad()
+    def _nothing_finite(self, log_density: LogDensity, outer: Any, base: Any) -> str:
+        sites = log_density.site_log_probs(outer.forward_and_log_det(base.sample((64,)))[0])
+        shares = {name: float((~torch.isfinite(value)).double().mean()) for name, value in sites.items()}
+        bad = {name: f"{share:.0%} of draws" for name, share in shares.items() if share} or "none (the gradient is)"
+        return (
+            f"FlowVI: no step had a finite gradient. Sites whose log-density is not finite near the start: {bad}. "
+            "Check the data and the priors of what these sites depend on."
+        )
+
+
+class FullRank:
+    """The factory of ``flow(dim)`` followed by a full-rank affine map."""
+
+    def __init__(self, flow: Callable[..., TransformModule]):
+        self.flow = flow
+
+    def __call__(self, dim: int) -> TransformModule:
+        return Compose([self.flow(dim), TriangularAffine(dim)])
+
+
+class Schedule:
+    """Step sizes: constant until the ELBO is stationary, then down to zero along a cosine over as many steps again."""
+
+    def __init__(self, num_steps: int, learning_rate: float):
+        self.num_steps, self.learning_rate = num_steps, learning_rate
+        self.stationary = self.finished = False
+        self._anneal_from: int | None = None
+        self._anneal_steps = 0
+
+    @property
+    def annealing(self) -> bool:
+        return self._anneal_from is not None
+
+    @property
+    def expected_steps(self) -> int:
+        """Steps of the whole fit, as far as it is known."""
+        return self.num_steps if self._anneal_from is None else self._anneal_from + self._anneal_steps
+
+    def next_chunk(self, trace: list[float]) -> np.ndarray | None:
+        """Step sizes of the next steps given the ELBO of every step so far; ``None`` at the end."""
+        done = len(trace)
+        if self._anneal_from is None:
+            if done and done % _WINDOW == 0:
+                self.stationary = is_stationary(trace)
+            if self.stationary or 2 * done >= self.num_steps:
+                self._anneal_from = done
+                self._anneal_steps = min(max(done, 2 * _WINDOW), self.num_steps - done)
+        if self._anneal_from is None:
+            return np.full(min(_CHUNK, (self.num_steps + 1) // 2 - done), self.learning_rate)
+        steps = np.arange(done, min(done + _CHUNK, self.expected_steps)) - self._anneal_from
+        self.finished = len(steps) == 0
+        if self.finished:
+            return None
+        return 0.5 * self.learning_rate * (1 + np.cos(np.pi * steps / self._anneal_steps))
+
+
+def is_stationary(trace: list[float]) -> bool:
+    """Whether the mean ELBO of the last window exceeds that of the one before by no more than two standard errors."""
+    if len(trace) < 2 * _WINDOW:
+        return False
+    windows = np.asarray(trace[-2 * _WINDOW :]).reshape(2, _WINDOW)
+    before, after = np.nanmean(windows, 1)
+    return bool(after - before < 2 * np.sqrt((np.nanvar(windows, 1) / _WINDOW).sum()))
+
+
+def check_options(num_steps: int, num_particles: int, learning_rate: float, num_starts: int) -> None:
+    """Raises a ``ValueError`` that names the option with which nothing can be fitted."""
+    for name, value in (("num_steps", num_steps), ("num_particles", num_particles), ("num_starts", num_starts)):
+        if value < 1:
+            raise ValueError(f"FlowVI: {name} must be at least 1, but got {value}.")
+    if not learning_rate > 0:
+        raise ValueError(f"FlowVI: learning_rate must be positive, but got {learning_rate}.")

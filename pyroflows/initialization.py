@@ -1,0 +1,120 @@
+"""Where a fit starts: the best Gaussian along the optimisation paths from several points.
+
+The idea of Pathfinder (Zhang et al. 2022) with exact Hessians: L-BFGS walks uphill from each start; at points along the
+way the local Gaussian (the inverse Hessian's) is scored by its ELBO, and the best is kept. The mode itself is only
+one of the candidates, since at the mode of a funnel a Gaussian is useless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+
+MAX_HESSIAN_DIM = 300  # beyond it a Hessian costs more than the steps it saves
+_POINTS_PER_PATH = 12
+_NUM_DRAWS = 300
+
+
+class Start(NamedTuple):
+    """A Gaussian on the unconstrained space from which a guide starts."""
+
+    loc: np.ndarray  # (dim,)
+    scale_tril: np.ndarray  # (dim, dim)
+    elbo: float
+    gradients: int  # gradient evaluations that the search took, a Hessian counted as dim of them
+
+
+def find_start(
+    log_density: Callable[[np.ndarray], np.ndarray],
+    value_and_grad: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    hessian: Callable[[np.ndarray], np.ndarray],
+    starts: Sequence[np.ndarray],
+    rng: np.random.Generator,
+) -> Start:
+    """Returns the candidate with the highest ELBO.
+
+    :param log_density: log-density of a batch ``(n, dim) -> (n,)``.
+    :param value_and_grad: log-density and its gradient at one point ``(dim,)``.
+    :param hessian: Hessian ``(dim, dim)`` of the log-density at one point.
+    :param starts: points ``(dim,)`` with a finite log-density to walk from.
+    :param rng: source of the draws that score the candidates, the same for all of them.
+    :raises RuntimeError: if no candidate has a finite ELBO.
+    """
+    dim = len(starts[0])
+    noise = rng.standard_normal((_NUM_DRAWS, dim))
+    entropy = 0.5 * (noise**2).sum(-1).mean() + 0.5 * dim * np.log(2 * np.pi)
+    best, gradients = Start(starts[0], np.eye(dim), -np.inf, 0), 0
+
+    def consider(loc: np.ndarray, scale_tril: np.ndarray) -> None:
+        nonlocal best
+        with np.errstate(all="ignore"):
+            values = log_density(loc + noise @ scale_tril.T)
+            elbo = float(values.mean() + entropy + np.log(np.diagonal(scale_tril)).sum())
+        if np.isfinite(elbo) and elbo > best.elbo:
+            best = Start(loc, scale_tril, elbo, 0)
+
+    for start in starts:
+        for scale in (0.1, 1.0):
+            consider(start, scale * np.eye(dim))
+        path, evaluations = _ascend(value_and_grad, start)
+        gradients += evaluations
+        # early points are the interesting ones of a funnel, late ones of everything else
+        chosen = np.unique(np.geomspace(1, len(path), _POINTS_PER_PATH).round().astype(int) - 1)
+        for index in chosen:
+            point = path[index]
+            if dim > MAX_HESSIAN_DIM:
+                for scale in (0.1, 1.0):
+                    consider(point, scale * np.eye(dim))
+                continue
+            gradient, gradients = value_and_grad(point)[1], gradients + dim
+            scale_tril = _gaussian_scale(hessian(point))
+            if scale_tril is not None:
+                consider(point, scale_tril)
+                consider(point + scale_tril @ (scale_tril.T @ gradient), scale_tril)
+    if not np.isfinite(best.elbo):
+        raise RuntimeError(
+            "FlowVI: no start with a finite ELBO was found. Standardise the data, use tighter priors, or pass "
+            "init_loc_fn= with a point of high density."
+        )
+    return best._replace(gradients=gradients)
+
+
+def _ascend(
+    value_and_grad: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray
+) -> tuple[list[np.ndarray], int]:
+    """The points which L-BFGS visits on its way to a mode, and the gradient evaluations."""
+    path = [np.asarray(start, float)]
+
+    def descent(u: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = value_and_grad(u)
+        if not (np.isfinite(value) and np.isfinite(gradient).all()):
+            return 1e300, np.zeros_like(u)  # the line search turns back
+        return -float(value), -np.asarray(gradient, float)
+
+    result = minimize(
+        descent, path[0], jac=True, method="L-BFGS-B", callback=lambda u: path.append(u.copy()), options={"maxiter": 200}
+    )
+    return path, result.nfev
+
+
+def _gaussian_scale(hessian: np.ndarray) -> np.ndarray | None:
+    """Cholesky factor of the inverse of ``-hessian``, made positive definite; ``None`` where that fails.
+
+    Directions of the wrong curvature get the scale of their curvature's size. The matrix is scaled to a unit diagonal
+    first, so that parameters of very different units do no harm.
+    """
+    precision = -np.asarray(hessian, float)
+    if not np.isfinite(precision).all():
+        return None
+    scale = 1 / np.sqrt(np.maximum(np.abs(np.diagonal(precision)), 1e-12))
+    scaled = precision * scale[:, None] * scale
+    values, vectors = np.linalg.eigh(0.5 * (scaled + scaled.T))
+    values = np.maximum(np.abs(values), 1e-10 * np.abs(values).max())
+    covariance = (vectors / values) @ vectors.T * scale[:, None] * scale
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        return None

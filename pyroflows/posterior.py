@@ -1,0 +1,233 @@
+"""``FlowPosterior``: what a fit returns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import logsumexp
+from torch import Tensor
+
+from pyroflows import _arviz
+from pyroflows.distributions import FlowDistribution
+from pyroflows.guides import AutoFlow
+from pyroflows.log_density import LogDensity
+
+_BATCH = 256  # draws per pass over the model: bounds the memory
+PARETO_K_GOOD = 0.7  # below it Pareto-smoothed importance sampling is reliable (Vehtari et al. 2024)
+
+
+class Estimate(NamedTuple):
+    """A Monte-Carlo estimate and its standard error."""
+
+    value: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} +- {self.standard_error:.3f}"
+
+
+class History(NamedTuple):
+    """How a fit went."""
+
+    elbo: np.ndarray  # of every step, (steps,)
+    skipped: int = 0  # steps with a gradient that was not finite
+    stationary: bool = False  # whether the ELBO had stopped rising before the step size fell
+    interrupted: bool = False
+    gradients: int = 0  # gradient evaluations of the model, the search for a start included
+    seconds: float = 0.0
+
+
+class Draws(NamedTuple):
+    """Draws of the guide, scored under guide and model on the unconstrained space."""
+
+    unconstrained: Tensor  # (n, dim)
+    log_guide: np.ndarray  # (n,)
+    log_model: np.ndarray  # (n,)
+
+
+class FlowPosterior:
+    """A fitted flow as a posterior: draws, exact density, diagnostics.
+
+    :param guide: the fitted guide, set up.
+    :param log_density: the model's log-density over the guide's latents.
+    :param history: how the fit went.
+    :param num_draws: draws which the diagnostics use.
+    """
+
+    def __init__(self, guide: AutoFlow, log_density: LogDensity, history: History, *, num_draws: int = 10_000):
+        self.guide, self.log_density, self.history, self.num_draws = guide, log_density, history, num_draws
+        self._distribution = FlowDistribution(guide.get_base_dist(), guide.get_transform())
+
+    # -- draws and density -----------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
+        """Draws of the latent and deterministic sites, each ``(*sample_shape, *site_shape)``."""
+        n = int(np.prod(sample_shape))
+        sites = self._constrain(self._distribution.sample((n,)))
+        return {name: x.reshape(*sample_shape, *x.shape[1:]) for name, x in sites.items()}
+
+    @torch.no_grad()
+    def log_prob(self, samples: dict[str, Tensor]) -> Tensor:
+        """Exact log-density of draws of all latent sites, each ``(*batch, *site_shape)``; returns ``batch``.
+
+        Densities are with respect to the constrained values (for a simplex and its like: to the coordinates of
+        ``biject_to``).
+        """
+        shapes = {
+            name: self.guide.prototype_trace.nodes[name]["value"].shape
+            for name in self.log_density.site_names
+            if name in samples
+        }
+        batches = {name: samples[name].shape[: samples[name].dim() - len(s)] for name, s in shapes.items()}
+        batch = next(iter(batches.values()), torch.Size())
+        if len(set(batches.values())) > 1:
+            raise ValueError(f"log_prob: the sites' batch shapes differ: {batches}. Give every site the same draws.")
+        flat = {name: samples[name].reshape(-1, *shape) for name, shape in shapes.items()}
+        u, log_det = self.log_density.unconstrain(flat)
+        return (self._distribution.log_prob(u) - log_det).reshape(batch)
+
+    def importance_resample(self, num_samples: int = 4000) -> dict[str, Tensor]:
+        """Draws of all sites with the guide's error mended: resampled by Pareto-smoothed importance weights.
+
+        Each ``(num_samples, *site_shape)``. Warns where Pareto k says that the weights cannot be trusted.
+        """
+        self._warn_if_unreliable("importance_resample")
+        weights = torch.as_tensor(np.exp(self._psis[0]))
+        index = torch.multinomial(weights, num_samples, replacement=True)
+        return self._constrain(self.draws.unconstrained[index.to(self.draws.unconstrained.device)])
+
+    def _constrain(self, u: Tensor) -> dict[str, Tensor]:
+        parts = [self.log_density.constrain(part) for part in u.split(_BATCH)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    # -- diagnostics -----------------------------------------------------------------------------------------------
+    @cached_property
+    def draws(self) -> Draws:
+        """``num_draws`` draws of the guide, scored; made once."""
+        with torch.no_grad():
+            u, log_guide = self._distribution.sample_and_log_prob((self.num_draws,))
+            log_model = torch.cat([self.log_density(part) for part in u.split(_BATCH)])
+        return Draws(u, log_guide.double().numpy(force=True), log_model.double().numpy(force=True))
+
+    @cached_property
+    def _log_ratios(self) -> np.ndarray:
+        ratios = self.draws.log_model - self.draws.log_guide
+        return np.where(np.isnan(ratios), -np.inf, ratios)  # outside the model's support
+
+    @cached_property
+    def _psis(self) -> tuple[np.ndarray, float]:
+        return _arviz.psis(self._log_ratios)
+
+    @property
+    def pareto_k(self) -> float:
+        """Pareto shape of the importance ratios (Vehtari et al. 2024; Yao et al. 2018): below 0.7 they can be used."""
+        return self._psis[1]
+
+    @property
+    def elbo(self) -> Estimate:
+        """Evidence lower bound: the mean of ``log p - log q``."""
+        return Estimate(float(self._log_ratios.mean()), float(self._log_ratios.std() / self.num_draws**0.5))
+
+    def log_evidence(self) -> Estimate:
+        """Log of the model's evidence by Pareto-smoothed importance sampling.
+
+        Warns where Pareto k says that the estimate cannot be trusted.
+        """
+        self._warn_if_unreliable("log_evidence")
+        return self._log_evidence()
+
+    def _log_evidence(self) -> Estimate:
+        # smoothing leaves the sum of the weights nearly untouched; the plain sum is unbiased
+        value = float(logsumexp(self._log_ratios) - np.log(self.num_draws))
+        relative = np.exp(self._log_ratios - value)
+        return Estimate(value, float(relative.std() / self.num_draws**0.5))
+
+    @property
+    def effective_sample_size(self) -> float:
+        """Importance draws are worth as many independent ones: ``1 / sum(w^2)`` of the smoothed weights."""
+        return float(1 / np.square(np.exp(self._psis[0])).sum())
+
+    def _warn_if_unreliable(self, what: str) -> None:
+        if not self.pareto_k < PARETO_K_GOOD:
+            warnings.warn(
+                f"{what}: Pareto k is {self.pareto_k:.2f}, above {PARETO_K_GOOD}: the guide misses mass of the "
+                "posterior, and importance weights cannot mend it. Try a richer flow= or more num_steps=.",
+                stacklevel=3,
+            )
+
+    def verdict(self) -> str:
+        """One line: whether to use the draws as they are, importance-resampled, or not."""
+        k, gap = self.pareto_k, self._log_evidence().value - self.elbo.value
+        numbers = f"Pareto k {k:.2f}, ELBO {self.elbo}, {gap:.3f} below the log evidence {self._log_evidence()}"
+        if self.history.interrupted:
+            return f"Interrupted after {len(self.history.elbo)} steps: run again to the end ({numbers})."
+        if not k < PARETO_K_GOOD:
+            return f"Do not trust: the guide misses mass. Try a richer flow= or reparametrise ({numbers})."
+        if gap < 0.05:
+            return f"Good: use the draws as they are ({numbers})."
+        return f"Usable: prefer importance_resample() ({numbers})."
+
+    # -- output ----------------------------------------------------------------------------------------------------
+    def print_summary(self, num_samples: int = 4000) -> None:
+        """Prints ArviZ's table of the latent and deterministic sites, and the verdict."""
+        print(_arviz.summary(self.to_arviz(num_samples)).to_string())
+        if self.history.skipped:
+            print(f"{self.history.skipped} of {len(self.history.elbo)} steps were skipped: gradient not finite.")
+        print(self.verdict())
+
+    def to_arviz(self, num_samples: int = 4000) -> Any:
+        """ArviZ data (``InferenceData``, in ArviZ 1.x a ``DataTree``).
+
+        Groups: ``posterior`` (draws of the guide, latent and deterministic sites), ``sample_stats`` (``lp``, the
+        log-density under the model, and ``log_guide``, both on the unconstrained space, and ``log_weight``, the
+        smoothed importance weight) and ``observed_data``.
+
+        :param num_samples: draws, at most ``num_draws``.
+        """
+        n = min(num_samples, self.num_draws)
+        sites = {name: x.numpy(force=True)[None] for name, x in self._constrain(self.draws.unconstrained[:n]).items()}
+        stats = {
+            "lp": self.draws.log_model[None, :n],
+            "log_guide": self.draws.log_guide[None, :n],
+            "log_weight": self._psis[0][None, :n],
+        }
+        groups = {"posterior": sites, "sample_stats": stats, "observed_data": self.log_density.observed()}
+        attrs = {
+            "inference_library": "pyroflows",
+            "pareto_k": self.pareto_k,
+            "elbo": self.elbo.value,
+            "log_evidence": self._log_evidence().value,
+        }
+        return _arviz.from_groups({name: group for name, group in groups.items() if group}, attrs)
+
+    def plot(self, var_names: list[str] | None = None, num_samples: int = 2000) -> Any:
+        """Draws the ELBO of every step, the importance ratios with Pareto k, and each variable's marginal.
+
+        :returns: the matplotlib figure.
+        """
+        return _arviz.plot(self, var_names, num_samples)
+
+    # -- files -----------------------------------------------------------------------------------------------------
+    def save(self, path: str | Path) -> None:
+        """Writes the posterior to one safetensors file: weights, model arguments, history. No pickle.
+
+        :raises ValueError: if the model's arguments are not made of arrays, numbers, strings and containers of them.
+        """
+        tensors, metadata = serialization.pack_posterior(self)
+        serialization.save(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Callable, flow: Callable | None = None) -> FlowPosterior:
+        """Reads a posterior back.
+
+        :param path: what :meth:`save` wrote.
+        :param model: the model it was fitted to.
+        :param flow: the flow factory, needed if it was not one of ``flows`` (or a ``partial`` of one).
+        """
+        raise NotImplementedError
