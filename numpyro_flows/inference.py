@@ -23,7 +23,6 @@ from numpyro_flows.initialization import Start, find_start
 from numpyro_flows.log_density import LogDensity, prototype_trace
 from numpyro_flows.posterior import FlowPosterior, History
 from numpyro_flows.transform_module import Compose, TransformModule
-from numpyro_flows.transforms import TriangularAffine
 
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
@@ -85,7 +84,9 @@ class FlowVI:
         """
         begin = time.perf_counter()
         setup_key, start_key, fit_key, draw_key = jax.random.split(rng_key, 4)
-        guide = AutoFlow(self.model, FullRank(self.flow), init_loc_fn=self.init_loc_fn, base_df=self.base_df)
+        guide = AutoFlow(
+            self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=self.base_df, full_rank=True
+        )
         with handlers.seed(rng_seed=setup_key):
             guide._setup_prototype(*args, **kwargs)
         learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
@@ -110,7 +111,7 @@ class FlowVI:
         batch = jax.jit(jax.vmap(log_density))
         value_and_grad = jax.jit(jax.value_and_grad(log_density))
         hessian = jax.jit(jax.hessian(log_density))
-        points = [np.asarray(guide._init_latent, float)]
+        points = [np.asarray(guide.init_loc, float)]
         for k in jax.random.split(key, self.num_starts - 1):
             trace = prototype_trace(
                 handlers.seed(self.model, k), log_density.args, log_density.kwargs, self.init_loc_fn
@@ -132,7 +133,7 @@ class FlowVI:
         *inner, outer = guide.transform.layers
         params, static = eqx.partition(Compose(inner), eqx.is_inexact_array)
         base, n = guide.get_base_dist(), self.num_particles
-        scale_log_det = outer.forward_and_log_det(jnp.zeros_like(guide._init_latent))[1]
+        scale_log_det = outer.forward_and_log_det(jnp.zeros_like(guide.init_loc))[1]
         use_path = self.path_gradient
         if use_path is None:
             forward, inverse = Compose(inner).passes
@@ -167,7 +168,7 @@ class FlowVI:
         state = params, adam.init(params), jnp.zeros((), int)
         trace, best, interrupted = [], (-np.inf, params), False
         schedule = Schedule(self.num_steps, self.learning_rate)
-        dtype = guide._init_latent.dtype
+        dtype = guide.init_loc.dtype
         with tqdm(total=self.num_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
             try:
                 while (step_sizes := schedule.next_chunk(trace)) is not None:
@@ -199,16 +200,6 @@ class FlowVI:
             f"FlowVI: no step had a finite gradient. Sites whose log-density is not finite near the start: {bad}. "
             "Check the data and the priors of what these sites depend on."
         )
-
-
-class FullRank:
-    """The factory of ``flow(dim)`` followed by a full-rank affine map."""
-
-    def __init__(self, flow: Callable[..., TransformModule]):
-        self.flow = flow
-
-    def __call__(self, dim: int, *, key: Array) -> TransformModule:
-        return Compose([self.flow(dim, key=key), TriangularAffine(dim)])
 
 
 class Schedule:

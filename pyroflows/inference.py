@@ -20,7 +20,6 @@ from pyroflows.initialization import Start, find_start
 from pyroflows.log_density import LogDensity, prototype_trace
 from pyroflows.posterior import FlowPosterior, History
 from pyroflows.transform_module import Compose, TransformModule
-from pyroflows.transforms import TriangularAffine
 
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
@@ -84,7 +83,9 @@ class FlowVI:
         """
         begin = time.perf_counter()
         with pyro.poutine.trace(param_only=True) as trace:
-            guide = AutoFlow(self.model, FullRank(self.flow), init_loc_fn=self.init_loc_fn, base_df=self.base_df)
+            guide = AutoFlow(
+            self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=self.base_df, full_rank=True
+        )
             guide._setup_prototype(*args, **kwargs)
         learned = list(trace.trace.param_nodes)
         if learned:
@@ -203,16 +204,6 @@ class FlowVI:
             f"FlowVI: no step had a finite gradient. Sites whose log-density is not finite near the start: {bad}. "
             "Check the data and the priors of what these sites depend on."
         )
-
-
-class FullRank:
-    """The factory of ``flow(dim)`` followed by a full-rank affine map."""
-
-    def __init__(self, flow: Callable[..., TransformModule]):
-        self.flow = flow
-
-    def __call__(self, dim: int) -> TransformModule:
-        return Compose([self.flow(dim), TriangularAffine(dim)])
 
 
 class Schedule:

@@ -13,10 +13,11 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
-from pyroflows import _arviz
+from pyroflows import _arviz, serialization
 from pyroflows.distributions import FlowDistribution
 from pyroflows.guides import AutoFlow
 from pyroflows.log_density import LogDensity
+from pyroflows.transforms import TriangularAffine
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
 PARETO_K_GOOD = 0.7  # below it Pareto-smoothed importance sampling is reliable (Vehtari et al. 2024)
@@ -215,11 +216,22 @@ class FlowPosterior:
 
     # -- files -----------------------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> None:
-        """Writes the posterior to one safetensors file: weights, model arguments, history. No pickle.
+        """Writes weights, the model's arguments and the history to one safetensors file. No pickle.
 
         :raises ValueError: if the model's arguments are not made of arrays, numbers, strings and containers of them.
         """
-        tensors, metadata = serialization.pack_posterior(self)
+        tensors: dict[str, Any] = {"history.elbo": self.history.elbo}
+        arguments = {"args": list(self.log_density.args), "kwargs": self.log_density.kwargs}
+        metadata = {
+            "arguments": serialization.pack(arguments, tensors, "model"),
+            "flow": serialization.describe_flow(self.guide.flow),
+            "guide": {"base_df": self.guide.base_df, "full_rank": self.guide.full_rank},
+            "scale_is_matrix": isinstance(self._distribution.transform.layers[-1], TriangularAffine),
+            "num_draws": self.num_draws,
+            "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
+        }
+        weights = serialization.state_dict(self._distribution.transform)
+        tensors.update({f"transform.{name}": value for name, value in weights.items()})
         serialization.save(path, tensors, metadata)
 
     @classmethod
@@ -228,6 +240,22 @@ class FlowPosterior:
 
         :param path: what :meth:`save` wrote.
         :param model: the model it was fitted to.
-        :param flow: the flow factory, needed if it was not one of ``flows`` (or a ``partial`` of one).
+        :param flow: the flow factory (that of the guide), needed if it was not one of ``flows`` or a ``partial`` of one.
+        :raises ValueError: if the file is not a posterior's, or the weights do not fit the model and the flow.
         """
-        raise NotImplementedError
+        tensors, metadata = serialization.load(path)
+        if "arguments" not in metadata:
+            raise ValueError(f"load: {str(path)!r} holds no posterior.")
+        if flow is None and metadata["flow"] is None:
+            raise ValueError("load: the posterior's flow was not one of flows.*: pass its factory as flow=.")
+        factory = flow or serialization.build_flow(metadata["flow"])
+        arguments = serialization.unpack(metadata["arguments"], tensors)
+        args, kwargs = tuple(arguments["args"]), arguments["kwargs"]
+        guide = AutoFlow(model, factory, **metadata["guide"])
+        log_density = guide.log_density(*args, **kwargs)
+        if metadata["scale_is_matrix"]:
+            guide.start_at(guide.init_loc, torch.eye(guide.latent_dim))
+        weights = {n.removeprefix("transform."): t for n, t in tensors.items() if n.startswith("transform.")}
+        serialization.load_state_dict(guide.transform, weights)  # type: ignore[arg-type]
+        history = History(**{**metadata["history"], "elbo": np.asarray(tensors["history.elbo"])})
+        return cls(guide, log_density, history, num_draws=metadata["num_draws"])

@@ -40,6 +40,7 @@ class AutoFlow(AutoContinuous):
     :param init_scale: first scale on the unconstrained space: a positive number, a vector ``(latent_dim,)``, or a lower
         Cholesky factor ``(latent_dim, latent_dim)`` (then the scale map is of full rank).
     :param base_df: degrees of freedom of a Student-t base, for heavier tails; ``None`` for a normal base.
+    :param full_rank: puts a trainable full-rank affine map between the flow and the location and scale.
     :raises ValueError: at the first call, for a model with discrete latents, none, latents in a subsampled plate, or
         a log-density that is not finite at the start (naming the sites).
     """
@@ -53,6 +54,7 @@ class AutoFlow(AutoContinuous):
         init_loc_fn: Callable = init_to_uniform,
         init_scale: float | Array = 0.1,
         base_df: float | None = None,
+        full_rank: bool = False,
     ):
         if not callable(flow) or isinstance(flow, TransformModule):
             raise TypeError(
@@ -61,7 +63,7 @@ class AutoFlow(AutoContinuous):
             )
         check_guide_scale(init_scale, base_df)
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
-        self._make_flow, self._init_scale, self._base_df = flow, init_scale, base_df
+        self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
         self.transform: Compose | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -80,14 +82,20 @@ class AutoFlow(AutoContinuous):
             raise ValueError(self._not_finite(seeded, args, kwargs)) from error
         if self.transform is None:  # kept when a pickled guide sets itself up again
             dtype = self._init_latent.dtype
-            flow = self._make_flow(self.latent_dim, key=jax.random.fold_in(key, 1))
-            flow = jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, flow)
-            self.transform = Compose([flow, self._location_and_scale(self._init_latent, self._init_scale)])
+            flow = self.flow(self.latent_dim, key=jax.random.fold_in(key, 1))
+            whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
+            whole = jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, whole)
+            self.transform = Compose([*whole, self._location_and_scale(self._init_latent, self._init_scale)])
 
     def _location_and_scale(self, loc: Array, scale: float | Array) -> TransformModule:
         loc, scale = (jnp.asarray(a, self._init_latent.dtype) for a in (loc, scale))
         outer = TriangularAffine if scale.ndim == 2 else ElementwiseAffine
         return outer(self.latent_dim, loc, scale)
+
+    @property
+    def init_loc(self) -> Array:
+        """The first location ``(latent_dim,)`` on the unconstrained space, by ``init_loc_fn``."""
+        return self._init_latent
 
     def start_at(self, loc: Array, scale: float | Array) -> None:
         """Moves the guide's first location and scale, given on the unconstrained space, before it is trained.
@@ -97,7 +105,7 @@ class AutoFlow(AutoContinuous):
         """
         if self.transform is None:
             raise RuntimeError("AutoFlow: start_at needs the model's structure: call the guide (or log_density) first.")
-        check_guide_scale(scale, self._base_df)
+        check_guide_scale(scale, self.base_df)
         self.transform = Compose([*self.transform.layers[:-1], self._location_and_scale(loc, scale)])
 
     def _not_finite(self, seeded: Callable, args: tuple, kwargs: dict) -> str:
@@ -123,7 +131,7 @@ class AutoFlow(AutoContinuous):
     def get_base_dist(self) -> dist.Distribution:
         """The flow's base ``(latent_dim,)``: standard normal, or Student-t with ``base_df`` degrees of freedom."""
         loc = jnp.zeros(self.latent_dim, self._init_latent.dtype)
-        return (dist.Normal(loc, 1.0) if self._base_df is None else dist.StudentT(self._base_df, loc, 1.0)).to_event(1)
+        return (dist.Normal(loc, 1.0) if self.base_df is None else dist.StudentT(self.base_df, loc, 1.0)).to_event(1)
 
     def _get_posterior(self) -> FlowDistribution:
         transform = flow_module(f"{self.prefix}_flow", self.transform)

@@ -39,6 +39,7 @@ class AutoFlow(AutoContinuous):
     :param init_scale: first scale on the unconstrained space: a positive number, a vector ``(latent_dim,)``, or a lower
         Cholesky factor ``(latent_dim, latent_dim)`` (then the scale map is of full rank).
     :param base_df: degrees of freedom of a Student-t base, for heavier tails; ``None`` for a normal base.
+    :param full_rank: puts a trainable full-rank affine map between the flow and the location and scale.
     :raises ValueError: at the first call, for a model with discrete latents, none, latents in a subsampled plate, or
         a log-density that is not finite at the start (naming the sites).
     """
@@ -51,6 +52,7 @@ class AutoFlow(AutoContinuous):
         init_loc_fn: Callable = init_to_median,
         init_scale: float | Tensor = 0.1,
         base_df: float | None = None,
+        full_rank: bool = False,
     ):
         if not callable(flow) or isinstance(flow, TransformModule):
             raise TypeError(
@@ -60,7 +62,7 @@ class AutoFlow(AutoContinuous):
         check_guide_scale(init_scale, base_df)
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._raw_model, self._init_loc_fn = (model,), init_loc_fn
-        self._make_flow, self._init_scale, self._base_df = flow, init_scale, base_df
+        self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
         self.transform: Compose | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -69,14 +71,20 @@ class AutoFlow(AutoContinuous):
             super()._setup_prototype(*args, **kwargs)
         self._check_finite()
         loc = self._init_loc()
-        flow = self._make_flow(self.latent_dim).to(loc)
-        self.transform = Compose([flow, self._location_and_scale(loc, self._init_scale)])
+        flow = self.flow(self.latent_dim)
+        whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
+        self.transform = Compose([*whole, self._location_and_scale(loc, self._init_scale)]).to(loc)
 
     def _location_and_scale(self, loc: Tensor, scale: float | Tensor) -> TransformModule:
         like = self._init_loc()
         loc, scale = (torch.as_tensor(t, dtype=like.dtype, device=like.device) for t in (loc, scale))
         outer = TriangularAffine if scale.dim() == 2 else ElementwiseAffine
         return outer(self.latent_dim, loc, scale)
+
+    @property
+    def init_loc(self) -> Tensor:
+        """The first location ``(latent_dim,)`` on the unconstrained space, by ``init_loc_fn``."""
+        return self._init_loc()
 
     def start_at(self, loc: Tensor, scale: float | Tensor) -> None:
         """Moves the guide's first location and scale, given on the unconstrained space, before it is trained.
@@ -87,7 +95,7 @@ class AutoFlow(AutoContinuous):
         transform = self._modules.get("transform")
         if transform is None:
             raise RuntimeError("AutoFlow: start_at needs the model's structure: call the guide (or log_density) first.")
-        check_guide_scale(scale, self._base_df)
+        check_guide_scale(scale, self.base_df)
         self.transform = Compose([*transform.layers[:-1], self._location_and_scale(loc, scale)])
 
     def _check_finite(self) -> None:
@@ -114,7 +122,7 @@ class AutoFlow(AutoContinuous):
     def get_base_dist(self) -> dist.TorchDistribution:
         """The flow's base ``(latent_dim,)``: standard normal, or Student-t with ``base_df`` degrees of freedom."""
         zeros = torch.zeros_like(self._init_loc())
-        base = dist.Normal(zeros, 1.0) if self._base_df is None else dist.StudentT(self._base_df, zeros, 1.0)
+        base = dist.Normal(zeros, 1.0) if self.base_df is None else dist.StudentT(self.base_df, zeros, 1.0)
         return base.to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> TransformModule:
