@@ -15,7 +15,7 @@ _HAS_DATA_TREE = int(az.__version__.split(".")[0]) >= 1
 
 
 def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed log-weights (normalised to sum to one) of log-ratios ``(n,)``, and Pareto k (Vehtari et al. 2024)."""
+    """Pareto-smoothed, normalised log-weights of log-ratios ``(n,)``, and Pareto k (Vehtari et al. 2024)."""
     log_ratios = np.asarray(log_ratios, float)
     if _HAS_DATA_TREE:
         from arviz_stats.base import array_stats

@@ -67,8 +67,7 @@ class MLP(eqx.Module):
         keys = jax.random.split(key, len(dims) - 1)
         last = len(dims) - 2
         self.layers = tuple(
-            Linear(i, o, key=k, zero=n == last)
-            for n, (i, o, k) in enumerate(zip(dims, dims[1:], keys, strict=False))
+            Linear(i, o, key=k, zero=n == last) for n, (i, o, k) in enumerate(zip(dims, dims[1:], keys, strict=False))
         )
         self.in_dim, self.context_dim, self.activation = in_dim, context_dim, activation
 
@@ -113,9 +112,7 @@ class MaskedMLP(MLP):
         return [jnp.where(mask, layer.weight, 0) for mask, layer in zip(masks, self.layers, strict=True)]
 
 
-def autoregressive_masks(
-    dim: int, hidden_dims: Sequence[int], num_params: int, context_dim: int
-) -> list[np.ndarray]:
+def autoregressive_masks(dim: int, hidden_dims: Sequence[int], num_params: int, context_dim: int) -> list[np.ndarray]:
     """Masks ``(out, in)`` of the weights of a :class:`MaskedMLP` (Germain et al. 2015, section 4)."""
     degrees = [np.concatenate([np.arange(dim), np.full(context_dim, -1)])]
     degrees += [np.arange(width) % max(dim - 1, 1) for width in hidden_dims]

@@ -36,7 +36,7 @@ class FlowDistribution(dist.TransformedDistribution):
     @validate_sample
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
         if intermediates:
-            (x, log_det), = intermediates
+            ((x, log_det),) = intermediates
             return self.base_dist.log_prob(x) - log_det
         x, log_det = self.transform.inverse_and_log_det(value)
         return self.base_dist.log_prob(x) + log_det

@@ -85,9 +85,7 @@ def nsf(
     The splines act within ``[-bound, bound]`` and are the identity outside: locate and scale the target first.
     """
     spline = RationalQuadraticSpline(num_bins, bound)
-    return _coupling_stack(
-        dim, spline, num_layers, hidden_dims, key, context_dim=context_dim, activation=activation
-    )
+    return _coupling_stack(dim, spline, num_layers, hidden_dims, key, context_dim=context_dim, activation=activation)
 
 
 def iaf(
@@ -151,9 +149,7 @@ def nsf_ar(
     )
 
 
-FLOWS: dict[str, Callable[..., TransformModule]] = {
-    f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf)
-}
+FLOWS: dict[str, Callable[..., TransformModule]] = {f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf)}
 
 
 def check_dim(dim: int) -> None:

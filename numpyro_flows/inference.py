@@ -84,20 +84,18 @@ class FlowVI:
         """
         begin = time.perf_counter()
         setup_key, start_key, fit_key, draw_key = jax.random.split(rng_key, 4)
-        guide = AutoFlow(
-            self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=self.base_df, full_rank=True
-        )
+        guide = AutoFlow(self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=self.base_df, full_rank=True)
         with handlers.seed(rng_seed=setup_key):
             guide._setup_prototype(*args, **kwargs)
         learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
         if learned:
             raise ValueError(
-                f"FlowVI: the model has param site(s) {learned}, which a posterior does not cover. Give them priors, or "
-                "train them together with an AutoFlow guide by numpyro.infer.SVI."
+                f"FlowVI: the model has param site(s) {learned}, which a posterior does not cover. Give them priors, "
+                "or train them together with an AutoFlow guide by numpyro.infer.SVI."
             )
         log_density = guide.log_density(*args, **kwargs)
         start = self._find_start(guide, log_density, start_key)
-        guide.start_at(start.loc, start.scale_tril)
+        guide.start_at(jnp.asarray(start.loc), jnp.asarray(start.scale_tril))
         transform, history = self._ascend(guide, log_density, fit_key)
         history = history._replace(
             gradients=start.gradients + self.num_particles * len(history.elbo),
@@ -166,7 +164,8 @@ class FlowVI:
             return lax.scan(lambda s, k: step(path, s, k), state, (step_sizes, keys))
 
         state = params, adam.init(params), jnp.zeros((), int)
-        trace, best, interrupted = [], (-np.inf, params), False
+        trace: list[float] = []
+        best, interrupted = (-np.inf, params), False
         schedule = Schedule(self.num_steps, self.learning_rate)
         dtype = guide.init_loc.dtype
         with tqdm(total=self.num_steps, desc="FlowVI", disable=not self.progress_bar) as bar:

@@ -77,6 +77,7 @@ class FlowPosterior:
         self.guide, self.params, self.log_density, self.history = guide, params, log_density, history
         self.num_draws, self._key = num_draws, jax.random.key(0) if rng_key is None else rng_key
         self._distribution = guide.get_posterior(params)
+        self._transform: Any = self._distribution.transform
         self._constrain = jax.jit(lambda u: lax.map(log_density.constrain, u, batch_size=_BATCH))
         self._score = jax.jit(lambda u: lax.map(log_density, u, batch_size=_BATCH))
         self._unconstrain = jax.jit(lambda s: lax.map(log_density.unconstrain, s, batch_size=_BATCH))
@@ -234,11 +235,11 @@ class FlowPosterior:
             "arguments": serialization.pack(arguments, tensors, "model"),
             "flow": serialization.describe_flow(self.guide.flow),
             "guide": {"base_df": self.guide.base_df, "full_rank": self.guide.full_rank},
-            "scale_is_matrix": isinstance(self._distribution.transform.layers[-1], TriangularAffine),
+            "scale_is_matrix": isinstance(self._transform.layers[-1], TriangularAffine),
             "num_draws": self.num_draws,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
         }
-        weights = serialization.state_dict(self._distribution.transform)
+        weights = serialization.state_dict(self._transform)
         tensors.update({f"transform.{name}": value for name, value in weights.items()})
         serialization.save(path, tensors, metadata)
 
@@ -248,7 +249,7 @@ class FlowPosterior:
 
         :param path: what :meth:`save` wrote.
         :param model: the model it was fitted to.
-        :param flow: the flow factory (that of the guide), needed if it was not one of ``flows`` or a ``partial`` of one.
+        :param flow: the guide's flow factory, needed if it was not one of ``flows`` or a ``partial`` of one.
         :raises ValueError: if the file is not a posterior's, or the weights do not fit the model and the flow.
         """
         tensors, metadata = serialization.load(path)

@@ -102,9 +102,7 @@ class MaskedMLP(MLP):
         return [layer.weight * getattr(self, f"mask_{n}") for n, layer in enumerate(self.layers)]  # type: ignore
 
 
-def autoregressive_masks(
-    dim: int, hidden_dims: Sequence[int], num_params: int, context_dim: int
-) -> list[np.ndarray]:
+def autoregressive_masks(dim: int, hidden_dims: Sequence[int], num_params: int, context_dim: int) -> list[np.ndarray]:
     """Masks ``(out, in)`` of the weights of a :class:`MaskedMLP` (Germain et al. 2015, section 4)."""
     degrees = [np.concatenate([np.arange(dim), np.full(context_dim, -1)])]
     degrees += [np.arange(width) % max(dim - 1, 1) for width in hidden_dims]

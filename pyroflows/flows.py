@@ -14,9 +14,7 @@ from pyroflows.transforms import Autoregressive, Coupling, ElementwiseAffine, Pe
 from pyroflows.univariate import Additive, Affine, RationalQuadraticSpline, Univariate
 
 
-def _coupling_stack(
-    dim: int, univariate: Univariate, num_layers: int, hidden_dims: Sequence[int], **kwargs
-) -> Compose:
+def _coupling_stack(dim: int, univariate: Univariate, num_layers: int, hidden_dims: Sequence[int], **kwargs) -> Compose:
     """Equal coupling layers, each of which exchanges the blocks; at the end every element is at its place again."""
     check_dim(dim)
     make = partial(Coupling, dim, univariate, hidden_dims, swap=True, **kwargs)
@@ -44,9 +42,7 @@ def nice(
     activation: str = "silu",
 ) -> TransformModule:
     """Additive coupling and a diagonal scale (Dinh et al. 2015). One pass both ways."""
-    stack = _coupling_stack(
-        dim, Additive(), num_layers, hidden_dims, context_dim=context_dim, activation=activation
-    )
+    stack = _coupling_stack(dim, Additive(), num_layers, hidden_dims, context_dim=context_dim, activation=activation)
     return Compose([stack, ElementwiseAffine(dim)])
 
 
@@ -80,9 +76,7 @@ def nsf(
     The splines act within ``[-bound, bound]`` and are the identity outside: locate and scale the target first.
     """
     spline = RationalQuadraticSpline(num_bins, bound)
-    return _coupling_stack(
-        dim, spline, num_layers, hidden_dims, context_dim=context_dim, activation=activation
-    )
+    return _coupling_stack(dim, spline, num_layers, hidden_dims, context_dim=context_dim, activation=activation)
 
 
 def iaf(
@@ -137,14 +131,10 @@ def nsf_ar(
     Turn it round with ``Inverse(nsf_ar(...))`` where the density has to be the cheap direction.
     """
     spline = RationalQuadraticSpline(num_bins, bound)
-    return _autoregressive_stack(
-        dim, spline, num_layers, hidden_dims, context_dim=context_dim, activation=activation
-    )
+    return _autoregressive_stack(dim, spline, num_layers, hidden_dims, context_dim=context_dim, activation=activation)
 
 
-FLOWS: dict[str, Callable[..., TransformModule]] = {
-    f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf)
-}
+FLOWS: dict[str, Callable[..., TransformModule]] = {f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf)}
 
 
 def check_dim(dim: int) -> None:

@@ -83,15 +83,13 @@ class FlowVI:
         """
         begin = time.perf_counter()
         with pyro.poutine.trace(param_only=True) as trace:
-            guide = AutoFlow(
-            self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=self.base_df, full_rank=True
-        )
+            guide = AutoFlow(self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=self.base_df, full_rank=True)
             guide._setup_prototype(*args, **kwargs)
         learned = list(trace.trace.param_nodes)
         if learned:
             raise ValueError(
-                f"FlowVI: the model has param site(s) {learned}, which a posterior does not cover. Give them priors, or "
-                "train them together with an AutoFlow guide by pyro.infer.SVI."
+                f"FlowVI: the model has param site(s) {learned}, which a posterior does not cover. Give them priors, "
+                "or train them together with an AutoFlow guide by pyro.infer.SVI."
             )
         log_density = guide.log_density(*args, **kwargs)
         start = self._find_start(guide, log_density)

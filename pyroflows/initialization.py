@@ -94,9 +94,10 @@ def _ascend(
             return 1e300, np.zeros_like(u)  # the line search turns back
         return -float(value), -np.asarray(gradient, float)
 
-    result = minimize(
-        descent, path[0], jac=True, method="L-BFGS-B", callback=lambda u: path.append(u.copy()), options={"maxiter": 200}
-    )
+    def visit(u: np.ndarray) -> None:
+        path.append(u.copy())
+
+    result = minimize(descent, path[0], jac=True, method="L-BFGS-B", callback=visit, options={"maxiter": 200})
     return path, result.nfev
 
 

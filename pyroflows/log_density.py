@@ -183,7 +183,7 @@ class LogDensity:
         return self._map(single, u)
 
     def unconstrain(self, samples: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Unconstrained vectors ``(n, dim)`` of draws of all latent sites, and ``log |det d samples / d u|`` ``(n,)``."""
+        """Vectors ``(n, dim)`` of draws of all latent sites, and ``log |det d samples / d u|`` ``(n,)``."""
         missing = [name for name in self.site_names if name not in samples]
         if missing:
             raise ValueError(f"samples: site(s) {missing} are missing; a draw of every latent site is needed.")
@@ -266,7 +266,8 @@ class _Constrained(Messenger):
 
     def __init__(self, values: dict[str, Tensor]):
         super().__init__()
-        self.values, self.unconstrained = values, {}
+        self.values = values
+        self.unconstrained: dict[str, Tensor] = {}
         self.log_det: Any = 0.0
 
     def _pyro_sample(self, msg: dict) -> None:
@@ -284,7 +285,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()), equal_nan=True)
 
 
-def prototype_trace(model: Callable, args: tuple, kwargs: dict, init_loc_fn: Callable = init_to_median) -> poutine.Trace:
+def prototype_trace(
+    model: Callable, args: tuple, kwargs: dict, init_loc_fn: Callable = init_to_median
+) -> poutine.Trace:
     """One trace of a model, with latents at the values of ``init_loc_fn``."""
     with poutine.block(), torch.no_grad():
         return poutine.trace(InitMessenger(init_loc_fn)(model)).get_trace(*args, **kwargs)

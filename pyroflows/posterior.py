@@ -63,7 +63,8 @@ class FlowPosterior:
 
     def __init__(self, guide: AutoFlow, log_density: LogDensity, history: History, *, num_draws: int = 10_000):
         self.guide, self.log_density, self.history, self.num_draws = guide, log_density, history, num_draws
-        self._distribution = FlowDistribution(guide.get_base_dist(), guide.get_transform())
+        self._transform: Any = guide.get_transform()
+        self._distribution = FlowDistribution(guide.get_base_dist(), self._transform)
 
     # -- draws and density -----------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -226,11 +227,11 @@ class FlowPosterior:
             "arguments": serialization.pack(arguments, tensors, "model"),
             "flow": serialization.describe_flow(self.guide.flow),
             "guide": {"base_df": self.guide.base_df, "full_rank": self.guide.full_rank},
-            "scale_is_matrix": isinstance(self._distribution.transform.layers[-1], TriangularAffine),
+            "scale_is_matrix": isinstance(self._transform.layers[-1], TriangularAffine),
             "num_draws": self.num_draws,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
         }
-        weights = serialization.state_dict(self._distribution.transform)
+        weights = serialization.state_dict(self._transform)
         tensors.update({f"transform.{name}": value for name, value in weights.items()})
         serialization.save(path, tensors, metadata)
 
@@ -240,7 +241,7 @@ class FlowPosterior:
 
         :param path: what :meth:`save` wrote.
         :param model: the model it was fitted to.
-        :param flow: the flow factory (that of the guide), needed if it was not one of ``flows`` or a ``partial`` of one.
+        :param flow: the guide's flow factory, needed if it was not one of ``flows`` or a ``partial`` of one.
         :raises ValueError: if the file is not a posterior's, or the weights do not fit the model and the flow.
         """
         tensors, metadata = serialization.load(path)

@@ -44,9 +44,7 @@ def save(path: str | Path, tensors: dict[str, Any], metadata: dict[str, Any]) ->
     """Writes tensors and JSON-able metadata to one file, which appears only once it is whole."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    arrays = {
-        name: torch.as_tensor(value).detach().cpu().contiguous().clone() for name, value in tensors.items()
-    }
+    arrays = {name: torch.as_tensor(value).detach().cpu().contiguous().clone() for name, value in tensors.items()}
     save_file(arrays, part, metadata={"format": _FORMAT, "metadata": json.dumps(metadata)})
     os.replace(part, path)
 

@@ -211,6 +211,8 @@ class Conditioned(_Fused):
 class Compose(TransformModule):
     """Applies ``layers`` in order; the log-determinants add up in the same pass."""
 
+    layers: Any  # an nn.ModuleList, whose items are typed as plain modules
+
     def __init__(self, layers: Sequence[TransformModule]):
         super().__init__()
         flat: list[TransformModule] = []
@@ -220,28 +222,28 @@ class Compose(TransformModule):
                     f"Compose: layers must be TransformModules, but got {type(layer).__name__}. "
                     "Use pyro.distributions.ComposeTransformModule to mix them with Pyro's own."
                 )
-            flat += list(layer.layers) if type(layer) is Compose else [layer]  # type: ignore[arg-type]
+            flat += list(layer.layers) if type(layer) is Compose else [layer]
         self.layers = torch.nn.ModuleList(flat)
 
     @property
     def passes(self) -> tuple[int, int]:
-        each = [layer.passes for layer in self.layers]  # type: ignore[union-attr]
-        return sum(f for f, _ in each), sum(i for _, i in each)  # type: ignore[misc]
+        each = [layer.passes for layer in self.layers]
+        return sum(f for f, _ in each), sum(i for _, i in each)
 
     @property
     def log_det_is_exact(self) -> bool:  # type: ignore[override]
-        return all(layer.log_det_is_exact for layer in self.layers)  # type: ignore[union-attr]
+        return all(layer.log_det_is_exact for layer in self.layers)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[:-1])
         for layer in self.layers:
-            x, log_det = layer.forward_and_log_det(x, context)  # type: ignore[operator, union-attr]
+            x, log_det = layer.forward_and_log_det(x, context)
             total = total + log_det
         return x, total
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = y.new_zeros(y.shape[:-1])
-        for layer in reversed(self.layers):  # type: ignore[call-overload]
+        for layer in reversed(self.layers):
             y, log_det = layer.inverse_and_log_det(y, context)
             total = total + log_det
         return y, total

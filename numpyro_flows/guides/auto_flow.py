@@ -28,9 +28,9 @@ _REBUILT = ("prototype_trace", "_potential_fn_gen", "_potential_fn", "_postproce
 class AutoFlow(AutoContinuous):
     """Guide ``z ~ N(0, I) -> flow -> location and scale -> latents``, with an exact density.
 
-    A drop-in ``AutoContinuous``: it works in NumPyro's ``SVI``, ``Predictive``, ``NeuTraReparam``, with any support that
-    ``biject_to`` knows, and from one latent dimension on. The flow starts at the identity, so the guide starts as the
-    normal of ``init_loc_fn`` and ``init_scale``. All its parameters are the one param site ``{prefix}_flow$params``.
+    A drop-in ``AutoContinuous``: it works in NumPyro's ``SVI``, ``Predictive``, ``NeuTraReparam``, with any support
+    that ``biject_to`` knows, and from one latent dimension on. The flow starts at the identity, so the guide
+    starts as the normal of ``init_loc_fn`` and ``init_scale``. All its parameters are the one param site ``{prefix}_flow$params``.
 
     :param model: NumPyro model with continuous latents.
     :param flow: factory ``flow(dim, key=key) -> TransformModule``, such as ``flows.nsf`` or
@@ -134,7 +134,7 @@ class AutoFlow(AutoContinuous):
         return (dist.Normal(loc, 1.0) if self.base_df is None else dist.StudentT(self.base_df, loc, 1.0)).to_event(1)
 
     def _get_posterior(self) -> FlowDistribution:
-        transform = flow_module(f"{self.prefix}_flow", self.transform)
+        transform = flow_module(f"{self.prefix}_flow", self.transform)  # type: ignore[arg-type]
         return FlowDistribution(self.get_base_dist(), transform)
 
     def get_transform(self, params: dict[str, Any]) -> TransformModule:

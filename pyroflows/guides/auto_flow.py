@@ -154,8 +154,8 @@ class AutoFlow(AutoContinuous):
             if not getattr(stored, "_of_a_guide", False):  # read from a file
                 if stored.shape != parameter.shape:
                     raise ValueError(
-                        f"AutoFlow: the param store holds {full_name!r} of shape {tuple(stored.shape)}, but this guide's "
-                        f"is {tuple(parameter.shape)}. Call pyro.clear_param_store(), or build the guide as it was."
+                        f"AutoFlow: the param store holds {full_name!r} of shape {tuple(stored.shape)}, but this "
+                        f"guide's is {tuple(parameter.shape)}. Call pyro.clear_param_store(), or build it alike."
                     )
                 with torch.no_grad():
                     parameter.copy_(stored)
@@ -165,9 +165,7 @@ class AutoFlow(AutoContinuous):
             parameter._of_a_guide = True  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def quantiles(
-        self, quantiles: Any, *args: Any, num_samples: int = 10_000, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def quantiles(self, quantiles: Any, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
         """Quantiles of each latent site, from draws (a flow's marginals have no closed form).
 
         :returns: dict of tensors ``(len(quantiles), *site_shape)``, or ``site_shape`` for a single number.

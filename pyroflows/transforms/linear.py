@@ -24,9 +24,7 @@ class TriangularAffine(TransformModule):
         loc = torch.zeros(dim) if loc is None else loc.detach().clone()
         scale_tril = torch.eye(dim).to(loc) if scale_tril is None else scale_tril.detach()
         if scale_tril.shape != (dim, dim):
-            raise ValueError(
-                f"TriangularAffine: scale_tril must be ({dim}, {dim}), but got {tuple(scale_tril.shape)}."
-            )
+            raise ValueError(f"TriangularAffine: scale_tril must be ({dim}, {dim}), but got {tuple(scale_tril.shape)}.")
         self.loc = nn.Parameter(loc)
         self.log_diag = nn.Parameter(scale_tril.diagonal().log())
         self.lower = nn.Parameter(scale_tril.tril(-1))
