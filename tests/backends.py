@@ -1,0 +1,216 @@
+"""What the suites need of torch and of jax, behind one face in numpy."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.registry import CONTEXT_DIM, Case
+
+
+class Torch:
+    name = "torch"
+
+    def __init__(self) -> None:
+        self.torch = importlib.import_module("torch")
+        self.pkg = importlib.import_module("pyroflows")
+        self.serialization = importlib.import_module("pyroflows.serialization")
+
+    def build(self, case: Case, dim: int, context: bool = False, seed: int = 0, dtype: str = "float64") -> Any:
+        self.torch.manual_seed(seed)
+        flow = case.make(self.pkg, dim, **({"context_dim": CONTEXT_DIM} if context else {}))
+        return flow.to(getattr(self.torch, dtype))
+
+    def state(self, flow: Any) -> dict[str, np.ndarray]:
+        return {k: v.numpy().copy() for k, v in self.serialization.state_dict(flow).items()}
+
+    def with_state(self, flow: Any, state: dict[str, np.ndarray]) -> Any:
+        return self.serialization.load_state_dict(copy.deepcopy(flow), state)
+
+    def array(self, x: np.ndarray | None) -> Any:
+        return None if x is None else self.torch.as_tensor(np.array(x))
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return x.detach().numpy()
+
+    def run(self, flow: Any, x: np.ndarray, context: np.ndarray | None = None, inverse: bool = False):
+        method = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
+        return tuple(self.numpy(part) for part in method(self.array(x), self.array(context)))
+
+    def shapes(self, flow: Any, shape: tuple, context: tuple | None, inverse: bool) -> tuple[tuple, tuple]:
+        y, log_det = self.run(flow, np.ones(shape), None if context is None else np.ones(context), inverse)
+        return y.shape, log_det.shape
+
+    def jacobian(self, flow: Any, x: np.ndarray, context: np.ndarray | None, inverse: bool) -> np.ndarray:
+        method = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
+        context = None if context is None else self.array(context)
+        columns = [
+            self.torch.func.jvp(lambda x: method(x, context)[0], (self.array(x),), (self.array(unit),))[1]
+            for unit in np.broadcast_to(np.eye(x.shape[-1])[:, None], (x.shape[-1], *x.shape))
+        ]
+        return self.numpy(self.torch.stack(columns, -1))
+
+    def scalar(self, flow: Any, state: dict, x: np.ndarray, context: Any, inverse: bool) -> float:
+        return float(self._loss(self.with_state(flow, state), self.array(x), context, inverse).detach())
+
+    def _loss(self, flow, x, context, inverse):
+        method = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
+        y, log_det = method(x, self.array(context))
+        return (y.sin().sum() + (0.7 * log_det).sum()) / len(x)
+
+    def gradients(self, flow: Any, x: np.ndarray, context: Any, inverse: bool):
+        """Gradients of :meth:`scalar`: by parameter name, and of ``x``."""
+        x = self.array(x).requires_grad_()
+        flow = copy.deepcopy(flow).requires_grad_(True)
+        names, parameters = zip(*flow.named_parameters(), strict=True) if list(flow.parameters()) else ((), ())
+        loss = self._loss(flow, x, context, inverse)
+        grads = self.torch.autograd.grad(loss, [x, *parameters], materialize_grads=True, allow_unused=True)
+        return dict(zip(names, (self.numpy(g) for g in grads[1:]), strict=True)), self.numpy(grads[0])
+
+    def log_det_gradient(self, flow: Any, x: np.ndarray, context: Any, inverse: bool) -> np.ndarray:
+        x = self.array(x).requires_grad_()
+        method = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
+        log_det = method(x, self.array(context))[1].sum()
+        if not log_det.requires_grad:
+            return np.zeros(x.shape)
+        return self.numpy(self.torch.autograd.grad(log_det, x, allow_unused=True, materialize_grads=True)[0])
+
+    def log_det_hessian_product(self, flow: Any, x: np.ndarray, v: np.ndarray, context: Any, inverse: bool):
+        x = self.array(x).requires_grad_()
+        method = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
+        log_det = method(x, self.array(context))[1].sum()
+        if not log_det.requires_grad:
+            return np.zeros(x.shape)
+        (g,) = self.torch.autograd.grad(log_det, x, create_graph=True, allow_unused=True, materialize_grads=True)
+        if not g.requires_grad:
+            return np.zeros(x.shape)
+        (h,) = self.torch.autograd.grad((g * self.array(v)).sum(), x, allow_unused=True, materialize_grads=True)
+        return self.numpy(h)
+
+    def copies(self, flow: Any) -> list[Any]:
+        return [copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]
+
+    def vmapped(self, flow: Any, states: list[dict], x: np.ndarray) -> np.ndarray:
+        stacked = {k: self.torch.stack([self.array(s[k]) for s in states]) for k in states[0]}
+        call = self.torch.func.functional_call
+        out = self.torch.func.vmap(lambda p: call(flow, p, (self.array(x),)))(stacked)
+        return self.numpy(out)
+
+
+class Jax:
+    name = "jax"
+
+    def __init__(self) -> None:
+        self.jax, self.eqx = importlib.import_module("jax"), importlib.import_module("equinox")
+        self.jnp = self.jax.numpy
+        self.pkg = importlib.import_module("numpyro_flows")
+        self.serialization = importlib.import_module("numpyro_flows.serialization")
+        self._run = self.eqx.filter_jit(_method)
+        self._jacobian = self.eqx.filter_jit(self._jacobian_of)
+        self._loss = self.eqx.filter_jit(self._loss_of)
+        self._grads = self.eqx.filter_jit(self._grads_of)
+        self._log_det_grad = self.eqx.filter_jit(lambda f, x, c, i: self._log_det_gradient(f, c, i)(x))
+        self._hvp = self.eqx.filter_jit(
+            lambda f, x, v, c, i: self.jax.jvp(self._log_det_gradient(f, c, i), (x,), (v,))[1]
+        )
+
+    def build(self, case: Case, dim: int, context: bool = False, seed: int = 0, dtype: str = "float64") -> Any:
+        flow = case.make(
+            self.pkg, dim, key=self.jax.random.key(seed), **({"context_dim": CONTEXT_DIM} if context else {})
+        )
+        return self.jax.tree.map(lambda a: a.astype(dtype) if self.eqx.is_inexact_array(a) else a, flow)
+
+    def state(self, flow: Any) -> dict[str, np.ndarray]:
+        return self.serialization.state_dict(flow)
+
+    def with_state(self, flow: Any, state: dict[str, np.ndarray]) -> Any:
+        return self.serialization.load_state_dict(flow, state)
+
+    def array(self, x: np.ndarray | None) -> Any:
+        return None if x is None else self.jnp.asarray(x)
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return np.asarray(x)
+
+    def run(self, flow: Any, x: np.ndarray, context: np.ndarray | None = None, inverse: bool = False):
+        return tuple(np.asarray(part) for part in self._run(flow, self.array(x), self.array(context), inverse))
+
+    def shapes(self, flow: Any, shape: tuple, context: tuple | None, inverse: bool) -> tuple[tuple, tuple]:
+        x, c = self.jnp.ones(shape), None if context is None else self.jnp.ones(context)
+        y, log_det = self.eqx.filter_eval_shape(_method, flow, x, c, inverse)
+        return y.shape, log_det.shape
+
+    def _jacobian_of(self, flow, x, context, inverse):
+        def column(unit):
+            return self.jax.jvp(lambda x: _method(flow, x, context, inverse)[0], (x,), (unit,))[1]
+
+        d = x.shape[-1]
+        return self.jax.vmap(column, out_axes=-1)(self.jnp.broadcast_to(self.jnp.eye(d)[:, None], (d, *x.shape)))
+
+    def jacobian(self, flow: Any, x: np.ndarray, context: np.ndarray | None, inverse: bool) -> np.ndarray:
+        return np.asarray(self._jacobian(flow, self.array(x), self.array(context), inverse))
+
+    def _loss_of(self, flow, x, context, inverse):
+        y, log_det = _method(flow, x, context, inverse)
+        return (self.jnp.sin(y).sum() + (0.7 * log_det).sum()) / len(x)
+
+    def scalar(self, flow: Any, state: dict, x: np.ndarray, context: Any, inverse: bool) -> float:
+        return float(self._loss(self.with_state(flow, state), self.array(x), self.array(context), inverse))
+
+    def _grads_of(self, flow, x, context, inverse):
+        params, static = self.eqx.partition(flow, self.eqx.is_inexact_array)
+        return self.jax.grad(
+            lambda p, x: self._loss_of(self.eqx.combine(p, static), x, context, inverse), argnums=(0, 1)
+        )(params, x)
+
+    def gradients(self, flow: Any, x: np.ndarray, context: Any, inverse: bool):
+        by_params, by_x = self._grads(flow, self.array(x), self.array(context), inverse)
+        return self.state(by_params), np.asarray(by_x)
+
+    def _log_det_gradient(self, flow, context, inverse):
+        return self.jax.grad(lambda x: _method(flow, x, context, inverse)[1].sum())
+
+    def log_det_gradient(self, flow: Any, x: np.ndarray, context: Any, inverse: bool) -> np.ndarray:
+        return np.asarray(self._log_det_grad(flow, self.array(x), self.array(context), inverse))
+
+    def log_det_hessian_product(self, flow: Any, x: np.ndarray, v: np.ndarray, context: Any, inverse: bool):
+        return np.asarray(self._hvp(flow, self.array(x), self.array(v), self.array(context), inverse))
+
+    def copies(self, flow: Any) -> list[Any]:
+        return [copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]
+
+    def vmapped(self, flow: Any, states: list[dict], x: np.ndarray) -> np.ndarray:
+        flows = [self.with_state(flow, s) for s in states]
+        stacked = self.jax.tree.map(lambda *leaves: self.jnp.stack(leaves), *flows)
+        return np.asarray(self.eqx.filter_vmap(lambda f: f(self.array(x)))(stacked))
+
+
+def _method(flow: Any, x: Any, context: Any, inverse: bool) -> tuple[Any, Any]:
+    return (flow.inverse_and_log_det if inverse else flow.forward_and_log_det)(x, context)
+
+
+_made: dict[str, Any] = {}
+
+
+def get(name: str) -> Any:
+    """The backend ``"torch"`` or ``"jax"``; skips the test where it is not installed."""
+    pytest.importorskip({"torch": "pyro", "jax": "numpyro"}[name])
+    if name not in _made:
+        _made[name] = {"torch": Torch, "jax": Jax}[name]()
+    return _made[name]
+
+
+def perturbed(state: dict[str, np.ndarray], sd: float, deep: bool, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every parameter moved by noise of the given size (matrices of deep stacks: over the root of their fan-in)."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name in sorted(state):
+        value = np.asarray(state[name])
+        size = sd / np.sqrt(value.shape[-1]) if deep and value.ndim > 1 and value.size else sd
+        out[name] = value + (size * rng.standard_normal(value.shape)).astype(value.dtype)
+    return out

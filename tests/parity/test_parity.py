@@ -1,0 +1,133 @@
+"""The twins agree: same weights, same numbers; same names, same signatures; files travel both ways."""
+
+import dataclasses
+import inspect
+
+import numpy as np
+import pytest
+
+from tests import backends
+from tests.registry import BY_NAME, CASES, CONTEXT_DIM
+
+
+@pytest.fixture(scope="module")
+def twins():
+    return backends.get("torch"), backends.get("jax")
+
+
+def same_weights(twins, case, context, dtype="float64"):
+    torch, jax = twins
+    state = torch.state(torch.build(case, 5, context, dtype=dtype))
+    moved = backends.perturbed(state, 0.3, case.deep)
+    return [b.with_state(b.build(case, 5, context, seed=1, dtype=dtype), moved) for b in (torch, jax)], moved
+
+
+@pytest.mark.parametrize("with_context", [False, True], ids=["plain", "context"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_same_numbers(twins, case, with_context):
+    if with_context and not case.context:
+        pytest.skip("takes no context")
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(8, 5)), rng.uniform(-100, 100, (4, 5))])
+    context = rng.normal(size=(12, CONTEXT_DIM)) if with_context else None
+    for dtype, tolerance in (("float64", 1e-10), ("float32", 1e-5)):
+        flows, state = same_weights(twins, case, with_context, dtype)
+        xs, cs = x.astype(dtype), None if context is None else context.astype(dtype)
+        assert {n: v.shape for n, v in twins[1].state(flows[1]).items()} == {n: v.shape for n, v in state.items()}
+        for inverse in (False, True):
+            (y, log_det), (y_jax, log_det_jax) = (b.run(f, xs, cs, inverse) for b, f in zip(twins, flows, strict=True))
+            # relative to the size of what went in: rounding of |x| = 100 in float32 is 4e-6
+            slack = tolerance * max(1.0, np.abs(y).max(), np.abs(x).max())
+            np.testing.assert_allclose(y_jax, y, rtol=tolerance, atol=slack)
+            np.testing.assert_allclose(log_det_jax, log_det, rtol=10 * tolerance, atol=10 * tolerance)
+        if dtype == "float64":
+            (params, by_x), (params_jax, by_x_jax) = (
+                b.gradients(f, xs, cs, False) for b, f in zip(twins, flows, strict=True)
+            )
+            scale = max(1.0, np.abs(by_x).max(), *(np.abs(v).max(initial=0) for v in params.values()))
+            np.testing.assert_allclose(by_x_jax, by_x, atol=1e-10 * scale)
+            assert params.keys() == params_jax.keys()
+            for name, value in params.items():
+                np.testing.assert_allclose(params_jax[name], value, atol=1e-10 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "iaf", "lu"])
+def test_files_travel(twins, name, tmp_path):
+    (torch_flow, jax_flow), state = same_weights(twins, BY_NAME[name], False)
+    for writer, flow, reader in [(*twins[:1], torch_flow, twins[1]), (twins[1], jax_flow, twins[0])]:
+        path = tmp_path / f"{writer.name}.safetensors"
+        writer.serialization.save(path, writer.serialization.state_dict(flow), {"what": name})
+        tensors, metadata = reader.serialization.load(path)
+        assert metadata == {"what": name}
+        read = reader.state(reader.with_state(reader.build(BY_NAME[name], 5, seed=3), tensors))
+        for key, value in state.items():
+            np.testing.assert_array_equal(read[key], value)
+
+
+def test_files_that_do_not_fit_are_refused(twins, tmp_path):
+    for backend in twins:
+        flow = backend.build(BY_NAME["realnvp"], 5)
+        state = backend.state(flow)
+        first = next(iter(state))
+        with pytest.raises(ValueError, match=f"missing.*{first}"):
+            backend.with_state(flow, {k: v for k, v in state.items() if k != first})
+        with pytest.raises(ValueError, match="unknown"):
+            backend.with_state(flow, {**state, "extra": state[first]})
+        with pytest.raises(ValueError, match="of shape"):
+            backend.with_state(flow, {**state, first: np.zeros((1, 1))})
+        with pytest.raises(FileNotFoundError):
+            backend.serialization.load(tmp_path / "none")
+        (tmp_path / "text").write_text("no tensors in here")
+        with pytest.raises(ValueError, match="not a safetensors file"):
+            backend.serialization.load(tmp_path / "text")
+
+
+ROOMS = [
+    "conditioners", "distributions", "elbo", "flows", "guides", "inference", "initialization", "log_density",
+    "posterior", "serialization", "transform_module", "transforms", "univariate",
+]  # fmt: skip
+# where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters
+ECOSYSTEM = {"key", "rng_key", "params", "prefix"}
+OWN = {"flow_module", "FlowPosterior.__init__", "LogDensity.__init__"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_same_names_and_signatures(twins, room):
+    here, there = (
+        {
+            name: value
+            for name, value in vars(__import__(f"{b.pkg.__name__}.{room}", fromlist=["x"])).items()
+            if not name.startswith("_") and getattr(value, "__module__", "").startswith(b.pkg.__name__)
+        }
+        for b in twins
+    )
+    assert set(here) - OWN == set(there) - OWN
+    for name in set(here) - OWN:
+        a, b = here[name], there[name]
+        if inspect.isclass(a):
+            methods = {
+                m for m in vars(a) if inspect.isfunction(vars(a)[m]) and (not m.startswith("_") or m == "__init__")
+            }
+            methods -= {"forward", "clear_cache", "with_cache", "expand"}  # torch's protocols
+            for method in sorted(methods):
+                if f"{name}.{method}" in OWN or dataclasses.is_dataclass(b) and method == "__init__":
+                    continue
+                assert hasattr(b, method), f"{name}.{method}"
+                same_signature(getattr(a, method), getattr(b, method), f"{name}.{method}")
+        elif inspect.isfunction(a):
+            same_signature(a, b, name)
+
+
+def same_signature(a, b, name):
+    parameters = [
+        [
+            (p.name, p.kind, p.default if isinstance(p.default, bool | int | float | str | tuple) else None)
+            for p in inspect.signature(f).parameters.values()
+            if p.name not in ECOSYSTEM
+        ]
+        for f in (a, b)
+    ]
+    if name in ("quantiles", "AutoFlow.quantiles", "AutoFlow.median", "FlowVI.run"):
+        parameters = [[p for p in ps if p[0] in ("quantiles", "num_samples")] for ps in parameters]
+        parameters = [[(p[0], p[2]) for p in ps] for ps in parameters]
+    assert parameters[0] == parameters[1], name
