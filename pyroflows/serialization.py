@@ -36,7 +36,7 @@ def load_state_dict(transform: TransformModule, state: dict[str, Any]) -> Transf
     """
     expected = {name: tuple(value.shape) for name, value in transform.state_dict().items()}
     check_state(expected, {name: tuple(value.shape) for name, value in state.items()})
-    transform.load_state_dict({name: torch.as_tensor(np.array(value)) for name, value in state.items()})
+    transform.load_state_dict({name: torch.as_tensor(value) for name, value in state.items()})
     return transform
 
 

@@ -30,7 +30,8 @@ class AutoFlow(AutoContinuous):
 
     A drop-in ``AutoContinuous``: it works in NumPyro's ``SVI``, ``Predictive``, ``NeuTraReparam``, with any support
     that ``biject_to`` knows, and from one latent dimension on. The flow starts at the identity, so the guide
-    starts as the normal of ``init_loc_fn`` and ``init_scale``. All its parameters are the one param site ``{prefix}_flow$params``.
+    starts as the normal of ``init_loc_fn`` and ``init_scale``. Its parameters are the one param site
+    ``{prefix}_flow$params``.
 
     :param model: NumPyro model with continuous latents.
     :param flow: factory ``flow(dim, key=key) -> TransformModule``, such as ``flows.nsf`` or

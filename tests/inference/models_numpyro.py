@@ -1,0 +1,78 @@
+"""Models with known answers, in NumPyro."""
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+
+Y = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+SIGMA = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def conjugate(x):
+    theta = numpyro.sample("theta", dist.Normal(0.0, 2.0))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+
+def gaussian(covariance):
+    numpyro.sample("z", dist.MultivariateNormal(jnp.ones(len(covariance)), covariance))
+
+
+def funnel():
+    v = numpyro.sample("v", dist.Normal(0.0, 3.0))
+    with numpyro.plate("rows", 9):
+        numpyro.sample("x", dist.Normal(0.0, jnp.exp(v / 2)))
+
+
+def eight_schools(y=Y, sigma=SIGMA):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
+    with numpyro.plate("schools", 8):
+        theta = numpyro.sample("theta", dist.Normal(mu, tau))
+        numpyro.sample("obs", dist.Normal(theta, sigma), obs=y)
+    numpyro.deterministic("log_tau", jnp.log(tau))
+
+
+def constrained():
+    numpyro.sample("simplex", dist.Dirichlet(jnp.array([2.0, 3.0, 4.0])))
+    numpyro.sample("corr", dist.LKJCholesky(3, 2.0))
+    numpyro.sample("positive", dist.Gamma(3.0, 2.0))
+    numpyro.sample("interval", dist.Beta(2.0, 3.0))
+    order = dist.transforms.OrderedTransform()
+    numpyro.sample("ordered", dist.TransformedDistribution(dist.Normal(jnp.zeros(3), 1.0).to_event(1), order))
+
+
+def dependent_support():
+    a = numpyro.sample("a", dist.Uniform(0.0, 2.0))
+    numpyro.sample("b", dist.Uniform(0.0, a))
+
+
+def subsampled_local(x=None):
+    with numpyro.plate("data", 10, subsample_size=4):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=jnp.zeros(4))
+
+
+def discrete():
+    k = numpyro.sample("k", dist.Bernoulli(0.5))
+    numpyro.sample("x", dist.Normal(k, 1.0), obs=0.3)
+
+
+def no_latents():
+    numpyro.sample("x", dist.Normal(0.0, 1.0), obs=0.3)
+
+
+def nan_at_the_start():
+    z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+    numpyro.sample("good", dist.Normal(z, 1.0), obs=0.1)
+    numpyro.sample("bad", dist.Normal(z, 1.0), obs=jnp.nan)
+
+
+def with_param():
+    scale = numpyro.param("scale", 1.0)
+    numpyro.sample("z", dist.Normal(0.0, scale))
+
+
+def sometimes_nan():
+    z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+    numpyro.factor("trap", jnp.where(z > 3.0, jnp.sqrt(3.0 - z), 0.0))

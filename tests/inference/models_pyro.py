@@ -1,0 +1,80 @@
+"""Models with known answers, in Pyro."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def conjugate(x):
+    theta = pyro.sample("theta", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+
+def gaussian(covariance):
+    pyro.sample("z", dist.MultivariateNormal(torch.ones(len(covariance)).to(covariance), covariance))
+
+
+def funnel():
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", 9):
+        pyro.sample("x", dist.Normal(0.0, torch.exp(v / 2)))
+
+
+def eight_schools(y=None, sigma=None):
+    dtype = torch.get_default_dtype()
+    y, sigma = (Y if y is None else y).to(dtype), (SIGMA if sigma is None else sigma).to(dtype)
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("obs", dist.Normal(theta, sigma), obs=y)
+    pyro.deterministic("log_tau", torch.log(tau))
+
+
+def constrained():
+    pyro.sample("simplex", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])))
+    pyro.sample("corr", dist.LKJCholesky(3, torch.tensor(2.0)))
+    pyro.sample("positive", dist.Gamma(3.0, 2.0))
+    pyro.sample("interval", dist.Beta(2.0, 3.0))
+    order = dist.transforms.OrderedTransform()
+    pyro.sample("ordered", dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), [order]))
+
+
+def dependent_support():
+    a = pyro.sample("a", dist.Uniform(0.0, 2.0))
+    pyro.sample("b", dist.Uniform(0.0, a))
+
+
+def subsampled_local(x=None):
+    with pyro.plate("data", 10, subsample_size=4):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(4))
+
+
+def discrete():
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    pyro.sample("x", dist.Normal(k, 1.0), obs=torch.tensor(0.3))
+
+
+def no_latents():
+    pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(0.3))
+
+
+def nan_at_the_start():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("good", dist.Normal(z, 1.0), obs=torch.tensor(0.1))
+    pyro.sample("bad", dist.Normal(z, 1.0, validate_args=False), obs=torch.tensor(float("nan")))
+
+
+def with_param():
+    scale = pyro.param("scale", torch.tensor(1.0))
+    pyro.sample("z", dist.Normal(0.0, scale))
+
+
+def sometimes_nan():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("trap", torch.where(z > 3.0, torch.sqrt(3.0 - z), 0.0))

@@ -1,0 +1,269 @@
+"""FlowVI and FlowPosterior against closed forms and known answers, with default settings, in both packages."""
+
+import importlib
+import io
+import math
+import re
+from contextlib import redirect_stdout
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests import backends
+
+EVIDENCE_EIGHT_SCHOOLS = -31.311  # by two-dimensional quadrature, and by long NUTS runs
+
+
+class Fitter:
+    """FlowVI in one package, with numpy in and out; every fit is made once."""
+
+    def __init__(self, name):
+        self.name = name
+        backends.get(name)
+        self.pkg = importlib.import_module({"torch": "pyroflows", "jax": "numpyro_flows"}[name])
+        self.models = importlib.import_module(f"tests.inference.models_{'pyro' if name == 'torch' else 'numpyro'}")
+        self.fits = {}
+
+    def array(self, x):
+        if self.name == "jax":
+            return importlib.import_module("jax.numpy").asarray(x)
+        return importlib.import_module("torch").as_tensor(x)
+
+    def key(self, seed=0):
+        """The leading argument of sampling calls, or the seed set."""
+        if self.name == "jax":
+            return (importlib.import_module("jax").random.key(seed),)
+        importlib.import_module("pyro").set_rng_seed(seed)
+        return ()
+
+    def run(self, model, *args, seed=0, **options):
+        if self.name == "torch":
+            importlib.import_module("torch").set_default_dtype(importlib.import_module("torch").float64)
+        try:
+            vi = self.pkg.FlowVI(getattr(self.models, model), **{"progress_bar": False, **options})
+            return vi.run(*self.key(seed), *args)
+        finally:
+            if self.name == "torch":
+                importlib.import_module("torch").set_default_dtype(importlib.import_module("torch").float32)
+
+    def fit(self, model, *args):
+        if model not in self.fits:
+            self.fits[model] = self.run(model, *args)
+        return self.fits[model]
+
+    def sample(self, posterior, n, seed=1):
+        return {k: np.asarray(v) for k, v in posterior.sample(*self.key(seed), (n,)).items()}
+
+    def resample(self, posterior, n, seed=1):
+        return {k: np.asarray(v) for k, v in posterior.importance_resample(*self.key(seed), n).items()}
+
+
+_fitters = {}
+
+
+@pytest.fixture(params=["torch", "jax"])
+def fitter(request):
+    if request.param not in _fitters:
+        _fitters[request.param] = Fitter(request.param)
+    return _fitters[request.param]
+
+
+DATA = np.random.default_rng(0).normal(1.0, 1.0, 20)
+
+
+def test_conjugate_normal(fitter, no_warnings):
+    posterior = fitter.fit("conjugate", fitter.array(DATA))
+    precision = 1 / 4 + len(DATA)
+    mean, sd = DATA.sum() / precision, precision**-0.5
+    draws = fitter.sample(posterior, 20_000)["theta"]
+    assert draws.mean() == pytest.approx(mean, abs=4 * sd / 20_000**0.5)
+    assert draws.std() == pytest.approx(sd, rel=0.02)
+    evidence = stats.multivariate_normal.logpdf(DATA, cov=np.eye(20) + 4.0)
+    assert posterior.log_evidence().value == pytest.approx(evidence, abs=0.005)
+    assert evidence - 0.005 < posterior.elbo.value < evidence + 4 * posterior.elbo.standard_error + 1e-3
+    assert posterior.pareto_k < 0.7 and posterior.history.stationary and posterior.history.skipped == 0
+    grid = np.linspace(mean - 3 * sd, mean + 3 * sd, 7)
+    np.testing.assert_allclose(
+        posterior.log_prob({"theta": fitter.array(grid)}), stats.norm.logpdf(grid, mean, sd), atol=0.05
+    )
+
+
+def test_correlated_gaussian_of_ten_dimensions(fitter):
+    rng = np.random.default_rng(1)
+    root = rng.normal(size=(10, 10)) * np.geomspace(0.01, 10, 10)[:, None]
+    covariance = root @ root.T + 1e-6 * np.eye(10)
+    posterior = fitter.fit("gaussian", fitter.array(covariance))
+    draws = fitter.sample(posterior, 20_000)["z"]
+    whitened = np.linalg.solve(np.linalg.cholesky(covariance), (draws - 1.0).T)
+    np.testing.assert_allclose(whitened.mean(1), 0, atol=0.05)
+    np.testing.assert_allclose(np.cov(whitened), np.eye(10), atol=0.08)
+    assert -0.03 < posterior.elbo.value < 4 * posterior.elbo.standard_error
+    assert posterior.log_evidence().value == pytest.approx(0, abs=0.02)
+
+
+def test_neals_funnel(fitter):
+    posterior = fitter.fit("funnel")
+    v = fitter.sample(posterior, 20_000)["v"]
+    assert v.mean() == pytest.approx(0, abs=0.3) and v.std() == pytest.approx(3, rel=0.1)
+    assert -0.15 < posterior.elbo.value < 4 * posterior.elbo.standard_error
+    assert posterior.log_evidence().value == pytest.approx(0, abs=0.1)
+
+
+def test_eight_schools_centred(fitter, no_warnings):
+    posterior = fitter.fit("eight_schools")
+    assert -31.45 <= posterior.elbo.value <= EVIDENCE_EIGHT_SCHOOLS + 4 * posterior.elbo.standard_error
+    assert posterior.log_evidence().value == pytest.approx(EVIDENCE_EIGHT_SCHOOLS, abs=0.03)
+    assert posterior.pareto_k < 0.7
+    for draws in (fitter.sample(posterior, 20_000), fitter.resample(posterior, 20_000)):
+        for name, mean, sd in (("mu", 4.40, 3.32), ("tau", 3.60, 3.22), ("log_tau", 0.802, 1.171)):
+            assert draws[name].mean() == pytest.approx(mean, abs=0.1 * sd), name
+            assert draws[name].std() == pytest.approx(sd, rel=0.1), name
+        assert (draws["tau"] > 8).mean() == pytest.approx(0.093, abs=0.02)
+        assert (draws["tau"] < 0.5).mean() == pytest.approx(0.101, abs=0.02)
+
+
+def test_supports(fitter):
+    """Draws from priors of every kind of support; the evidence of a model without data is one."""
+    posterior = fitter.fit("constrained")
+    draws = fitter.sample(posterior, 20_000)
+    np.testing.assert_allclose(draws["simplex"].mean(0), np.array([2, 3, 4]) / 9, atol=0.01)
+    np.testing.assert_allclose(draws["simplex"].sum(-1), 1, atol=1e-9)
+    assert draws["positive"].mean() == pytest.approx(1.5, rel=0.03)
+    assert draws["positive"].std() == pytest.approx(3**0.5 / 2, rel=0.04)
+    assert draws["interval"].mean() == pytest.approx(0.4, abs=0.01)
+    assert (np.diff(draws["ordered"]) > 0).all()
+    correlation = draws["corr"] @ draws["corr"].swapaxes(-1, -2)
+    np.testing.assert_allclose(np.diagonal(correlation, axis1=1, axis2=2), 1, atol=1e-9)
+    # LKJ(2) in three dimensions: an off-diagonal entry is Beta(2.5, 2.5) on [-1, 1], of variance 1/6
+    assert correlation[:, 0, 1].std() == pytest.approx(6**-0.5, rel=0.04)
+    assert posterior.elbo.value > -0.1
+    assert posterior.log_evidence().value == pytest.approx(0, abs=0.03)
+
+
+def test_log_prob_is_the_density_of_the_constrained_values(fitter):
+    """Integrates to one over the constrained space of one site, others at hand: here by importance sampling."""
+    posterior = fitter.fit("eight_schools")
+    native = posterior.sample(*fitter.key(3), (2, 500))
+    log_prob = np.asarray(posterior.log_prob(native))
+    assert log_prob.shape == (2, 500)
+    draws = {name: np.asarray(value) for name, value in native.items()}
+    latents = np.concatenate([draws["mu"][..., None], np.log(draws["tau"])[..., None], draws["theta"]], -1)
+    gaussian = stats.multivariate_normal(latents.reshape(-1, 10).mean(0), np.cov(latents.reshape(-1, 10).T))
+    ratios = np.exp(gaussian.logpdf(latents) - (log_prob + np.log(draws["tau"])))  # with the Jacobian of log
+    # the normal is everywhere narrower than what the flow covers: mean ratio one, within the noise
+    assert ratios.mean() == pytest.approx(1, abs=5 * ratios.std() / 1000**0.5)
+    with pytest.raises(ValueError, match="tau.*missing"):
+        posterior.log_prob({k: v for k, v in native.items() if k != "tau"})
+
+
+def test_dependent_supports(fitter):
+    posterior = fitter.run("dependent_support", num_steps=1500)
+    draws = fitter.sample(posterior, 20_000)
+    assert (draws["b"] < draws["a"]).all()
+    assert draws["a"].mean() == pytest.approx(1, abs=0.03) and draws["b"].mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_same_seed_gives_the_same_result(fitter):
+    a, b = (fitter.run("conjugate", fitter.array(DATA), num_steps=100) for _ in range(2))
+    np.testing.assert_array_equal(a.history.elbo, b.history.elbo)
+    assert a.pareto_k == b.pareto_k
+
+
+def test_arviz_summary_and_plot(fitter, tmp_path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    posterior = fitter.fit("eight_schools")
+    data = posterior.to_arviz(1000)
+    assert data["posterior"]["theta"].shape == (1, 1000, 8) and "log_tau" in data["posterior"]
+    assert data["posterior"].attrs["pareto_k"] == posterior.pareto_k
+    np.testing.assert_array_equal(
+        np.asarray(data["sample_stats"]["lp"] - data["sample_stats"]["log_guide"])[0], posterior._log_ratios[:1000]
+    )
+    np.testing.assert_allclose(np.asarray(data["observed_data"]["obs"])[:2], [28, 8])
+    with redirect_stdout(io.StringIO()) as out:
+        posterior.print_summary(1000)
+    assert "theta[7]" in out.getvalue() and re.search(r"Pareto k 0\.\d\d, ELBO -31\.\d+ \+- 0\.0", out.getvalue())
+    figure = posterior.plot(["mu", "tau"])
+    figure.savefig(tmp_path / "plot.png")
+    assert [axis.get_title() for axis in figure.axes[2:4]] == ["mu", "tau"]
+    with pytest.raises(ValueError, match="var_names"):
+        posterior.plot(["nu"])
+
+
+def test_saved_and_loaded(fitter, tmp_path):
+    posterior = fitter.fit("conjugate", fitter.array(DATA))
+    posterior.save(tmp_path / "posterior.safetensors")
+    loaded = type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.conjugate)
+    a, b = (fitter.sample(p, 10)["theta"] for p in (posterior, loaded))
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(posterior.history.elbo, loaded.history.elbo)
+    assert loaded.history[1:] == posterior.history[1:]
+    assert loaded.log_evidence().value == pytest.approx(posterior.log_evidence().value, abs=0.01)
+    with pytest.raises(ValueError, match="do not fit|missing"):
+        type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.conjugate, fitter.pkg.flows.iaf)
+
+
+def test_keyboard_interrupt_keeps_what_was_reached(fitter, monkeypatch):
+    inference = importlib.import_module(f"{fitter.pkg.__name__}.inference")
+    original, calls = inference.Schedule.next_chunk, []
+
+    def interrupted(self, trace):
+        calls.append(1)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return original(self, trace)
+
+    monkeypatch.setattr(inference.Schedule, "next_chunk", interrupted)
+    posterior = fitter.run("conjugate", fitter.array(DATA))
+    assert posterior.history.interrupted and len(posterior.history.elbo) == 300
+    assert posterior.verdict().startswith("Interrupted")
+    assert math.isfinite(posterior.elbo.value)
+
+
+def test_steps_with_gradients_that_are_not_finite_are_skipped(fitter):
+    posterior = fitter.run("sometimes_nan", num_steps=600, num_particles=64)
+    assert 0 < posterior.history.skipped < 600
+    assert math.isfinite(posterior.log_evidence().value)
+    with redirect_stdout(io.StringIO()) as out:
+        posterior.print_summary(200)
+    assert "steps were skipped" in out.getvalue()
+
+
+def test_a_bad_fit_is_not_trusted(fitter):
+    posterior = fitter.run("funnel", num_steps=1, base_df=None)
+    if posterior.pareto_k >= 0.7:
+        assert posterior.verdict().startswith("Do not trust")
+        with pytest.warns(UserWarning, match="Pareto k"):
+            posterior.log_evidence()
+    else:
+        assert not posterior.verdict().startswith("Good")
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("subsampled_local", "plate 'data', which is subsampled \\(4 of 10\\)"),
+        ("discrete", "'k'.* discrete"),
+        ("no_latents", "no latent sites"),
+        ("nan_at_the_start", "not finite at the start.*'bad'"),
+        ("with_param", "param site.*'scale'"),
+    ],
+)
+def test_models_that_cannot_be_served_are_refused(fitter, model, message):
+    with pytest.raises(ValueError, match=message):
+        fitter.run(model)
+
+
+@pytest.mark.parametrize("option", [{"num_steps": 0}, {"num_particles": 0}, {"learning_rate": 0.0}, {"num_starts": 0}])
+def test_bad_options_are_named(fitter, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        fitter.pkg.FlowVI(fitter.models.funnel, **option)
+
+
+@pytest.mark.parametrize("flow", ["nsf", "iaf", "maf"])
+def test_other_flows_serve_as_well(fitter, flow):
+    posterior = fitter.run("conjugate", fitter.array(DATA), flow=getattr(fitter.pkg.flows, flow), num_steps=300)
+    evidence = stats.multivariate_normal.logpdf(DATA, cov=np.eye(20) + 4.0)
+    assert posterior.log_evidence().value == pytest.approx(evidence, abs=0.02)
