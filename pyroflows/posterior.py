@@ -65,6 +65,7 @@ class FlowPosterior:
         self.guide, self.log_density, self.history, self.num_draws = guide, log_density, history, num_draws
         self._transform: Any = guide.get_transform()
         self._distribution = FlowDistribution(guide.get_base_dist(), self._transform)
+        self._seed = int(torch.randint(2**31 - 1, ()))  # of the diagnostics' draws, which are made when first needed
 
     # -- draws and density -----------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -112,7 +113,8 @@ class FlowPosterior:
     @cached_property
     def draws(self) -> Draws:
         """``num_draws`` draws of the guide, scored; made once."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(self._seed)
             u, log_guide = self._distribution.sample_and_log_prob((self.num_draws,))
             log_model = torch.cat([self.log_density(part) for part in u.split(_BATCH)])
         return Draws(u, log_guide.double().numpy(force=True), log_model.double().numpy(force=True))

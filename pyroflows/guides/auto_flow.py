@@ -66,10 +66,13 @@ class AutoFlow(AutoContinuous):
         self.transform: Compose | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        check_latents(prototype_trace(self._raw_model[0], args, kwargs, self._init_loc_fn), type(self).__name__)
+        with pyro.validation_enabled(False):  # what is out of its support shows in the density, with its site's name
+            trace = prototype_trace(self._raw_model[0], args, kwargs, self._init_loc_fn)
+            check_latents(trace, type(self).__name__)
+            self._check_finite(trace)
+        self.model_params = list(trace.param_nodes)
         with torch.no_grad():
             super()._setup_prototype(*args, **kwargs)
-        self._check_finite()
         loc = self._init_loc()
         flow = self.flow(self.latent_dim)
         whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
@@ -98,10 +101,8 @@ class AutoFlow(AutoContinuous):
         check_guide_scale(scale, self.base_df)
         self.transform = Compose([*transform.layers[:-1], self._location_and_scale(loc, scale)])
 
-    def _check_finite(self) -> None:
-        trace = self.prototype_trace.copy()
-        with pyro.validation_enabled(False):
-            trace.compute_log_prob()
+    def _check_finite(self, trace: pyro.poutine.Trace) -> None:
+        trace.compute_log_prob()
         sites = {
             name: float(site["log_prob_sum"])
             for name, site in trace.nodes.items()

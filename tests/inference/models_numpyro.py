@@ -42,6 +42,10 @@ def constrained():
     numpyro.sample("ordered", dist.TransformedDistribution(dist.Normal(jnp.zeros(3), 1.0).to_event(1), order))
 
 
+def gamma():
+    numpyro.sample("g", dist.Gamma(3.0, 2.0))
+
+
 def dependent_support():
     a = numpyro.sample("a", dist.Uniform(0.0, 2.0))
     numpyro.sample("b", dist.Uniform(0.0, a))

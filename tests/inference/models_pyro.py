@@ -44,6 +44,10 @@ def constrained():
     pyro.sample("ordered", dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), [order]))
 
 
+def gamma():
+    pyro.sample("g", dist.Gamma(3.0, 2.0))
+
+
 def dependent_support():
     a = pyro.sample("a", dist.Uniform(0.0, 2.0))
     pyro.sample("b", dist.Uniform(0.0, a))

@@ -65,7 +65,9 @@ def pyro_potential(posterior):
 def points(posterior, shapes, to_unconstrained) -> dict[str, np.ndarray]:
     """Unconstrained points ``(NUM_POINTS, *shape)`` by site: reference draws, or random without a reference.
 
-    In the posterior's bulk the log-density is small enough for a wrong constant to show.
+    In the posterior's bulk the log-density is small enough for a wrong constant to show. The Gaussian process limits how
+    far backends can agree there: its covariance has condition numbers up to 1e11, so that at 4 % of all its reference
+    draws they differ by 1e-8 to 1e-7, by rounding (each is as far from a 60-digit evaluation); at those taken, by 2e-9.
     """
     generator = np.random.default_rng(0)
     if not posterior.reference:
@@ -100,8 +102,7 @@ def test_twins_have_the_same_log_density(name):
 
 @pytest.mark.parametrize("name", POSTERIORS)
 def test_reference_draws_are_from_the_posterior(name):
-    # Stein's identities, E[score] = 0 and E[(u - E u) score] = -1. Scores are also taken along the posterior's principal
-    # directions, where a shift of the mean shows in spite of the noise of the steepest ones.
+    # Stein's identities: E[score] = 0 and E[(u - E u) score] = -1
     posterior = load("numpyro", name)
     import jax
     import jax.numpy as jnp
@@ -118,8 +119,7 @@ def test_reference_draws_are_from_the_posterior(name):
         np.asarray(x) for x in jax.jit(jax.vmap(score))(jax.tree.map(jnp.asarray, reference_samples(posterior)))
     )
     assert u.shape[1] == posterior.dimension
-    principal = np.linalg.eigh(np.corrcoef(u.T))[1]
-    for statistic in (scores, scores * u.std(0) @ principal, 1 + (u - u.mean(0)) * scores):
+    for statistic in (scores, 1 + (u - u.mean(0)) * scores):
         z = statistic.mean(0) / statistic.std(0) * len(u) ** 0.5
         assert np.abs(z).max() < 5, z
 
