@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pyroflows.transform_module import TransformModule
 
+_LARGEST_WEIGHT = 8.0  # of an importance weight, in means
+
 
 def elbo_terms(
     transform: TransformModule,
@@ -41,17 +43,19 @@ def elbo_terms(
 
 
 def forward_kl(transform: TransformModule, base: dist.TorchDistribution, u: Tensor, log_ratios: Tensor) -> Tensor:
-    """A loss whose gradient estimates that of ``KL(p || q)``, by self-normalised importance weights.
+    """A loss whose gradient estimates that of ``KL(p || q)``, by truncated self-normalised importance weights.
 
     The ELBO says little about the tails of ``q``; this says that ``q`` must not be small where ``p`` is not, which is
-    what keeps importance weights bounded. The mean of ``log q``, whose gradient has expectation zero, is a control
-    variate: the gradient vanishes where the weights are equal. Costs one inverse pass.
+    what keeps importance weights bounded. No weight counts for more than eight times the mean one (Ionides 2008,
+    truncated importance sampling), or single draws would rule the steps. The mean of ``log q``, whose gradient has
+    expectation zero, is a control variate: the gradient vanishes where the weights are equal. Costs one inverse pass.
 
     :param u: draws of ``q`` ``(n, dim)``, held fixed.
     :param log_ratios: ``log p(u) - log q(u)`` ``(n,)``, held fixed.
     """
     log_q = _log_prob(transform, base, u.detach())
-    return log_q.mean() - (torch.softmax(log_ratios.detach(), 0) * log_q).sum()
+    weights = torch.softmax(log_ratios.detach(), 0).clamp_max(_LARGEST_WEIGHT / len(log_q))
+    return log_q.mean() - (weights * log_q).sum() / weights.sum()
 
 
 def _log_prob(transform: TransformModule, base: dist.TorchDistribution, u: Tensor) -> Tensor:

@@ -87,8 +87,8 @@ class FlowVI:
         guide._setup_prototype(*args, **kwargs)
         if guide.model_params:
             raise ValueError(
-                f"FlowVI: the model has param site(s) {guide.model_params}, which a posterior does not cover. Give them "
-                "priors, or train them together with an AutoFlow guide by pyro.infer.SVI."
+                f"FlowVI: the model has param site(s) {guide.model_params}, which a posterior does not cover. Give "
+                "them priors, or train them together with an AutoFlow guide by pyro.infer.SVI."
             )
         log_density = guide.log_density(*args, **kwargs)
         start = self._find_start(guide, log_density)
