@@ -22,7 +22,7 @@ from numpyro_flows.guides import AutoFlow
 from numpyro_flows.initialization import Start, find_start
 from numpyro_flows.log_density import LogDensity, prototype_trace
 from numpyro_flows.posterior import FlowPosterior, History
-from numpyro_flows.transform_module import Compose, TransformModule
+from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
@@ -103,8 +103,8 @@ class FlowVI:
             gradients=start.gradients + self.num_particles * len(history.elbo),
             seconds=time.perf_counter() - begin,
         )
-        params = eqx.filter(transform, eqx.is_inexact_array)
-        return FlowPosterior(guide, {f"{guide.prefix}_flow$params": params}, log_density, history, rng_key=draw_key)
+        params = {f"{guide.prefix}_flow$params": parameters(transform)}
+        return FlowPosterior(guide, params, log_density, history, rng_key=draw_key)
 
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> Start:
         unconstrain = jax.jit(lambda samples: log_density.unconstrain(samples)[0])

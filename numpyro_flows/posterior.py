@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from jax.scipy.special import logsumexp
 from numpyro_flows import _arviz, serialization
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.log_density import LogDensity
+from numpyro_flows.transform_module import parameters
 from numpyro_flows.transforms import TriangularAffine
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
@@ -266,6 +266,6 @@ class FlowPosterior:
             guide.start_at(guide.init_loc, jnp.eye(guide.latent_dim))
         weights = {n.removeprefix("transform."): t for n, t in tensors.items() if n.startswith("transform.")}
         transform = serialization.load_state_dict(guide.transform, weights)  # type: ignore[arg-type]
-        params = {f"{guide.prefix}_flow$params": eqx.filter(transform, eqx.is_inexact_array)}
+        params = {f"{guide.prefix}_flow$params": parameters(transform)}
         history = History(**{**metadata["history"], "elbo": np.asarray(tensors["history.elbo"])})
         return cls(guide, params, log_density, history, num_draws=metadata["num_draws"])

@@ -221,12 +221,20 @@ class Repeat(TransformModule):
 
 
 def flow_module(name: str, transform: TransformModule) -> TransformModule:
-    """Registers the parameters of ``transform`` as the NumPyro param site ``{name}$params``.
+    """Registers the parameters of ``transform`` as the NumPyro param site ``{name}$params``, a dict of arrays.
 
     :returns: the transform with the parameters of the current substitution (of ``SVI``, ``handlers.substitute``, ...).
     """
     params, static = eqx.partition(transform, eqx.is_inexact_array)
-    return eqx.combine(numpyro.param(f"{name}$params", lambda _: params), static)
+    current = numpyro.param(f"{name}$params", lambda _: parameters(transform))
+    leaves = [current[name] for name in parameters(transform)]
+    return eqx.combine(jax.tree.unflatten(jax.tree.structure(params), leaves), static)
+
+
+def parameters(transform: TransformModule) -> dict[str, Array]:
+    """The trainable arrays by their dotted names, layers of a :class:`Repeat` stacked: what the param site holds."""
+    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(transform, eqx.is_inexact_array))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def check_context(context: Array | None, context_dim: int, owner: str) -> None:

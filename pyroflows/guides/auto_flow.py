@@ -13,12 +13,15 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyroflows import flows
 from pyroflows.distributions import FlowDistribution
 from pyroflows.log_density import LogDensity, check_latents, prototype_trace
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import ElementwiseAffine, TriangularAffine
+
+_REGISTERED = WeakTensorKeyDictionary()  # the parameters that a guide of this process has put into the param store
 
 
 class AutoFlow(AutoContinuous):
@@ -152,7 +155,7 @@ class AutoFlow(AutoContinuous):
             stored = store._params.get(full_name)
             if stored is None or stored is parameter:
                 continue
-            if not getattr(stored, "_of_a_guide", False):  # read from a file
+            if stored not in _REGISTERED:  # read from a file
                 if stored.shape != parameter.shape:
                     raise ValueError(
                         f"AutoFlow: the param store holds {full_name!r} of shape {tuple(stored.shape)}, but this "
@@ -163,7 +166,7 @@ class AutoFlow(AutoContinuous):
             del store[full_name]
         pyro.module(prefix, transform)
         for parameter in transform.parameters():
-            parameter._of_a_guide = True  # type: ignore[attr-defined]
+            _REGISTERED[parameter] = True
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:

@@ -66,8 +66,9 @@ def points(posterior, shapes, to_unconstrained) -> dict[str, np.ndarray]:
     """Unconstrained points ``(NUM_POINTS, *shape)`` by site: reference draws, or random without a reference.
 
     In the posterior's bulk the log-density is small enough for a wrong constant to show. The Gaussian process limits
-    how far backends can agree there: its covariance has condition numbers up to 1e11, so that at 4 % of all its reference
-    draws they differ by 1e-8 to 1e-7, by rounding (each is as far from a 60-digit evaluation); at those taken, by 2e-9.
+    how far backends can agree there: its covariance has condition numbers up to 1e11, so that at 4 % of all its
+    reference draws they differ by 1e-8 to 1e-7, by rounding (each is as far from a 60-digit evaluation); at those
+    taken, by 2e-9.
     """
     generator = np.random.default_rng(0)
     if not posterior.reference:

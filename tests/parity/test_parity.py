@@ -91,6 +91,7 @@ ROOMS = [
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
     "flow_module",
+    "parameters",
     "FlowPosterior.__init__",
     "LogDensity.__init__",
     "LogDensity.hessian",

@@ -1,0 +1,270 @@
+"""AutoFlow in NumPyro's own machinery, and where NumPyro's own flow guides fail."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+numpyro = pytest.importorskip("numpyro")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpyro.distributions as dist  # noqa: E402
+from numpyro import handlers, optim  # noqa: E402
+from numpyro.infer import (  # noqa: E402
+    MCMC,
+    NUTS,
+    SVI,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    init_to_median,
+    init_to_value,
+)
+from numpyro.infer.reparam import NeuTraReparam  # noqa: E402
+
+from numpyro_flows import AutoFlow, flows  # noqa: E402
+from tests.inference.models_numpyro import constrained, dependent_support, eight_schools  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("jax")
+
+
+def small(dim, **kwargs):
+    return flows.realnvp(dim, 2, (8, 8), **kwargs)
+
+
+def small_iaf(dim, **kwargs):
+    return flows.iaf(dim, 2, (8, 8), **kwargs)
+
+
+def train(model, guide, steps=300, loss=None, rate=1e-2, **kwargs):
+    loss = Trace_ELBO(num_particles=8) if loss is None else loss
+    return SVI(model, guide, optim.Adam(rate), loss).run(jax.random.key(0), steps, progress_bar=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    guide = AutoFlow(eight_schools, small)
+    return guide, train(eight_schools, guide, 1000)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Trace_ELBO(num_particles=4, vectorize_particles=True),
+        Trace_ELBO(num_particles=2, vectorize_particles=False),
+        TraceMeanField_ELBO(num_particles=4),
+        RenyiELBO(alpha=0.0, num_particles=4),
+        TraceGraph_ELBO(num_particles=4),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_every_elbo(loss, no_warnings):
+    result = train(eight_schools, AutoFlow(eight_schools, small), 200, loss)
+    assert np.isfinite(result.losses).all() and result.losses[-50:].mean() < result.losses[:20].mean()
+
+
+def test_progress_bar_and_stable_update():
+    svi = SVI(eight_schools, AutoFlow(eight_schools, small), optim.Adam(1e-2), Trace_ELBO())
+    result = svi.run(jax.random.key(0), 20, progress_bar=True, stable_update=True)
+    assert np.isfinite(result.losses).all()
+
+
+def test_predictive_quantiles_and_median(trained):
+    guide, result = trained
+    assert result.losses[-200:].mean() < 33
+    draws = Predictive(eight_schools, guide=guide, params=result.params, num_samples=7)(jax.random.key(0), None)
+    assert draws["obs"].shape == (7, 8)
+    low, middle, high = (guide.quantiles(result.params, q) for q in (0.05, 0.5, 0.95))
+    assert (low["theta"] < middle["theta"]).all() and (middle["theta"] < high["theta"]).all()
+    assert guide.quantiles(result.params, [0.05, 0.95])["theta"].shape == (2, 8)
+    np.testing.assert_array_equal(guide.median(result.params)["mu"], middle["mu"])
+    assert abs(middle["mu"] - 4.4) < 1.5
+
+
+@pytest.mark.parametrize("make", [small, small_iaf])
+def test_posterior_scores_draws_that_are_not_its_own(make):
+    guide = AutoFlow(eight_schools, make)
+    result = train(eight_schools, guide, 20)
+    posterior = guide.get_posterior(result.params)
+    x, intermediates = posterior.sample_with_intermediates(jax.random.key(0), (5,))
+    np.testing.assert_allclose(posterior.log_prob(x), posterior.log_prob(x, intermediates), atol=1e-6)
+
+
+def test_neutra_with_vectorised_chains(trained):
+    guide, result = trained
+    neutra = NeuTraReparam(guide, result.params)
+    mcmc = MCMC(
+        NUTS(neutra.reparam(eight_schools)), num_warmup=150, num_samples=250, num_chains=2,
+        chain_method="vectorized", progress_bar=False,
+    )  # fmt: skip
+    mcmc.run(jax.random.key(0))
+    draws = neutra.transform_sample(mcmc.get_samples()["auto_shared_latent"])
+    assert draws["theta"].shape == (500, 8) and draws["log_tau"].shape == (500,)
+    assert abs(draws["mu"].mean() - 4.4) < 1.2
+
+
+def test_masked_and_scaled_guides(trained):
+    guide, result = trained
+    for handler in (handlers.mask(mask=False), handlers.scale(scale=0.5)):
+        with handler:
+            value = Trace_ELBO().loss(jax.random.key(0), result.params, eight_schools, guide)
+        assert np.isfinite(value)
+
+
+def test_init_loc_fn_is_honoured():
+    def far(y=100.0):
+        z = numpyro.sample("z", dist.Normal(0.0, 1000.0).expand([3]).to_event(1))
+        numpyro.sample("y", dist.Normal(z, 0.1).to_event(1), obs=jnp.full(3, y))
+
+    starts = [init_to_value(values={"z": jnp.full(3, 100.0)}), init_to_value(values={"z": jnp.zeros(3)})]
+    losses = []
+    for start in starts:
+        guide = AutoFlow(far, small, init_loc_fn=start)
+        svi = SVI(far, guide, optim.Adam(1e-3), Trace_ELBO(num_particles=16))
+        losses.append(svi.evaluate(svi.init(jax.random.key(0))))
+        assert np.isfinite(train(far, AutoFlow(far, small, init_loc_fn=init_to_median), 5).losses).all()
+    assert losses[0] < 40 < 1e5 < losses[1]
+
+
+@pytest.mark.parametrize("scale", [0.3, np.linspace(0.1, 1, 10), np.tril(np.full((10, 10), 0.1)) + 0.2 * np.eye(10)])
+def test_starts_as_the_normal_of_its_location_and_scale(scale):
+    guide = AutoFlow(eight_schools, small, init_scale=scale)
+    params = train(eight_schools, guide, 0 + 1, rate=1e-12).params
+    draws = guide.get_posterior(params).sample(jax.random.key(0), (20_000,))
+    matrix = scale if np.ndim(scale) == 2 else np.diag(np.broadcast_to(scale, 10))
+    np.testing.assert_allclose(draws.mean(0), guide.init_loc, atol=0.03)
+    np.testing.assert_allclose(jnp.cov(draws.T), matrix @ matrix.T, atol=0.03)
+    guide = AutoFlow(eight_schools, small)
+    guide.log_density()
+    guide.start_at(jnp.ones(10), jnp.asarray(scale))
+    np.testing.assert_allclose(guide.transform(jnp.zeros(10)), 1.0, rtol=1e-6)
+
+
+def test_pickled_guide_gives_the_same(trained):
+    guide, result = trained
+    for other in (pickle.loads(pickle.dumps(guide)), pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(guide))))):
+        np.testing.assert_array_equal(other.median(result.params)["theta"], guide.median(result.params)["theta"])
+    assert np.isfinite(train(eight_schools, pickle.loads(pickle.dumps(AutoFlow(eight_schools, small))), 5).losses).all()
+
+
+def test_parameters_load_into_a_new_guide(trained, tmp_path):
+    guide, result = trained
+    leaves, tree = jax.tree.flatten(result.params)
+    np.savez(tmp_path / "params.npz", *leaves)
+    with np.load(tmp_path / "params.npz") as file:
+        params = jax.tree.unflatten(tree, [jnp.asarray(file[name]) for name in file.files])
+    other = AutoFlow(eight_schools, small)
+    other.log_density()
+    np.testing.assert_array_equal(
+        other.sample_posterior(jax.random.key(3), params)["theta"],
+        guide.sample_posterior(jax.random.key(3), result.params)["theta"],
+    )
+
+
+def test_posteriors_cross_jit_and_vmap(trained):
+    guide, result = trained
+    count = []
+
+    @jax.jit
+    def posterior(params):
+        count.append(1)
+        return guide.get_posterior(params)
+
+    moved = jax.tree.map(lambda a: a + 0.01, result.params)
+    x = jnp.zeros(10)
+    values = [posterior(p).log_prob(x) for p in (result.params, moved)]
+    assert len(count) == 1
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), result.params, moved)
+    np.testing.assert_allclose(jax.vmap(lambda p: guide.get_posterior(p).log_prob(x))(stacked), values)
+
+
+def test_stein_vi_accepts_it():
+    from numpyro.contrib.einstein import RBFKernel, SteinVI
+
+    stein = SteinVI(eight_schools, AutoFlow(eight_schools, small), optim.Adam(1e-3), RBFKernel(), num_stein_particles=3)
+    result = stein.run(jax.random.key(0), 5, progress_bar=False)
+    assert np.isfinite(result.losses).all()
+
+
+def test_one_latent_dimension(no_warnings):
+    def model():
+        numpyro.sample("z", dist.Gamma(3.0, 2.0))
+
+    for make in (flows.realnvp, flows.nsf, flows.iaf, flows.maf):
+        result = train(model, AutoFlow(model, lambda dim, make=make, **k: make(dim, 2, (8,), **k)), 200)
+        assert result.losses[-20:].mean() < 0.5
+
+
+@pytest.mark.parametrize("model", [constrained])
+def test_any_support(model, no_warnings):
+    guide = AutoFlow(model, small)
+    draws = guide.sample_posterior(jax.random.key(0), train(model, guide, 100).params, sample_shape=(50,))
+    np.testing.assert_allclose(draws["simplex"].sum(-1), 1, atol=1e-6)
+    assert (draws["positive"] > 0).all() and (jnp.diff(draws["ordered"]) > 0).all()
+
+
+def test_global_latents_with_a_subsampled_likelihood():
+    data = jnp.asarray(np.random.default_rng(0).normal(1.0, 1.0, 100))
+
+    def model():
+        mu = numpyro.sample("mu", dist.Normal(0.0, 10.0))
+        with numpyro.plate("data", 100, subsample_size=20) as index:
+            numpyro.sample("x", dist.Normal(mu, 1.0), obs=data[index])
+
+    guide = AutoFlow(model, small)
+    result = train(model, guide, 1500)
+    assert abs(guide.median(result.params)["mu"] - data.mean()) < 0.1
+
+
+def test_log_density_agrees_and_inverts():
+    guide = AutoFlow(eight_schools, small)
+    density = guide.log_density()
+    u = 0.3 * jax.random.normal(jax.random.key(0), (10,))
+    values = density.constrain(u)
+    mu, tau, theta = values["mu"], values["tau"], values["theta"]
+    from tests.inference.models_numpyro import SIGMA, Y
+
+    joint = (
+        dist.Normal(0, 5).log_prob(mu) + dist.HalfCauchy(5).log_prob(tau) + jnp.log(tau)
+        + dist.Normal(mu, tau).log_prob(theta).sum() + dist.Normal(theta, SIGMA).log_prob(Y).sum()
+    )  # fmt: skip
+    assert float(density(u)) == pytest.approx(float(joint), abs=1e-9)
+    back, log_det = density.unconstrain(values)
+    np.testing.assert_allclose(back, u, atol=1e-9)
+    assert float(log_det) == pytest.approx(float(jnp.log(tau)), abs=1e-9)
+    assert set(density.site_log_probs(u)) == {"mu", "tau", "theta", "obs"}
+
+
+def test_log_density_of_dependent_supports():
+    density = AutoFlow(dependent_support, small).log_density()
+    u = jnp.array([0.3, -0.7])
+
+    def constrained_vector(u):
+        values = density.constrain(u)
+        return jnp.stack([values["a"], values["b"]])
+
+    jacobian = jax.jacobian(constrained_vector)(u)
+    a = constrained_vector(u)[0]
+    expected = -jnp.log(2.0) - jnp.log(a) + jnp.linalg.slogdet(jacobian)[1]
+    assert float(density(u)) == pytest.approx(float(expected), abs=1e-9)
+    assert float(density.unconstrain(density.constrain(u))[1]) == pytest.approx(
+        float(jnp.linalg.slogdet(jacobian)[1]), abs=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"flow": flows.realnvp(3, key=jax.random.key(0))}, "flow must be a factory"), ({"flow": 3}, "factory")],
+)
+def test_flow_must_be_a_factory(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        AutoFlow(eight_schools, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"init_scale": -1.0}, {"init_scale": np.zeros(3)}, {"base_df": 0.0}])
+def test_bad_scales_are_named(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        AutoFlow(eight_schools, **arguments)

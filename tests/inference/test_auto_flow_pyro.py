@@ -1,0 +1,335 @@
+"""AutoFlow in Pyro's own machinery, and where Pyro's own flow guides fail."""
+
+import copy
+import functools
+import pickle
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+pyro = pytest.importorskip("pyro")
+
+import pyro.distributions as dist  # noqa: E402
+import torch  # noqa: E402
+from pyro import poutine  # noqa: E402
+from pyro.infer import (  # noqa: E402
+    MCMC,
+    NUTS,
+    SVI,
+    JitTrace_ELBO,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from pyro.infer.autoguide.initialization import init_to_mean, init_to_value  # noqa: E402
+from pyro.infer.reparam import NeuTraReparam  # noqa: E402
+
+from pyroflows import AutoFlow, flows  # noqa: E402
+from pyroflows.log_density import LogDensity  # noqa: E402
+from tests.inference.models_pyro import SIGMA, Y, constrained, dependent_support, eight_schools  # noqa: E402
+
+pytestmark = [pytest.mark.xdist_group("torch"), pytest.mark.usefixtures("clean_param_store")]
+
+small = functools.partial(flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+small_iaf = functools.partial(flows.iaf, num_layers=2, hidden_dims=(8, 8))
+VECTORISED = {"num_particles": 8, "vectorize_particles": True, "max_plate_nesting": 1}
+
+
+def train(model, guide, steps=300, loss=None, rate=1e-2):
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": rate}), Trace_ELBO(**VECTORISED) if loss is None else loss)
+    return np.array([svi.step() for _ in range(steps)])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Trace_ELBO(**VECTORISED),
+        Trace_ELBO(num_particles=2),
+        TraceMeanField_ELBO(**VECTORISED),
+        RenyiELBO(alpha=0.0, **VECTORISED),
+        TraceGraph_ELBO(**VECTORISED),
+        JitTrace_ELBO(ignore_jit_warnings=True),
+        JitTrace_ELBO(ignore_jit_warnings=True, **VECTORISED),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_every_elbo(loss):
+    losses = train(eight_schools, AutoFlow(eight_schools, small), 60, loss)
+    assert np.isfinite(losses).all() and losses[-20:].mean() < losses[:10].mean() + 1
+
+
+def test_predictive_quantiles_and_median():
+    guide = AutoFlow(eight_schools, small)
+    assert train(eight_schools, guide, 800)[-100:].mean() < 34
+    draws = Predictive(eight_schools, guide=guide, num_samples=7)()
+    assert draws["theta"].shape[0] == 7
+    low, middle, high = (guide.quantiles(q) for q in (0.05, 0.5, 0.95))
+    assert (low["theta"] < middle["theta"]).all() and (middle["theta"] < high["theta"]).all()
+    assert guide.quantiles([0.05, 0.95])["theta"].shape == (2, 8)
+    assert abs(float(guide.median()["mu"]) - 4.4) < 2
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_neutra(jit):
+    guide = AutoFlow(eight_schools, small)
+    train(eight_schools, guide, 300)
+    neutra = NeuTraReparam(guide)
+    model = neutra.reparam(eight_schools)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        mcmc = MCMC(
+            NUTS(model, jit_compile=jit, ignore_jit_warnings=True, max_tree_depth=4),
+            num_samples=10, warmup_steps=10, disable_progbar=True,
+        )  # fmt: skip
+        mcmc.run()
+    (latent,) = mcmc.get_samples().values()
+    draws = neutra.transform_sample(latent.unsqueeze(-2))
+    assert draws["theta"].shape == (10, 8) and torch.isfinite(draws["tau"]).all()
+
+
+def test_deepcopy_and_pickle_after_a_step():
+    guide = AutoFlow(eight_schools, small)
+    train(eight_schools, guide, 20)
+    pyro.set_rng_seed(1)
+    expected = guide.median()["theta"]
+    for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        pyro.set_rng_seed(1)
+        torch.testing.assert_close(other.median()["theta"], expected)
+    assert np.isfinite(train(eight_schools, guide, 5)).all()  # and the original still trains
+
+
+def test_a_second_guide_trains_on_its_own():
+    first, second = (AutoFlow(eight_schools, small) for _ in range(2))
+    train(eight_schools, first, 100)
+    trained = {name: p.detach().clone() for name, p in first.transform.named_parameters()}
+    losses = train(eight_schools, second, 300)
+    assert losses[-50:].mean() < losses[:10].mean()
+    for name, p in first.transform.named_parameters():
+        torch.testing.assert_close(p.detach(), trained[name])
+    assert any(
+        not torch.equal(p, trained[name])
+        for name, p in second.transform.named_parameters()
+        if p.shape == trained[name].shape
+    )
+    assert np.isfinite(train(eight_schools, first, 20)).all()
+
+
+SAVE = """
+import functools, sys, pyro, torch
+from pyroflows import AutoFlow, flows
+from tests.inference.models_pyro import eight_schools
+guide = AutoFlow(eight_schools, functools.partial(flows.realnvp, num_layers=2, hidden_dims=(8, 8)))
+pyro.get_param_store().load(sys.argv[1])
+guide()
+pyro.set_rng_seed(5)
+print(guide.median()["theta"].tolist())
+before = {n: p.detach().clone() for n, p in guide.transform.named_parameters()}
+from pyro.infer import SVI, Trace_ELBO
+SVI(eight_schools, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO()).step()
+print(any(not torch.equal(p, before[n]) for n, p in guide.transform.named_parameters()))
+"""
+
+
+def test_saved_and_loaded_through_the_param_store(tmp_path):
+    guide = AutoFlow(eight_schools, small)
+    train(eight_schools, guide, 30)
+    pyro.get_param_store().save(tmp_path / "params")
+    pyro.set_rng_seed(5)
+    expected = guide.median()["theta"].tolist()
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SAVE, str(tmp_path / "params")], capture_output=True, text=True
+    )
+    medians, trains = out.stdout.strip().splitlines()
+    assert eval(medians) == expected and trains == "True"
+
+
+def test_state_dict_round_trip():
+    guide, other = AutoFlow(eight_schools, small), AutoFlow(eight_schools, small)
+    train(eight_schools, guide, 20)
+    other()
+    other.load_state_dict(guide.state_dict())
+    results = []
+    for g in (guide, other):
+        pyro.set_rng_seed(2)
+        results.append(g.median()["theta"])
+    torch.testing.assert_close(*results)
+    assert len(guide.state_dict()) == len(dict(guide.named_parameters()))
+
+
+def test_torch_style_loss_with_local_parameters():
+    with pyro.settings.context(module_local_params=True):
+        guide = AutoFlow(eight_schools, small)
+        guide()
+        loss = Trace_ELBO(num_particles=2)(eight_schools, guide)
+        loss()
+        optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+        assert len(list(loss.parameters())) == len(list(guide.transform.parameters()))
+    assert not list(pyro.get_param_store().keys())
+
+
+def test_masked_guide():
+    guide = AutoFlow(eight_schools, small)
+    guide()
+    for handler in (poutine.mask(mask=False), poutine.scale(scale=0.5)):
+        with handler:
+            assert np.isfinite(Trace_ELBO().loss(eight_schools, guide))
+
+
+def test_init_loc_fn_is_honoured():
+    def far():
+        z = pyro.sample("z", dist.Normal(0.0, 1000.0).expand([3]).to_event(1))
+        pyro.sample("y", dist.Normal(z, 0.1).to_event(1), obs=torch.full((3,), 100.0))
+
+    losses = []
+    for value in (100.0, 0.0):
+        guide = AutoFlow(far, small, init_loc_fn=init_to_value(values={"z": torch.full((3,), value)}))
+        losses.append(Trace_ELBO(num_particles=16).loss(far, guide))
+    assert losses[0] < 60 < 1e5 < losses[1]
+    assert np.isfinite(train(far, AutoFlow(far, small, init_loc_fn=init_to_mean), 5)).all()
+
+
+@pytest.mark.parametrize(
+    "scale", [0.3, torch.linspace(0.1, 1, 10), torch.full((10, 10), 0.1).tril() + 0.2 * torch.eye(10)]
+)
+def test_starts_as_the_normal_of_its_location_and_scale(scale):
+    guide = AutoFlow(eight_schools, small, init_scale=scale)
+    with torch.no_grad():
+        draws = guide.get_posterior().sample((20_000,))
+    matrix = scale if torch.is_tensor(scale) and scale.dim() == 2 else torch.diag(torch.as_tensor(scale).expand(10))
+    torch.testing.assert_close(draws.mean(0), guide.init_loc, atol=0.03, rtol=0)
+    torch.testing.assert_close(draws.T.cov(), matrix @ matrix.T, atol=0.03, rtol=0)
+    guide.start_at(torch.ones(10), scale)
+    torch.testing.assert_close(guide.get_transform()(torch.zeros(10)), torch.ones(10))
+
+
+def test_one_latent_dimension():
+    def model():
+        pyro.sample("z", dist.Gamma(3.0, 2.0))
+
+    for make in (flows.realnvp, flows.nsf, flows.iaf, flows.maf):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            losses = train(model, AutoFlow(model, functools.partial(make, num_layers=2, hidden_dims=(8,))), 200)
+        assert losses[-20:].mean() < 0.5
+
+
+def test_any_support():
+    guide = AutoFlow(constrained, small)
+    assert np.isfinite(train(constrained, guide, 50, Trace_ELBO())).all()
+    low = guide.quantiles(0.01)
+    assert low["positive"] > 0 and (low["simplex"] > 0).all()
+
+
+def test_global_latents_with_a_subsampled_likelihood():
+    data = torch.tensor(np.random.default_rng(0).normal(1.0, 1.0, 100), dtype=torch.float32)
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", 100, subsample_size=20) as index:
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=data[index])
+
+    guide = AutoFlow(model, small)
+    train(model, guide, 800)
+    assert abs(float(guide.median()["mu"]) - float(data.mean())) < 0.15
+
+
+# -- LogDensity
+def test_log_density_agrees_in_every_mode():
+    u = 0.3 * torch.randn(6, 10)
+    density = AutoFlow(eight_schools, small).log_density()
+    assert density.mode == "traced"
+    values = density.constrain(u)
+    mu, tau, theta = values["mu"], values["tau"], values["theta"]
+    joint = (
+        dist.Normal(0.0, 5.0).log_prob(mu) + dist.HalfCauchy(torch.tensor(5.0)).log_prob(tau) + tau.log()
+        + dist.Normal(mu[:, None], tau[:, None]).log_prob(theta).sum(-1) + dist.Normal(theta, SIGMA).log_prob(Y).sum(-1)
+    )  # fmt: skip
+    for mode in ("traced", "vmap", "plates", "loop"):
+        other = LogDensity(eight_schools, (), {}, density.shapes, density.prototype, mode=mode)
+        torch.testing.assert_close(other(u), joint, msg=mode)
+    back, log_det = density.unconstrain(values)
+    torch.testing.assert_close(back, u)
+    torch.testing.assert_close(log_det, tau.log())
+    assert set(density.site_log_probs(u)) >= {"mu", "tau", "theta", "obs"}
+    hessian = torch.autograd.functional.hessian(other._single, u[0])
+    torch.testing.assert_close(density.hessian(u[0]), hessian, atol=1e-4, rtol=1e-4)
+
+
+def test_log_density_of_dependent_supports():
+    density = AutoFlow(dependent_support, small).log_density()
+    u = torch.tensor([0.3, -0.7])
+
+    def vector(u):
+        values = density.constrain(u[None])
+        return torch.stack([values["a"][0], values["b"][0]])
+
+    with torch.no_grad():
+        columns = [(vector(u + 1e-3 * e) - vector(u - 1e-3 * e)) / 2e-3 for e in torch.eye(2)]
+    log_det = torch.linalg.slogdet(torch.stack(columns, -1))[1]
+    expected = -np.log(2.0) - vector(u)[0].log() + log_det
+    torch.testing.assert_close(density(u[None])[0], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_log_density_falls_back_where_a_model_cannot_be_batched():
+    def branching():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z if z > 0 else -2 * z, 1.0), obs=torch.tensor(0.5))
+
+    density = AutoFlow(branching, small).log_density()
+    assert density.mode == "loop"
+    u = torch.tensor([[0.7], [-0.7]])
+    expected = dist.Normal(0.0, 1.0).log_prob(u[:, 0]) + dist.Normal(torch.tensor([0.7, 1.4]), 1.0).log_prob(
+        torch.tensor(0.5)
+    )
+    torch.testing.assert_close(density(u), expected)
+
+
+def test_log_density_draws_minibatches_anew():
+    data = torch.arange(10.0)
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", 10, subsample_size=2) as index:
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=data[index])
+
+    density = AutoFlow(model, small).log_density()
+    assert density.mode in ("plates", "loop")
+    assert len({float(density(torch.zeros(1, 1))) for _ in range(20)}) > 3
+
+
+def test_log_density_respects_masks_and_scales():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.scale(scale=3.0):
+            pyro.sample("a", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+        with poutine.mask(mask=torch.tensor(False)):
+            pyro.sample("b", dist.Normal(z, 1.0), obs=torch.tensor(50.0))
+        pyro.factor("c", -(z**2))
+
+    u = torch.tensor([[0.3], [-1.0]])
+    z = u[:, 0]
+    expected = dist.Normal(0.0, 1.0).log_prob(z) + 3 * dist.Normal(z, 1.0).log_prob(torch.tensor(0.5)) - z**2
+    density = AutoFlow(model, small).log_density()
+    torch.testing.assert_close(density(u), expected)
+    torch.testing.assert_close(LogDensity(model, (), {}, density.shapes, density.prototype, mode="plates")(u), expected)
+
+
+@pytest.mark.parametrize("flow", [flows.realnvp(3), 3])
+def test_flow_must_be_a_factory(flow):
+    with pytest.raises(TypeError, match="flow must be a factory"):
+        AutoFlow(eight_schools, flow)
+
+
+@pytest.mark.parametrize("arguments", [{"init_scale": -1.0}, {"init_scale": torch.zeros(3)}, {"base_df": 0.0}])
+def test_bad_scales_are_named(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        AutoFlow(eight_schools, **arguments)
