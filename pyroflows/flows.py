@@ -55,7 +55,10 @@ def realnvp(
     activation: str = "silu",
     max_log_scale: float = 3.0,
 ) -> TransformModule:
-    """Affine coupling (Dinh et al. 2017). One pass both ways; the default of the guides."""
+    """Affine coupling (Dinh et al. 2017). One pass both ways; the default of the guides.
+
+    In one dimension there is nothing to couple, and it is an affine map: take ``nsf`` there.
+    """
     return _coupling_stack(
         dim, Affine(max_log_scale), num_layers, hidden_dims, context_dim=context_dim, activation=activation
     )

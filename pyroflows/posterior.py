@@ -136,7 +136,8 @@ class FlowPosterior:
     @property
     def elbo(self) -> Estimate:
         """Evidence lower bound: the mean of ``log p - log q``."""
-        return Estimate(float(self._log_ratios.mean()), float(self._log_ratios.std() / self.num_draws**0.5))
+        with np.errstate(invalid="ignore"):  # a draw outside the model's support makes it minus infinity
+            return Estimate(float(self._log_ratios.mean()), float(self._log_ratios.std() / self.num_draws**0.5))
 
     def log_evidence(self) -> Estimate:
         """Log of the model's evidence by Pareto-smoothed importance sampling.

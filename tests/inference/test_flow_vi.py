@@ -105,7 +105,7 @@ def test_neals_funnel(fitter):
     v = fitter.sample(posterior, 20_000)["v"]
     assert v.mean() == pytest.approx(0, abs=0.3) and v.std() == pytest.approx(3, rel=0.1)
     assert -0.15 < posterior.elbo.value < 4 * posterior.elbo.standard_error
-    assert posterior.log_evidence().value == pytest.approx(0, abs=0.1)
+    assert posterior._log_evidence().value == pytest.approx(0, abs=0.1)
 
 
 def test_eight_schools_centred(fitter, no_warnings):
@@ -128,8 +128,9 @@ def test_supports(fitter):
     draws = fitter.sample(posterior, 20_000)
     np.testing.assert_allclose(draws["simplex"].mean(0), np.array([2, 3, 4]) / 9, atol=0.01)
     np.testing.assert_allclose(draws["simplex"].sum(-1), 1, atol=1e-9)
-    assert draws["positive"].mean() == pytest.approx(1.5, rel=0.03)
-    assert draws["positive"].std() == pytest.approx(3**0.5 / 2, rel=0.04)
+    resampled = fitter.resample(posterior, 20_000)
+    assert resampled["positive"].mean() == pytest.approx(1.5, rel=0.03)
+    assert resampled["positive"].std() == pytest.approx(3**0.5 / 2, rel=0.04)
     assert draws["interval"].mean() == pytest.approx(0.4, abs=0.01)
     assert (np.diff(draws["ordered"]) > 0).all()
     correlation = draws["corr"] @ draws["corr"].swapaxes(-1, -2)
@@ -141,7 +142,7 @@ def test_supports(fitter):
 
 
 def test_log_prob_is_the_density_of_the_constrained_values(fitter):
-    posterior = fitter.run("gamma", num_steps=500)
+    posterior = fitter.run("gamma", flow=fitter.pkg.flows.nsf, num_steps=500)
     grid, step = np.linspace(0, 20, 20_001, retstep=True)
     log_prob = np.asarray(posterior.log_prob({"g": fitter.array(grid[1:])}))
     assert np.exp(log_prob).sum() * step == pytest.approx(1, abs=1e-4)
@@ -205,11 +206,11 @@ def test_keyboard_interrupt_keeps_what_was_reached(fitter, monkeypatch):
     inference = importlib.import_module(f"{fitter.pkg.__name__}.inference")
     original, calls = inference.Schedule.next_chunk, []
 
-    def interrupted(self, trace):
+    def interrupted(self, *progress):
         calls.append(1)
         if len(calls) > 6:
             raise KeyboardInterrupt
-        return original(self, trace)
+        return original(self, *progress)
 
     monkeypatch.setattr(inference.Schedule, "next_chunk", interrupted)
     posterior = fitter.run("conjugate", fitter.array(DATA))
@@ -262,4 +263,4 @@ def test_bad_options_are_named(fitter, option):
 def test_other_flows_serve_as_well(fitter, flow):
     posterior = fitter.run("conjugate", fitter.array(DATA), flow=getattr(fitter.pkg.flows, flow), num_steps=300)
     evidence = stats.multivariate_normal.logpdf(DATA, cov=np.eye(20) + 4.0)
-    assert posterior.log_evidence().value == pytest.approx(evidence, abs=0.02)
+    assert posterior._log_evidence().value == pytest.approx(evidence, abs=0.02)
