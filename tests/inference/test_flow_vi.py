@@ -81,10 +81,11 @@ def test_conjugate_normal(fitter, no_warnings):
     assert posterior.log_evidence().value == pytest.approx(evidence, abs=0.005)
     assert evidence - 0.005 < posterior.elbo.value < evidence + 4 * posterior.elbo.standard_error + 1e-3
     assert posterior.pareto_k < 0.7 and posterior.history.stationary and posterior.history.skipped == 0
-    grid = np.linspace(mean - 4 * sd, mean + 4 * sd, 9)
-    np.testing.assert_allclose(
-        posterior.log_prob({"theta": fitter.array(grid)}), stats.norm.logpdf(grid, mean, sd), atol=0.1
-    )
+    grid, step = np.linspace(mean - 40 * sd, mean + 40 * sd, 8001, retstep=True)
+    log_prob = np.asarray(posterior.log_prob({"theta": fitter.array(grid)}))
+    assert np.exp(log_prob).sum() * step == pytest.approx(1, abs=1e-6)
+    bulk = np.abs(grid - mean) < 2 * sd
+    np.testing.assert_allclose(log_prob[bulk], stats.norm.logpdf(grid[bulk], mean, sd), atol=0.1)
 
 
 def test_correlated_gaussian_of_ten_dimensions(fitter):
