@@ -14,7 +14,7 @@ import optax
 from jax import Array, lax
 from numpyro import handlers
 from numpyro.infer.initialization import init_to_uniform
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from numpyro_flows import flows
 from numpyro_flows.elbo import elbo_terms, forward_kl

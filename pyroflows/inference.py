@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pyroflows import flows
 from pyroflows.elbo import elbo_terms, forward_kl
