@@ -9,7 +9,7 @@ import pytest
 
 from tests.benchmarks.models import POSTERIORS, TARGETS, available, available_targets, flatten
 
-NUM_POINTS = 8
+NUM_POINTS = 32
 
 
 def load(backend: str, name: str):
@@ -65,10 +65,7 @@ def pyro_potential(posterior):
 def points(posterior, shapes, to_unconstrained) -> dict[str, np.ndarray]:
     """Unconstrained points ``(NUM_POINTS, *shape)`` by site: reference draws, or random without a reference.
 
-    In the posterior's bulk the log-density is small enough for a wrong constant to show. The Gaussian process limits
-    how far backends can agree there: its covariance has condition numbers up to 1e11, so that at 4 % of all its
-    reference draws they differ by 1e-8 to 1e-7, by rounding (each is as far from a 60-digit evaluation); at those
-    taken, by 2e-9.
+    In the posterior's bulk the log-density is small enough for a wrong constant to show.
     """
     generator = np.random.default_rng(0)
     if not posterior.reference:
@@ -80,6 +77,21 @@ def points(posterior, shapes, to_unconstrained) -> dict[str, np.ndarray]:
     return {
         site: to_unconstrained[site](x).numpy() if site in to_unconstrained else x.numpy() for site, x in draws.items()
     }
+
+
+def rounding(posterior, u) -> np.ndarray:
+    """How far two correct evaluations in float64 may lie apart at the points ``u``: ``(NUM_POINTS,)``.
+
+    The Gaussian process factorises a covariance of condition number up to 1e11. Against evaluations with 60 digits at
+    25 reference draws, the ten with the largest difference between the backends among them, both were off by at most
+    0.03 of (machine epsilon) x (condition number) where that exceeds 1e-8.
+    """
+    if "gp_pois" not in posterior.name:
+        return np.full(NUM_POINTS, 1e-8)
+    x, rho, alpha = np.asarray(posterior.args[0]), np.exp(u["rho"]), np.exp(u["alpha"])
+    distances = (x[:, None] - x) / rho[:, None, None]
+    covariance = alpha[:, None, None] ** 2 * np.exp(-0.5 * distances**2) + 1e-10 * np.eye(len(x))
+    return 1e-9 + 0.1 * np.finfo(np.float64).eps * np.linalg.cond(covariance)
 
 
 @pytest.mark.parametrize("name", [*POSTERIORS, *TARGETS])
@@ -98,7 +110,8 @@ def test_twins_have_the_same_log_density(name):
     expected = [float(potential({site: torch.as_tensor(x[i]) for site, x in u.items()})) for i in range(NUM_POINTS)]
     actual = jax.jit(jax.vmap(lambda u: potential_energy(twin.model, twin.args, twin.kwargs, u)))(u)
     assert np.isfinite(expected).all()
-    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-8)
+    allowed = rounding(ours, u) + 1e-12 * np.abs(expected)
+    assert (np.abs(actual - np.array(expected)) <= allowed).all()
 
 
 @pytest.mark.parametrize("name", POSTERIORS)
@@ -159,7 +172,8 @@ def test_pyro_models_run_on_a_batch_of_draws(name):
         if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
     }
     log_joint = sum(site["log_prob"].reshape(NUM_POINTS, -1).sum(-1) for site in sites.values())
-    torch.testing.assert_close(-(log_joint + log_det), expected, rtol=1e-12, atol=1e-8)
+    allowed = rounding(posterior, u) + 1e-12 * expected.abs().numpy()
+    assert ((-(log_joint + log_det) - expected).abs().numpy() <= allowed).all()
 
     if posterior.reference:
         names, matrix = flatten({name: site["value"] for name, site in sites.items()}, posterior.mapping)
