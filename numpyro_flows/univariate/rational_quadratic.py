@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from numpyro_flows.univariate.base import Univariate
+
+FLOOR = 0.02  # of a bin's weight: the largest is at most 51 times the smallest
 
 
 def soft_clip(x: Array, limit: float) -> Array:
@@ -17,21 +20,19 @@ def soft_clip(x: Array, limit: float) -> Array:
 class RationalQuadraticSpline(Univariate):
     """Maps ``[-bound, bound]`` onto itself by ``num_bins`` rational-quadratic pieces, the identity outside.
 
-    Params: ``num_bins`` bin widths, ``num_bins`` heights and ``num_bins - 1`` interior slopes, all raw. The raw values
-    are softly limited (sizes to a ratio of ``exp(2 * max_log_size)``, slopes to ``exp(+-max_log_slope)``) and bins have
-    a least size, so that the inverse stays accurate in float32 whatever the parameters.
+    Params: ``num_bins`` bin widths, ``num_bins`` heights and ``num_bins - 1`` interior slopes, all raw. A bin's share
+    of the box is ``min_size`` plus what is left in proportion to ``0.02 + sigmoid(raw)``; log-slopes are softly limited
+    to ``+-max_log_slope``. So the inverse stays accurate in float32 whatever the parameters.
 
     :param num_bins: number of pieces, at least 2.
     :param bound: half the width of the spline's box.
     :param min_size: least width and height of a bin, as a share of the box; less than ``1 / num_bins``.
-    :param max_log_size: limit of the logits of the bin sizes.
     :param max_log_slope: limit of the log-slopes at the interior knots.
     """
 
     num_bins: int = eqx.field(static=True, default=8)
     bound: float = eqx.field(static=True, default=5.0)
     min_size: float = eqx.field(static=True, default=1e-2)
-    max_log_size: float = eqx.field(static=True, default=2.0)
     max_log_slope: float = eqx.field(static=True, default=2.0)
 
     def __check_init__(self) -> None:
@@ -45,10 +46,10 @@ class RationalQuadraticSpline(Univariate):
         """The piece that holds ``u``: left knot (x0, y0), width, height and the slopes at both ends."""
         k = self.num_bins
 
-        def sizes(raw):  # positive, of sum 2 * bound; bounded logits need no shift by their maximum
-            e = jnp.exp(soft_clip(raw, self.max_log_size))
-            share = (1 - k * self.min_size) / e.sum(-2, keepdims=True)
-            return (e * share + self.min_size) * (2 * self.bound)
+        def sizes(raw):  # positive, of sum 2 * bound
+            weights = jax.nn.sigmoid(raw) + FLOOR
+            share = (1 - k * self.min_size) / weights.sum(-2, keepdims=True)
+            return (weights * share + self.min_size) * (2 * self.bound)
 
         widths, heights = sizes(params[..., :k, :]), sizes(params[..., k : 2 * k, :])
         log_slopes = params[..., 2 * k :, :]
@@ -93,11 +94,11 @@ class RationalQuadraticSpline(Univariate):
 
 def _rational_quadratic(t, y0, width, height, d0, d1):
     """Value and log-derivative at the share ``t`` of a piece (Durkan et al. 2019, eqs. 4 and 5)."""
-    s, tt = height / width, t * (1 - t)
-    denominator = s + (d0 + d1 - 2 * s) * tt
-    y = y0 + height * t * (s * t + d0 * (1 - t)) / denominator
-    slope = s * s * (d1 * t * t + 2 * s * tt + d0 * (1 - t) ** 2)
-    return y, jnp.log(slope) - 2 * jnp.log(denominator)
+    s, r = height / width, 1 - t
+    denominator = s + (d0 + d1 - 2 * s) * t * r
+    y = y0 + height * t * (s * t + d0 * r) / denominator
+    slope = d1 * t * t + 2 * s * t * r + d0 * r * r
+    return y, jnp.log(slope * jnp.square(s / denominator))
 
 
 def check_spline(num_bins: int, bound: float, min_size: float) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pyroflows.univariate.base import Univariate
 
+FLOOR = 0.02  # of a bin's weight: the largest is at most 51 times the smallest
+
 
 def soft_clip(x: Tensor, limit: float) -> Tensor:
     """``x`` smoothly limited to ``(-limit, limit)``, with slope one at zero."""
@@ -19,21 +21,19 @@ def soft_clip(x: Tensor, limit: float) -> Tensor:
 class RationalQuadraticSpline(Univariate):
     """Maps ``[-bound, bound]`` onto itself by ``num_bins`` rational-quadratic pieces, the identity outside.
 
-    Params: ``num_bins`` bin widths, ``num_bins`` heights and ``num_bins - 1`` interior slopes, all raw. The raw values
-    are softly limited (sizes to a ratio of ``exp(2 * max_log_size)``, slopes to ``exp(+-max_log_slope)``) and bins have
-    a least size, so that the inverse stays accurate in float32 whatever the parameters.
+    Params: ``num_bins`` bin widths, ``num_bins`` heights and ``num_bins - 1`` interior slopes, all raw. A bin's share
+    of the box is ``min_size`` plus what is left in proportion to ``0.02 + sigmoid(raw)``; log-slopes are softly limited
+    to ``+-max_log_slope``. So the inverse stays accurate in float32 whatever the parameters.
 
     :param num_bins: number of pieces, at least 2.
     :param bound: half the width of the spline's box.
     :param min_size: least width and height of a bin, as a share of the box; less than ``1 / num_bins``.
-    :param max_log_size: limit of the logits of the bin sizes.
     :param max_log_slope: limit of the log-slopes at the interior knots.
     """
 
     num_bins: int = 8
     bound: float = 5.0
     min_size: float = 1e-2
-    max_log_size: float = 2.0
     max_log_slope: float = 2.0
 
     def __post_init__(self) -> None:
@@ -45,27 +45,34 @@ class RationalQuadraticSpline(Univariate):
 
     def _pieces(self, u: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, ...]:
         """The piece that holds ``u``: left knot (x0, y0), width, height and the slopes at both ends."""
-        k = self.num_bins
-        # bounded logits need no shift by their maximum; widths and heights in one go
-        sizes = soft_clip(params[..., : 2 * k, :], self.max_log_size).exp().unflatten(-2, (2, k))
-        share = (1 - k * self.min_size) / sizes.sum(-2, keepdim=True)
-        widths, heights = ((sizes * share + self.min_size) * (2 * self.bound)).unbind(-3)
+        k, box = self.num_bins, 2 * self.bound
+        raw_sizes, raw_slopes = params.split([2 * k, k - 1], -2)
+        # widths and heights in one go, and never normalised as a whole: what the piece needs of their running sums is
+        # normalised after it is picked
+        weights = raw_sizes.sigmoid().unflatten(-2, (2, k))
+        sums = weights.cumsum(-2)
+        share = (1 - k * self.min_size) * box / (sums[..., -1:, :] + k * FLOOR)
         with torch.no_grad():  # which piece it is does not vary with the parameters
-            edges = (heights if inverse else widths)[..., :-1, :].cumsum(-2) - self.bound
-            index = (u.unsqueeze(-2) >= edges).sum(-2, keepdim=True)
-            left_of = (torch.arange(k, device=u.device).unsqueeze(-1) < index).to(u.dtype)
-
-        def slope(i: Tensor) -> Tensor:  # of interior knot i; the two outer knots have slope one
-            raw = params[..., 2 * k :, :].gather(-2, i.clamp(0, k - 2))
-            log_slope = soft_clip(raw, self.max_log_slope)
-            return torch.where((i < 0) | (i > k - 2), 0.0, log_slope).squeeze(-2).exp()
-
-        x0, y0 = ((size * left_of).sum(-2) - self.bound for size in (widths, heights))
-        width, height = (size.gather(-2, index).squeeze(-2) for size in (widths, heights))
-        return x0, y0, width, height, slope(index - 1), slope(index)
+            side = int(inverse)
+            unit = 1 / share[..., side, :, :]
+            knots = torch.arange(1, k, device=u.device, dtype=u.dtype).unsqueeze(-1)
+            edges = torch.addcmul(sums[..., side, :-1, :], knots, FLOOR + unit * (self.min_size * box))
+            index = ((u + self.bound).unsqueeze(-2) * unit >= edges).sum(-2, keepdim=True)
+            batch, n = u.shape[:-1], u.shape[-1]
+            both = index.unsqueeze(-3).expand(*batch, 2, 1, n)
+        weight, upto = (table.expand(*batch, 2, k, n).gather(-2, both) for table in (weights, sums))
+        size = ((weight + FLOOR) * share + self.min_size * box).squeeze(-2)
+        passed = index.to(u.dtype)  # an integer times a float would be of the default dtype
+        before = upto - weight + passed.unsqueeze(-3) * FLOOR
+        start = (before * share).squeeze(-2) + (passed * (self.min_size * box) - self.bound)
+        ends = torch.cat([index - 1, index], -2)  # the interior knots at both ends; the two outer knots have slope one
+        inner = ends.clamp(0, k - 2)
+        raw = raw_slopes.expand(*batch, k - 1, n).gather(-2, inner)
+        log_slopes = torch.where(ends == inner, soft_clip(raw, self.max_log_slope), 0.0)
+        return *start.unbind(-2), *size.unbind(-2), *log_slopes.exp().unbind(-2)
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        x, params = _broadcast(x, params)
+        x = x.expand(torch.broadcast_shapes(x.shape, params.shape[:-2] + params.shape[-1:]))
         inside = x.abs() < self.bound
         u = torch.where(inside, x, 0.0)
         x0, y0, width, height, d0, d1 = self._pieces(u, params, inverse=False)
@@ -73,7 +80,7 @@ class RationalQuadraticSpline(Univariate):
         return torch.where(inside, y, x), torch.where(inside, log_det, 0.0)
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        y, params = _broadcast(y, params)
+        y = y.expand(torch.broadcast_shapes(y.shape, params.shape[:-2] + params.shape[-1:]))
         inside = y.abs() < self.bound
         u = torch.where(inside, y, 0.0)
         x0, y0, width, height, d0, d1 = self._pieces(u, params, inverse=True)
@@ -87,21 +94,16 @@ class RationalQuadraticSpline(Univariate):
         return torch.where(inside, x0 + t * width, y), torch.where(inside, -log_det, 0.0)
 
 
-def _broadcast(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives both the same batch axes, as ``gather`` needs."""
-    shape = torch.broadcast_shapes(x.shape, params.shape[:-2] + params.shape[-1:])
-    return x.expand(shape), params.expand(shape[:-1] + params.shape[-2:])
-
-
 def _rational_quadratic(
     t: Tensor, y0: Tensor, width: Tensor, height: Tensor, d0: Tensor, d1: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Value and log-derivative at the share ``t`` of a piece (Durkan et al. 2019, eqs. 4 and 5)."""
-    s, tt = height / width, t * (1 - t)
-    denominator = s + (d0 + d1 - 2 * s) * tt
-    y = y0 + height * t * (s * t + d0 * (1 - t)) / denominator
-    slope = s * s * (d1 * t * t + 2 * s * tt + d0 * (1 - t) ** 2)
-    return y, slope.log() - 2 * denominator.log()
+    s, r = height / width, 1 - t
+    tr = t * r
+    denominator = torch.addcmul(s, torch.sub(d0 + d1, s, alpha=2), tr)
+    y = torch.addcdiv(y0, height * t * torch.addcmul(s * t, d0, r), denominator)
+    slope = torch.addcmul(d1 * t * t, d0 * r, r) + 2 * s * tr
+    return y, torch.log(slope * (s / denominator).square())
 
 
 def check_spline(num_bins: int, bound: float, min_size: float) -> None:
