@@ -13,7 +13,7 @@ from pyroflows.transform_module import check_context
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
-    "relu": F.relu,
+    "relu": F.relu_,
     "tanh": torch.tanh,
     "elu": F.elu,
     "gelu": lambda x: F.gelu(x, approximate="tanh"),

@@ -235,18 +235,18 @@ class Compose(TransformModule):
         return all(layer.log_det_is_exact for layer in self.layers)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[:-1])
+        total: Tensor | None = None
         for layer in self.layers:
             x, log_det = layer.forward_and_log_det(x, context)
-            total = total + log_det
-        return x, total
+            total = log_det if total is None else total + log_det
+        return x, x.new_zeros(x.shape[:-1]) if total is None else total
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = y.new_zeros(y.shape[:-1])
+        total: Tensor | None = None
         for layer in reversed(self.layers):
             y, log_det = layer.inverse_and_log_det(y, context)
-            total = total + log_det
-        return y, total
+            total = log_det if total is None else total + log_det
+        return y, y.new_zeros(y.shape[:-1]) if total is None else total
 
 
 class Repeat(Compose):

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import Array
 
-from numpyro_flows.univariate.base import Univariate
+from numpyro_flows.univariate.base import Univariate, soft_clip
 
 
 class Additive(Univariate):
@@ -28,8 +28,8 @@ class Additive(Univariate):
 class Affine(Univariate):
     """``y = x * exp(log_scale) + shift`` (Dinh et al. 2017, eq. 7). Params: shift, raw log-scale.
 
-    The log-scale is ``max_log_scale * tanh(raw / max_log_scale)``: smooth, bounded and of slope one at zero, so that
-    no sample and no gradient can explode.
+    The log-scale is the raw one softly limited to ``+-max_log_scale``: smooth, and of slope one at zero, so that no
+    sample and no gradient can explode.
     """
 
     max_log_scale: float = eqx.field(static=True, default=3.0)
@@ -40,7 +40,7 @@ class Affine(Univariate):
 
     def _unpack(self, params: Array) -> tuple[Array, Array]:
         shift, raw = params[..., 0, :], params[..., 1, :]
-        return shift, self.max_log_scale * jnp.tanh(raw / self.max_log_scale)
+        return shift, soft_clip(raw, self.max_log_scale)
 
     def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:
         shift, log_scale = self._unpack(params)

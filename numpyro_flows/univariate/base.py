@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import equinox as eqx
-from jax import Array
+from jax import Array, lax
 
 
 class Univariate(eqx.Module):
@@ -26,3 +26,8 @@ class Univariate(eqx.Module):
     def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
         """Returns ``x`` with ``g(x; params) = y`` and ``log dx/dy``, elementwise."""
         raise NotImplementedError
+
+
+def soft_clip(x: Array, limit: float) -> Array:
+    """``x`` smoothly limited to ``(-limit, limit)``, with slope one at zero: ``x / sqrt(1 + (x / limit)^2)``."""
+    return x * lax.rsqrt(1 + x * x * limit**-2)

@@ -7,22 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from numpyro_flows.univariate.base import Univariate
-
-FLOOR = 0.02  # of a bin's weight: the largest is at most 51 times the smallest
-
-
-def soft_clip(x: Array, limit: float) -> Array:
-    """``x`` smoothly limited to ``(-limit, limit)``, with slope one at zero."""
-    return x / jnp.sqrt(1 + jnp.square(x / limit))
+from numpyro_flows.univariate.base import Univariate, soft_clip
 
 
 class RationalQuadraticSpline(Univariate):
     """Maps ``[-bound, bound]`` onto itself by ``num_bins`` rational-quadratic pieces, the identity outside.
 
-    Params: ``num_bins`` bin widths, ``num_bins`` heights and ``num_bins - 1`` interior slopes, all raw. A bin's share
-    of the box is ``min_size`` plus what is left in proportion to ``0.02 + sigmoid(raw)``; log-slopes are softly limited
-    to ``+-max_log_slope``. So the inverse stays accurate in float32 whatever the parameters.
+    Params: ``num_bins`` bin widths, ``num_bins`` heights and ``num_bins - 1`` interior slopes, all raw. Bins have sizes
+    in proportion to ``sigmoid(raw)`` plus a constant that gives them their least size; log-slopes are softly limited to
+    ``+-max_log_slope``. So the inverse stays accurate in float32 whatever the parameters.
 
     :param num_bins: number of pieces, at least 2.
     :param bound: half the width of the spline's box.
@@ -47,9 +40,8 @@ class RationalQuadraticSpline(Univariate):
         k = self.num_bins
 
         def sizes(raw):  # positive, of sum 2 * bound
-            weights = jax.nn.sigmoid(raw) + FLOOR
-            share = (1 - k * self.min_size) / weights.sum(-2, keepdims=True)
-            return (weights * share + self.min_size) * (2 * self.bound)
+            weights = jax.nn.sigmoid(raw) + least_weight(k, self.min_size)
+            return weights * (2 * self.bound / weights.sum(-2, keepdims=True))
 
         widths, heights = sizes(params[..., :k, :]), sizes(params[..., k : 2 * k, :])
         log_slopes = params[..., 2 * k :, :]
@@ -72,24 +64,22 @@ class RationalQuadraticSpline(Univariate):
         return x0, y0, width, height, *slopes
 
     def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:
-        inside = jnp.abs(x) < self.bound
-        x0, y0, width, height, d0, d1 = self._pieces(jnp.where(inside, x, 0), params, inverse=False)
-        t = (jnp.where(inside, x, 0) - x0) / width
-        y, log_det = _rational_quadratic(t, y0, width, height, d0, d1)
-        return jnp.where(inside, y, x), jnp.where(inside, log_det, 0)
+        u = jnp.clip(x, -self.bound, self.bound)  # on the edge of the box the spline is the identity, of slope one
+        x0, y0, width, height, d0, d1 = self._pieces(u, params, inverse=False)
+        y, log_det = _rational_quadratic((u - x0) / width, y0, width, height, d0, d1)
+        return y + (x - u), log_det
 
     def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
-        inside = jnp.abs(y) < self.bound
-        x0, y0, width, height, d0, d1 = self._pieces(jnp.where(inside, y, 0), params, inverse=True)
-        v, s = jnp.where(inside, y, 0) - y0, height / width
+        u = jnp.clip(y, -self.bound, self.bound)
+        x0, y0, width, height, d0, d1 = self._pieces(u, params, inverse=True)
+        v, s = u - y0, height / width
         c = d0 + d1 - 2 * s
         a, b = height * (s - d0) + v * c, height * d0 - v * c
         # the root of a t^2 + b t = s v in [0, 1], in the form that does not cancel; the discriminant is positive up
         # to rounding
-        root = jnp.sqrt(jnp.maximum(b * b + 4 * a * s * v, 1e-30))
-        t = 2 * s * v / (b + root)
+        t = 2 * s * v / (b + jnp.sqrt(jnp.maximum(b * b + 4 * a * s * v, 1e-30)))
         log_det = _rational_quadratic(t, y0, width, height, d0, d1)[1]
-        return jnp.where(inside, x0 + t * width, y), jnp.where(inside, -log_det, 0)
+        return x0 + t * width + (y - u), -log_det
 
 
 def _rational_quadratic(t, y0, width, height, d0, d1):
@@ -112,3 +102,8 @@ def check_spline(num_bins: int, bound: float, min_size: float) -> None:
             f"RationalQuadraticSpline: min_size must lie between 0 and 1 / num_bins = {1 / num_bins:.3g}, "
             f"but got {min_size}."
         )
+
+
+def least_weight(num_bins: int, min_size: float) -> float:
+    """What to add to weights in ``(0, 1)`` so that none is less than ``min_size`` of their sum."""
+    return min_size * (num_bins - 1) / (1 - num_bins * min_size)

@@ -46,17 +46,21 @@ class Coupling(TransformModule):
         self.conditioner = MLP(self.split, hidden_dims, out_dim, context_dim, activation)
 
     def _params(self, x1: Tensor, context: Tensor | None) -> Tensor:
-        return self.conditioner(x1, context).unflatten(-1, (self.univariate.num_params, self.dim - self.split))
+        theta = self.conditioner(x1, context)
+        return theta.view(*theta.shape[:-1], self.univariate.num_params, self.dim - self.split)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x1, x2 = x[..., : self.split], x[..., self.split :]
+        x1, x2 = x.split([self.split, self.dim - self.split], -1)
         y2, log_det = self.univariate.forward_and_log_det(x2, self._params(x1, context))
-        x1 = x1.expand(y2.shape[:-1] + x1.shape[-1:])
+        if y2.shape[:-1] != x1.shape[:-1]:  # the context has more batch axes
+            x1 = x1.expand(y2.shape[:-1] + x1.shape[-1:])
         return torch.cat([y2, x1] if self.swap else [x1, y2], -1), log_det.sum(-1)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        cut = self.dim - self.split if self.swap else self.split
-        y1, y2 = (y[..., cut:], y[..., :cut]) if self.swap else (y[..., :cut], y[..., cut:])
+        kept, moved = self.split, self.dim - self.split
+        parts = y.split([moved, kept] if self.swap else [kept, moved], -1)
+        y1, y2 = parts[::-1] if self.swap else parts
         x2, log_det = self.univariate.inverse_and_log_det(y2, self._params(y1, context))
-        y1 = y1.expand(x2.shape[:-1] + y1.shape[-1:])
+        if x2.shape[:-1] != y1.shape[:-1]:
+            y1 = y1.expand(x2.shape[:-1] + y1.shape[-1:])
         return torch.cat([y1, x2], -1), log_det.sum(-1)

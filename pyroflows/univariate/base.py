@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Univariate:
@@ -25,3 +27,22 @@ class Univariate:
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``x`` with ``g(x; params) = y`` and ``log dx/dy``, elementwise."""
         raise NotImplementedError
+
+
+def soft_clip(x: Tensor, limit: float) -> Tensor:
+    """``x`` smoothly limited to ``(-limit, limit)``, with slope one at zero: ``x / sqrt(1 + (x / limit)^2)``."""
+    return x * torch.addcmul(x.new_ones(()), x, x, value=limit**-2).rsqrt()
+
+
+def takes_custom_gradients() -> bool:
+    """Whether a gradient written by hand (a ``torch.autograd.Function``) can be used here: in eager reverse mode.
+
+    ``torch.func``, forward mode, ``torch.compile`` and ``torch.jit`` need plain operations.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+        and forward_ad._current_level < 0
+    )

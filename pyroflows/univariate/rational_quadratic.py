@@ -7,23 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyroflows.univariate.base import Univariate
-
-FLOOR = 0.02  # of a bin's weight: the largest is at most 51 times the smallest
-
-
-def soft_clip(x: Tensor, limit: float) -> Tensor:
-    """``x`` smoothly limited to ``(-limit, limit)``, with slope one at zero."""
-    return x * torch.rsqrt(1 + (x / limit).square())
+from pyroflows.univariate.base import Univariate, soft_clip
 
 
 @dataclass(frozen=True)
 class RationalQuadraticSpline(Univariate):
     """Maps ``[-bound, bound]`` onto itself by ``num_bins`` rational-quadratic pieces, the identity outside.
 
-    Params: ``num_bins`` bin widths, ``num_bins`` heights and ``num_bins - 1`` interior slopes, all raw. A bin's share
-    of the box is ``min_size`` plus what is left in proportion to ``0.02 + sigmoid(raw)``; log-slopes are softly limited
-    to ``+-max_log_slope``. So the inverse stays accurate in float32 whatever the parameters.
+    Params: ``num_bins`` bin widths, ``num_bins`` heights and ``num_bins - 1`` interior slopes, all raw. Bins have sizes
+    in proportion to ``sigmoid(raw)`` plus a constant that gives them their least size; log-slopes are softly limited to
+    ``+-max_log_slope``. So the inverse stays accurate in float32 whatever the parameters.
 
     :param num_bins: number of pieces, at least 2.
     :param bound: half the width of the spline's box.
@@ -45,26 +38,19 @@ class RationalQuadraticSpline(Univariate):
 
     def _pieces(self, u: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, ...]:
         """The piece that holds ``u``: left knot (x0, y0), width, height and the slopes at both ends."""
-        k, box = self.num_bins, 2 * self.bound
+        k, batch, n = self.num_bins, u.shape[:-1], u.shape[-1]
         raw_sizes, raw_slopes = params.split([2 * k, k - 1], -2)
-        # widths and heights in one go, and never normalised as a whole: what the piece needs of their running sums is
-        # normalised after it is picked
-        weights = raw_sizes.sigmoid().unflatten(-2, (2, k))
+        # widths and heights in one go; of the running sums of their weights only what the piece needs is normalised
+        weights = (raw_sizes.sigmoid() + least_weight(k, self.min_size)).unflatten(-2, (2, k))
         sums = weights.cumsum(-2)
-        share = (1 - k * self.min_size) * box / (sums[..., -1:, :] + k * FLOOR)
+        share = 2 * self.bound / sums[..., -1, :]  # (..., 2, n)
         with torch.no_grad():  # which piece it is does not vary with the parameters
-            side = int(inverse)
-            unit = 1 / share[..., side, :, :]
-            knots = torch.arange(1, k, device=u.device, dtype=u.dtype).unsqueeze(-1)
-            edges = torch.addcmul(sums[..., side, :-1, :], knots, FLOOR + unit * (self.min_size * box))
-            index = ((u + self.bound).unsqueeze(-2) * unit >= edges).sum(-2, keepdim=True)
-            batch, n = u.shape[:-1], u.shape[-1]
+            side = sums[..., int(inverse), :, :]
+            reached = (u + self.bound) / share[..., int(inverse), :]
+            index = (reached.unsqueeze(-2) >= side[..., :-1, :]).sum(-2, keepdim=True)
             both = index.unsqueeze(-3).expand(*batch, 2, 1, n)
-        weight, upto = (table.expand(*batch, 2, k, n).gather(-2, both) for table in (weights, sums))
-        size = ((weight + FLOOR) * share + self.min_size * box).squeeze(-2)
-        passed = index.to(u.dtype)  # an integer times a float would be of the default dtype
-        before = upto - weight + passed.unsqueeze(-3) * FLOOR
-        start = (before * share).squeeze(-2) + (passed * (self.min_size * box) - self.bound)
+        weight, upto = (table.expand(*batch, 2, k, n).gather(-2, both).squeeze(-2) for table in (weights, sums))
+        size, start = weight * share, (upto - weight) * share - self.bound
         ends = torch.cat([index - 1, index], -2)  # the interior knots at both ends; the two outer knots have slope one
         inner = ends.clamp(0, k - 2)
         raw = raw_slopes.expand(*batch, k - 1, n).gather(-2, inner)
@@ -72,17 +58,15 @@ class RationalQuadraticSpline(Univariate):
         return *start.unbind(-2), *size.unbind(-2), *log_slopes.exp().unbind(-2)
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.expand(torch.broadcast_shapes(x.shape, params.shape[:-2] + params.shape[-1:]))
-        inside = x.abs() < self.bound
-        u = torch.where(inside, x, 0.0)
+        x = _expand(x, params)
+        u = x.clamp(-self.bound, self.bound)  # on the edge of the box the spline is the identity, of slope one
         x0, y0, width, height, d0, d1 = self._pieces(u, params, inverse=False)
         y, log_det = _rational_quadratic((u - x0) / width, y0, width, height, d0, d1)
-        return torch.where(inside, y, x), torch.where(inside, log_det, 0.0)
+        return y + (x - u), log_det
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        y = y.expand(torch.broadcast_shapes(y.shape, params.shape[:-2] + params.shape[-1:]))
-        inside = y.abs() < self.bound
-        u = torch.where(inside, y, 0.0)
+        y = _expand(y, params)
+        u = y.clamp(-self.bound, self.bound)
         x0, y0, width, height, d0, d1 = self._pieces(u, params, inverse=True)
         v, s = u - y0, height / width
         c = d0 + d1 - 2 * s
@@ -91,7 +75,13 @@ class RationalQuadraticSpline(Univariate):
         # to rounding
         t = 2 * s * v / (b + (b * b + 4 * a * s * v).clamp_min(1e-30).sqrt())
         log_det = _rational_quadratic(t, y0, width, height, d0, d1)[1]
-        return torch.where(inside, x0 + t * width, y), torch.where(inside, -log_det, 0.0)
+        return x0 + t * width + (y - u), -log_det
+
+
+def _expand(x: Tensor, params: Tensor) -> Tensor:
+    """``x`` with the batch axes of both."""
+    shape = params.shape[:-2] + params.shape[-1:]
+    return x if x.shape == shape else x.expand(torch.broadcast_shapes(x.shape, shape))
 
 
 def _rational_quadratic(
@@ -117,3 +107,8 @@ def check_spline(num_bins: int, bound: float, min_size: float) -> None:
             f"RationalQuadraticSpline: min_size must lie between 0 and 1 / num_bins = {1 / num_bins:.3g}, "
             f"but got {min_size}."
         )
+
+
+def least_weight(num_bins: int, min_size: float) -> float:
+    """What to add to weights in ``(0, 1)`` so that none is less than ``min_size`` of their sum."""
+    return min_size * (num_bins - 1) / (1 - num_bins * min_size)
