@@ -80,6 +80,7 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
         x, params, slope, clip = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
+            x, params = x.view_as(x), params.view_as(params)  # params may be a function of x: that part is not ours
             outputs = _affine(x, params, ctx.limit, ctx.inverse)
             return *torch.autograd.grad(outputs, (x, params), (dy, dlog_det), create_graph=True), None, None
         dx = dy * slope
