@@ -33,7 +33,9 @@ VARIANTS = [
     pytest.param(case, dim, context, id=f"{case.name}-{dim}" + ("-context" if context else ""))
     for case in CASES
     for dim, context in [(1, False), (2, False), (5, False), (5, True)]
-    if (case.context or not context) and not (case.name == "coupling-in-place" and dim == 1 and context)
+    if dim >= case.min_dim
+    and (case.context or not context)
+    and not (case.name == "coupling-in-place" and dim == 1 and context)
 ]
 
 
@@ -41,7 +43,7 @@ VARIANTS = [
 def test_starts_at_the_identity(backend, case):
     flow, x = backend.build(case, 5), points(5)
     y, log_det = backend.run(flow, x)
-    if case.name.startswith(("coupling", "autoregressive", "permutation")):  # these hand the elements on reordered
+    if case.reorders:
         x, y = np.sort(x), np.sort(y)
     np.testing.assert_allclose(y, x, atol=1e-6)
     np.testing.assert_allclose(log_det, 0, atol=1e-6)
@@ -55,18 +57,19 @@ def test_round_trip_and_log_det(backend, case, dim, with_context):
     for sd in (0.1, 0.3, 1.0) if case.deep else (0.3, 1.0, 3.0):
         flow = perturbed_flow(backend, case, dim, sd, with_context)
         for inverse in (False, True):
+            tolerance = 1e-6 if case.numerical else 1e-8
             y, log_det = backend.run(flow, x, context, inverse)
             back, opposite = backend.run(flow, y, context, not inverse)
             jacobian = backend.jacobian(flow, x, context, inverse)
             scale = np.abs(np.linalg.inv(jacobian)).sum((-1, -2))[:, None] * np.abs(y).max(-1, keepdims=True)
             # what rounding y costs in x; a closed form adds next to nothing to it
-            allowed = 1e-8 * np.maximum(1, np.abs(x)) + 1e-14 * scale
+            allowed = tolerance * np.maximum(1, np.abs(x)) + 1e-14 * scale
             assert (np.abs(back - x) <= allowed).all(), (sd, inverse, np.abs(back - x).max())
             sign, expected = np.linalg.slogdet(jacobian)
             condition = np.linalg.cond(jacobian)
             allowed = 1e-8 + 1e-15 * condition  # of the reference, by LU
             assert (np.abs(log_det - expected) <= allowed).all(), (sd, inverse, np.abs(log_det - expected).max())
-            assert (np.abs(log_det + opposite) <= 1e-8 + 1e-13 * condition).all(), (sd, inverse)
+            assert (np.abs(log_det + opposite) <= tolerance + 1e-13 * condition).all(), (sd, inverse)
 
 
 @pytest.mark.parametrize("case, dim, with_context", [v for v in VARIANTS if v.values[1] == 5])
@@ -156,6 +159,8 @@ def test_vmap_over_parameters(backend, case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_passes_as_stated(backend, case):
     for dim in DIMS:
+        if dim < case.min_dim:
+            continue
         assert backend.build(case, dim).passes == case.passes(dim)
 
 
@@ -169,11 +174,10 @@ def test_network_passes_are_those_counted():
                 module.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
         if not any(isinstance(m, backend.pkg.conditioners.MLP) for m in flow.modules()):
             continue
-        others = 1 if case.name == "nice" else 0  # its diagonal scale takes a pass, but holds no network
         for inverse in (False, True):
             calls.clear()
             backend.run(flow, points(5), inverse=inverse)
-            assert len(calls) + others == case.passes(5)[inverse], case.name
+            assert len(calls) + case.networkless == case.passes(5)[inverse], case.name
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.context], ids=lambda case: case.name)

@@ -1,0 +1,104 @@
+"""The numerical inverse: one mechanism for every map whose inverse has no closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MAX_STEPS = 200  # halvings of any bracket and Newton's steps need far fewer
+MAX_DISTANCE = 1e15  # of a root from y: a map whose tails are linear or steeper than logarithmic has it nearer
+
+
+def monotone_root(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]],
+    y: Tensor,
+    lower: Tensor | None = None,
+    upper: Tensor | None = None,
+    *,
+    tolerance: float | None = None,
+    owner: str = "inverse",
+) -> Tensor:
+    """Solves ``f(x) = y`` elementwise for an increasing ``f``, by Newton's steps kept within a shrinking bracket.
+
+    The result carries gradients by the implicit function theorem, up to second order: the search itself is not
+    differentiated; two of Newton's steps from its end are.
+
+    :param function: ``x -> (f(x), log f'(x))``, elementwise.
+    :param y: values ``(...)``, of the shape that ``function`` gives.
+    :param lower: where ``f(lower) <= y``; found by doubling from ``y`` unless given.
+    :param upper: where ``f(upper) >= y``; found likewise.
+    :param tolerance: largest error of ``x``, relative to ``max(1, |x|)``; 4 eps of the dtype unless given.
+    :param owner: the name that an error mentions.
+    :raises RuntimeError: if elements do not converge, with their number. (Under ``torch.func.vmap`` nothing can be
+        read, and no error is raised; not a number goes through as such.)
+    """
+    eps = torch.finfo(y.dtype).eps
+    tolerance = 4 * eps if tolerance is None else tolerance
+    with torch.no_grad():
+        x, converged = _search(lambda x: _detached(function, x), y.detach(), lower, upper, tolerance)
+        if _readable(converged) and not bool(converged.all()):
+            bad = ~converged
+            raise RuntimeError(
+                f"{owner}: the numerical inverse did not converge for {int(bad.sum())} of {bad.numel()} elements "
+                f"(y between {float(y[bad].min()):.3g} and {float(y[bad].max()):.3g}). Are the parameters finite?"
+            )
+    for _ in range(2):  # the first order of the gradient comes from the last step, the second from both
+        value, log_slope = function(x)
+        x = x - (value - y) * torch.exp(-log_slope)
+    return x
+
+
+def _detached(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
+    value, log_slope = function(x)
+    return value.detach(), log_slope.detach()
+
+
+def _search(
+    function: Callable, y: Tensor, lower: Tensor | None, upper: Tensor | None, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """The roots, and which of them converged; not a number counts as such."""
+    y = y.clone()
+    undefined = torch.isnan(y)
+    lower = _bracket(function, y, -1) if lower is None else lower.detach().expand_as(y)
+    upper = _bracket(function, y, 1) if upper is None else upper.detach().expand_as(y)
+    x = torch.minimum(torch.maximum(y, lower), upper)
+    converged = undefined.clone()
+    for _ in range(MAX_STEPS):
+        value, log_slope = function(x)
+        undefined = undefined | torch.isnan(value)
+        above = value > y
+        upper, lower = torch.where(above, x, upper), torch.where(above, lower, x)
+        step = (value - y) * torch.exp(-log_slope)
+        newton, middle = x - step, 0.5 * (lower + upper)
+        inside = (newton >= lower) & (newton <= upper)
+        following = torch.where(inside, newton, middle)
+        close = tolerance * following.abs().clamp_min(1)
+        converged = undefined | converged | (inside & (step.abs() <= close)) | (upper - lower <= close)
+        x = following
+        if _readable(converged) and bool(converged.all()):
+            break
+    return x, converged & (undefined | (torch.isfinite(lower) & torch.isfinite(upper)))
+
+
+def _bracket(function: Callable, y: Tensor, sign: int) -> Tensor:
+    """Points beyond the roots on one side, by doubling the distance from ``y``; infinite where there is none."""
+    edge, distance = y + sign, 1.0
+    short = sign * (function(edge)[0] - y) < 0
+    while distance < MAX_DISTANCE and not (_readable(short) and not bool(short.any())):
+        distance *= 2
+        edge = torch.where(short, y + sign * distance, edge)
+        short = sign * (function(edge)[0] - y) < 0
+    return torch.where(short, sign * torch.inf, edge)
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether the host can look at the values (not under ``vmap``, fake tensors or a compiler's trace)."""
+    return not (
+        torch._C._functorch.is_batchedtensor(x)
+        or torch.compiler.is_compiling()
+        or torch._subclasses.fake_tensor.is_fake(x)
+        or torch._C._functorch.is_gradtrackingtensor(x)
+        and not _readable(torch._C._functorch.get_unwrapped(x))
+    )
