@@ -68,24 +68,24 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, params: Tensor, limit: float, inverse: bool) -> tuple[Tensor, Tensor]:
         shift, raw = params.unbind(-2)
-        clip = torch.addcmul(raw.new_ones(()), raw, raw, value=limit**-2).rsqrt_()
-        log_det = raw * clip
+        log_det = soft_clip(raw, limit)
         log_det = log_det.neg_() if inverse else log_det
         slope = log_det.exp()
-        ctx.save_for_backward(x, params, slope, clip)
+        ctx.save_for_backward(x, params, slope)
         ctx.limit, ctx.inverse = limit, inverse
-        return (x - shift) * slope if inverse else torch.addcmul(shift, x, slope), log_det
+        return (x - shift).mul_(slope) if inverse else torch.addcmul(shift, x, slope), log_det
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
-        x, params, slope, clip = ctx.saved_tensors
+        x, params, slope = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             x, params = x.view_as(x), params.view_as(params)  # params may be a function of x: that part is not ours
             outputs = _affine(x, params, ctx.limit, ctx.inverse)
             return *torch.autograd.grad(outputs, (x, params), (dy, dlog_det), create_graph=True), None, None
+        shift, raw = params.unbind(-2)
         dx = dy * slope
-        if ctx.inverse:
-            draw = torch.addcmul(dlog_det, dx, x - params.select(-2, 0)).mul_(clip.pow(3)).neg_()
-            return dx, torch.stack([-dx, draw], -2), None, None
-        draw = torch.addcmul(dlog_det, dx, x).mul_(clip.pow(3))
-        return dx, torch.stack([dy, draw], -2), None, None
+        clip = torch.addcmul(raw.new_ones(()), raw, raw, value=ctx.limit**-2).rsqrt_()
+        draw = torch.addcmul(dlog_det, dx, x - shift if ctx.inverse else x)
+        draw.mul_(clip.pow(3))  # the slope of the soft limit
+        both = [dx.neg(), draw.neg_()] if ctx.inverse else [dy, draw]
+        return dx, torch.stack(both, -2), None, None
