@@ -38,7 +38,7 @@ def monotone_root(
     tolerance = 4 * eps if tolerance is None else tolerance
     with torch.no_grad():
         x, converged = _search(lambda x: _detached(function, x), y.detach(), lower, upper, tolerance)
-        if _readable(converged) and not bool(converged.all()):
+        if readable(converged) and not bool(converged.all()):
             bad = ~converged
             raise RuntimeError(
                 f"{owner}: the numerical inverse did not converge for {int(bad.sum())} of {bad.numel()} elements "
@@ -77,7 +77,7 @@ def _search(
         close = tolerance * following.abs().clamp_min(1)
         converged = undefined | converged | (inside & (step.abs() <= close)) | (upper - lower <= close)
         x = following
-        if _readable(converged) and bool(converged.all()):
+        if readable(converged) and bool(converged.all()):
             break
     return x, converged & (undefined | (torch.isfinite(lower) & torch.isfinite(upper)))
 
@@ -86,19 +86,26 @@ def _bracket(function: Callable, y: Tensor, sign: int) -> Tensor:
     """Points beyond the roots on one side, by doubling the distance from ``y``; infinite where there is none."""
     edge, distance = y + sign, 1.0
     short = sign * (function(edge)[0] - y) < 0
-    while distance < MAX_DISTANCE and not (_readable(short) and not bool(short.any())):
+    while distance < MAX_DISTANCE and not (readable(short) and not bool(short.any())):
         distance *= 2
         edge = torch.where(short, y + sign * distance, edge)
         short = sign * (function(edge)[0] - y) < 0
     return torch.where(short, sign * torch.inf, edge)
 
 
-def _readable(x: Tensor) -> bool:
+def settled(before: Tensor, after: Tensor) -> bool:
+    """Whether a sweep has moved nothing by more than rounding; what is not finite both times counts as still."""
+    tolerance = 4 * torch.finfo(before.dtype).eps
+    still = (after - before).abs() <= tolerance * before.abs().clamp_min(1)
+    return bool((still | ~(before.isfinite() | after.isfinite())).all())
+
+
+def readable(x: Tensor) -> bool:
     """Whether the host can look at the values (not under ``vmap``, fake tensors or a compiler's trace)."""
     return not (
         torch._C._functorch.is_batchedtensor(x)
         or torch.compiler.is_compiling()
         or torch._subclasses.fake_tensor.is_fake(x)
         or torch._C._functorch.is_gradtrackingtensor(x)
-        and not _readable(torch._C._functorch.get_unwrapped(x))
+        and not readable(torch._C._functorch.get_unwrapped(x))
     )

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from numpyro_flows.conditioners import MaskedMLP
+from numpyro_flows.numerical import triangular_fixed_point
 from numpyro_flows.transform_module import TransformModule
 from numpyro_flows.univariate import Univariate
 
@@ -16,8 +17,9 @@ from numpyro_flows.univariate import Univariate
 class Autoregressive(TransformModule):
     """``y_i = g(x_i; theta_i(x_1 .. x_{i-1}, context))``: a triangular Jacobian.
 
-    Forward takes one network pass, the inverse ``dim`` (each fixes one more element, exactly). As written it is an
-    IAF layer; :class:`~numpyro_flows.Inverse` turns it into a MAF layer.
+    Forward takes one network pass. The inverse takes sweeps of one pass each, of which every one makes one more element
+    exact: ``dim`` at most, and nearly always far fewer, since they end where nothing moves any more; its gradient is
+    that of the implicit function. As written it is an IAF layer; :class:`~numpyro_flows.Inverse` turns it into a MAF layer.
 
     :param dim: size of ``x``.
     :param univariate: the elementwise map ``g``.
@@ -64,10 +66,10 @@ class Autoregressive(TransformModule):
         if context is not None:
             y = jnp.broadcast_to(y, jnp.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
 
-        def sweep(i, state):
-            x, log_det = self.univariate.inverse_and_log_det(y, self._params(state[0], context))
-            # elements beyond the i-th are not known yet; zeros keep what they feed finite
-            return jnp.where(jnp.arange(self.dim) <= i, x, 0), log_det
+        def sweep(x):
+            return self.univariate.inverse_and_log_det(y, self._params(x, context))
 
-        x, log_det = lax.fori_loop(0, self.dim, sweep, (jnp.zeros_like(y), jnp.zeros_like(y)))
+        # the parameters of the last element need all elements but itself
+        x = triangular_fixed_point(lambda x: sweep(x)[0], y, self.dim - 1)
+        x, log_det = sweep(x)
         return x, log_det.sum(-1)

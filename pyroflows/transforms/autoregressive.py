@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from pyroflows.conditioners import MaskedMLP
+from pyroflows.numerical import readable, settled
 from pyroflows.transform_module import TransformModule
 from pyroflows.univariate import Univariate
+from pyroflows.univariate.base import takes_custom_gradients
 
 
 class Autoregressive(TransformModule):
     """``y_i = g(x_i; theta_i(x_1 .. x_{i-1}, context))``: a triangular Jacobian.
 
-    Forward takes one network pass, the inverse ``dim`` (each fixes one more element, exactly). As written it is an
-    IAF layer; :class:`~pyroflows.Inverse` turns it into a MAF layer.
+    Forward takes one network pass. The inverse takes sweeps of one pass each, of which every one makes one more element
+    exact: ``dim`` at most, and nearly always far fewer, since they end where nothing moves any more; its gradient is
+    that of the implicit function. As written it is an IAF layer; :class:`~pyroflows.Inverse` turns it into a MAF layer.
 
     :param dim: size of ``x``.
     :param univariate: the elementwise map ``g``.
@@ -44,8 +49,9 @@ class Autoregressive(TransformModule):
     def passes(self) -> tuple[int, int]:
         return 1, self.dim
 
-    def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return self.conditioner(x, context).unflatten(-1, (self.univariate.num_params, self.dim))
+    def _params(self, x: Tensor, context: Tensor | None, weights: dict[str, Tensor] | None = None) -> Tensor:
+        theta = functional_call(self.conditioner, weights, (x, context)) if weights else self.conditioner(x, context)
+        return theta.unflatten(-1, (self.univariate.num_params, self.dim))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.univariate.forward_and_log_det(x, self._params(x, context))
@@ -56,10 +62,68 @@ class Autoregressive(TransformModule):
             y = y.flip(-1)
         if context is not None:
             y = y.expand(torch.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
-        index = torch.arange(self.dim, device=y.device)
-        x, log_det = torch.zeros_like(y), torch.zeros_like(y)
-        for i in range(self.dim):
-            x, log_det = self.univariate.inverse_and_log_det(y, self._params(x, context))
-            # elements beyond the i-th are not known yet; zeros keep what they feed finite
-            x = torch.where(index <= i, x, 0.0)
+        if takes_custom_gradients() and readable(y):
+            weights = dict(self.conditioner.named_parameters())
+            x, log_det = _Inverse.apply(self, tuple(weights), y, context, *weights.values())
+        else:
+            x, log_det = self._sweeps(y, context)
         return x, log_det.sum(-1)
+
+    def _sweeps(
+        self, y: Tensor, context: Tensor | None, weights: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Inverse and log-derivatives by sweeps ``x <- g^{-1}(y; theta(x))``, each of which fixes one more element."""
+        x = log_det = y
+        stops_early = not torch.is_grad_enabled() and readable(y)
+        for i in range(self.dim):
+            # what is not exact yet must not spoil, as 0 * inf, what is
+            known = x if i == 0 else torch.where(torch.isfinite(x), x, 0.0)
+            before = x
+            x, log_det = self.univariate.inverse_and_log_det(y, self._params(known, context, weights))
+            if stops_early and 0 < i and settled(before, x):
+                break
+        return x, log_det
+
+
+class _Inverse(torch.autograd.Function):
+    """The inverse with its gradient by the implicit function theorem: memory does not grow with ``dim``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Autoregressive, names: tuple[str, ...], y: Tensor, context: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, log_det = layer._sweeps(y, context)
+        ctx.layer, ctx.names = layer, names
+        ctx.save_for_backward(x, y, context, *weights)
+        return x, log_det
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
+        layer, again = ctx.layer, torch.is_grad_enabled()  # again: to be differentiated once more
+        x, *inputs = ctx.saved_tensors
+        with torch.enable_grad():
+            if again:  # aliases: one input may be a function of another, and that part is not ours
+                inputs = [t if t is None else t.view_as(t) for t in inputs]
+                outputs = layer._sweeps(*inputs[:2], dict(zip(ctx.names, inputs[2:], strict=True)))
+            else:
+                needed = ctx.needs_input_grad[2:]
+                inputs = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
+                y, context, *weights = inputs
+                x = x.detach().requires_grad_()
+                params = layer._params(x, context, dict(zip(ctx.names, weights, strict=True)))
+                outputs = layer.univariate.inverse_and_log_det(y, params)
+        if not again:
+            total = dx
+            for _ in range(layer.dim):  # the transposed system is triangular, and solved by the same sweeps
+                (through,) = torch.autograd.grad(
+                    outputs, x, (total, dlog_det), retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                before, total = total, dx + through
+                if settled(before, total):
+                    break
+            dx = total
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(
+            torch.autograd.grad(outputs, wanted, (dx, dlog_det), create_graph=again, allow_unused=True) if wanted else ()
+        )
+        return None, None, *(next(found) if t is not None and t.requires_grad else None for t in inputs)

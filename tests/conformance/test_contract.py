@@ -177,7 +177,9 @@ def test_network_passes_are_those_counted():
         for inverse in (False, True):
             calls.clear()
             backend.run(flow, points(5), inverse=inverse)
-            assert len(calls) + case.networkless == case.passes(5)[inverse], case.name
+            stated = case.passes(5)[inverse]
+            layers = case.passes(1)[inverse]  # sweeps of an autoregressive inverse end early where nothing moves
+            assert layers <= len(calls) + case.networkless <= stated, case.name
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.context], ids=lambda case: case.name)
