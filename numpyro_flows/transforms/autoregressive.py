@@ -19,7 +19,8 @@ class Autoregressive(TransformModule):
 
     Forward takes one network pass. The inverse takes sweeps of one pass each, of which every one makes one more element
     exact: ``dim`` at most, and nearly always far fewer, since they end where nothing moves any more; its gradient is
-    that of the implicit function. As written it is an IAF layer; :class:`~numpyro_flows.Inverse` turns it into a MAF layer.
+    that of the implicit function. As written it is an IAF layer; :class:`~numpyro_flows.Inverse` turns it into a MAF
+    layer.
 
     :param dim: size of ``x``.
     :param univariate: the elementwise map ``g``.

@@ -21,7 +21,8 @@ class Autoregressive(TransformModule):
 
     Forward takes one network pass. The inverse takes sweeps of one pass each, of which every one makes one more element
     exact: ``dim`` at most, and nearly always far fewer, since they end where nothing moves any more; its gradient is
-    that of the implicit function. As written it is an IAF layer; :class:`~pyroflows.Inverse` turns it into a MAF layer.
+    that of the implicit function. As written it is an IAF layer; :class:`~pyroflows.Inverse` turns it into a MAF
+    layer.
 
     :param dim: size of ``x``.
     :param univariate: the elementwise map ``g``.
@@ -124,6 +125,8 @@ class _Inverse(torch.autograd.Function):
             dx = total
         wanted = [t for t in inputs if t is not None and t.requires_grad]
         found = iter(
-            torch.autograd.grad(outputs, wanted, (dx, dlog_det), create_graph=again, allow_unused=True) if wanted else ()
+            torch.autograd.grad(outputs, wanted, (dx, dlog_det), create_graph=again, allow_unused=True)
+            if wanted
+            else ()
         )
         return None, None, *(next(found) if t is not None and t.requires_grad else None for t in inputs)
