@@ -46,6 +46,12 @@ class Torch:
         y, log_det = self.run(flow, np.ones(shape), None if context is None else np.ones(context), inverse)
         return y.shape, log_det.shape
 
+    def specs(self, flow: Any, x: tuple, context: tuple | None, inverse: bool, dtype: str) -> tuple[tuple, tuple]:
+        """Shapes and dtypes of value and log-det for inputs of the given shapes."""
+        context = None if context is None else np.ones(context, dtype)
+        out = self.run(flow, np.ones(x, dtype), context, inverse)
+        return tuple(a.shape for a in out), tuple(a.dtype.name for a in out)
+
     def jacobian(self, flow: Any, x: np.ndarray, context: np.ndarray | None, inverse: bool) -> np.ndarray:
         method = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
         context = None if context is None else self.array(context)
@@ -71,6 +77,13 @@ class Torch:
         loss = self._loss(flow, x, context, inverse)
         grads = self.torch.autograd.grad(loss, [x, *parameters], materialize_grads=True, allow_unused=True)
         return dict(zip(names, (self.numpy(g) for g in grads[1:]), strict=True)), self.numpy(grads[0])
+
+    def round_trip_gradients(self, flow: Any, x: np.ndarray, w: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Gradients of ``sum(w * f^{-1}(f(x)))`` by the parameters and by ``x``."""
+        x, parameters = self.array(x).requires_grad_(), list(flow.parameters())
+        back = flow.inverse_and_log_det(flow.forward_and_log_det(x)[0])[0]
+        *by_params, by_x = self.torch.autograd.grad((self.array(w) * back).sum(), [*parameters, x])
+        return [self.numpy(g) for g in by_params], self.numpy(by_x)
 
     def log_det_gradient(self, flow: Any, x: np.ndarray, context: Any, inverse: bool) -> np.ndarray:
         x = self.array(x).requires_grad_()
@@ -145,6 +158,11 @@ class Jax:
         y, log_det = self.eqx.filter_eval_shape(_method, flow, x, c, inverse)
         return y.shape, log_det.shape
 
+    def specs(self, flow: Any, x: tuple, context: tuple | None, inverse: bool, dtype: str) -> tuple[tuple, tuple]:
+        context = None if context is None else self.jnp.ones(context, dtype)
+        out = self.eqx.filter_eval_shape(_method, flow, self.jnp.ones(x, dtype), context, inverse)
+        return tuple(a.shape for a in out), tuple(a.dtype.name for a in out)
+
     def _jacobian_of(self, flow, x, context, inverse):
         def column(unit):
             return self.jax.jvp(lambda x: _method(flow, x, context, inverse)[0], (x,), (unit,))[1]
@@ -171,6 +189,16 @@ class Jax:
     def gradients(self, flow: Any, x: np.ndarray, context: Any, inverse: bool):
         by_params, by_x = self._grads(flow, self.array(x), self.array(context), inverse)
         return self.state(by_params), np.asarray(by_x)
+
+    def round_trip_gradients(self, flow: Any, x: np.ndarray, w: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        params, static = self.eqx.partition(flow, self.eqx.is_inexact_array)
+
+        def loss(params, x):
+            flow = self.eqx.combine(params, static)
+            return (w * flow.inverse_and_log_det(flow.forward_and_log_det(x)[0])[0]).sum()
+
+        by_params, by_x = self.jax.jit(self.jax.grad(loss, argnums=(0, 1)))(params, x)
+        return [np.asarray(g) for g in self.jax.tree.leaves(by_params)], np.asarray(by_x)
 
     def _log_det_gradient(self, flow, context, inverse):
         return self.jax.grad(lambda x: _method(flow, x, context, inverse)[1].sum())
