@@ -99,23 +99,25 @@ def triangular_fixed_point(function: Callable[[Array], Array], start: Array, max
 
     Every sweep ``x <- f(x)`` makes one more element exact, so ``max_steps`` of them fix as many elements exactly; the
     sweeps end sooner where nothing moves by more than rounding, as nearly always (Song et al. 2021, Accelerating
-    feedforward computation via parallel nonlinear equation solving). Gradients of any order come from the implicit
-    function theorem; the linear system with the Jacobian is triangular too and is solved by the same sweeps.
+    feedforward computation via parallel nonlinear equation solving). Gradients come from the implicit function
+    theorem; the linear system with the Jacobian is triangular too and is solved by the same sweeps. Derivatives of any
+    order work, but for reverse mode over reverse mode inside ``lax.scan``, which jax refuses (take ``jax.hessian``).
 
     :param function: of vectors ``(..., dim)``.
     :param start: first guess ``(..., dim)``.
     :param max_steps: most sweeps.
     """
+
+    def solve(linear: Callable, right: Array) -> Array:
+        scale = jnp.abs(right).max(initial=0)
+        scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)  # gradients may be of any size
+        return scale * _sweep(lambda v: right / scale + v - linear(v), right / scale, max_steps)
+
     return lax.custom_root(
         lambda x: x - function(x),
         lax.stop_gradient(start),
         lambda _, start: _sweep(function, start, max_steps),
-        lambda linear, right: lax.custom_linear_solve(
-            linear,
-            right,
-            lambda linear, right: _sweep(lambda u: right + u - linear(u), right, max_steps),
-            lambda linear, right: _sweep(lambda u: right + u - linear(u), right, max_steps),
-        ),
+        lambda linear, right: lax.custom_linear_solve(linear, right, solve, solve),
     )
 
 

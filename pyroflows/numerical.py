@@ -93,10 +93,13 @@ def _bracket(function: Callable, y: Tensor, sign: int) -> Tensor:
     return torch.where(short, sign * torch.inf, edge)
 
 
-def settled(before: Tensor, after: Tensor) -> bool:
-    """Whether a sweep has moved nothing by more than rounding; what is not finite both times counts as still."""
+def settled(before: Tensor, after: Tensor, scale: Tensor | float = 1.0) -> bool:
+    """Whether a sweep has moved nothing by more than rounding; what is not finite both times counts as still.
+
+    :param scale: the size below which a number's rounding is that of this size.
+    """
     tolerance = 4 * torch.finfo(before.dtype).eps
-    still = (after - before).abs() <= tolerance * before.abs().clamp_min(1)
+    still = (after - before).abs() <= tolerance * torch.maximum(before.abs(), torch.as_tensor(scale).to(before))
     return bool((still | ~(before.isfinite() | after.isfinite())).all())
 
 

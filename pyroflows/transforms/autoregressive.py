@@ -114,13 +114,13 @@ class _Inverse(torch.autograd.Function):
                 params = layer._params(x, context, dict(zip(ctx.names, weights, strict=True)))
                 outputs = layer.univariate.inverse_and_log_det(y, params)
         if not again:
-            total = dx
+            total, scale = dx, dx.abs().max() if dx.numel() else 1.0  # gradients may be of any size
             for _ in range(layer.dim):  # the transposed system is triangular, and solved by the same sweeps
                 (through,) = torch.autograd.grad(
                     outputs, x, (total, dlog_det), retain_graph=True, allow_unused=True, materialize_grads=True
                 )
                 before, total = total, dx + through
-                if settled(before, total):
+                if settled(before, total, scale):
                     break
             dx = total
         wanted = [t for t in inputs if t is not None and t.requires_grad]
