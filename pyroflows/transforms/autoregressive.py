@@ -38,14 +38,18 @@ class Autoregressive(TransformModule):
     ):
         super().__init__()
         self.dim, self.univariate, self.reverse = dim, univariate, reverse
-        self.conditioner = MaskedMLP(dim, hidden_dims, univariate.num_params, context_dim, activation)
+        self.conditioner = MaskedMLP(
+            dim, hidden_dims, univariate.num_params, context_dim, activation, univariate.num_features
+        )
 
     @property
     def passes(self) -> tuple[int, int]:
         return 1, self.dim
 
     def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return self.conditioner(x, context).unflatten(-1, (self.univariate.num_params, self.dim))
+        return self.conditioner(self.univariate.features(x), context).unflatten(
+            -1, (self.univariate.num_params, self.dim)
+        )
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.univariate.forward_and_log_det(x, self._params(x, context))
