@@ -15,13 +15,14 @@ LIMIT = 50.0  # of weight * x^2
 
 
 class TailTransform(Univariate):
-    """``y = sign(x) sqrt((exp(h x^2) - 1) / h)`` with a tail weight ``h`` for each side. Params: raw weights left, right.
+    """``y = sign(x) sqrt((exp(h x^2) - 1) / h)``, with a tail weight ``h`` for each side. Params: raw weights left and
+    right.
 
     Of a normal ``x`` it makes a ``y`` whose tails are those of Student's t of ``1 / h`` degrees of freedom (but for a
     factor ``log(y)^(-1/2)``), as ``exp(-x^2 / 2) = (1 + h y^2)^(-1 / (2 h))``: its tail index is ``1 / h``. The limit
-     ``h = 0`` is the identity; a negative weight gives the inverse map of ``|h|``, to tails lighter than the
-    normal's. Hickling & Prangle's map has the same tail index, but maps the normal to exponential tails at
-    ``h = 0`` and so cannot start at the identity. Weights are the raw ones softly limited to ``+-max_weight``.
+    ``h = 0`` is the identity; a negative weight gives the inverse map of ``|h|``, to tails lighter than the normal's.
+    Hickling & Prangle's map has the same tail index, but makes exponential tails at ``h = 0`` and so cannot start at
+    the identity. Weights are the raw ones softly limited to ``+-max_weight``.
 
     Both directions are closed forms, of one cost. A power law takes exponential growth: beyond ``h x^2 = 50``, which
     a normal draw exceeds with probability 2e-12 at ``h = 1`` and less below, the map goes on linearly, its slope at
