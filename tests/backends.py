@@ -96,6 +96,20 @@ class Torch:
     def copies(self, flow: Any) -> list[Any]:
         return [copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]
 
+    def fit(self, flow: Any, data: np.ndarray, steps: int, rate: float) -> float:
+        """Trains ``flow`` by maximum likelihood, from a normal base; returns the mean log-likelihood at the end."""
+        optimizer, y = self.torch.optim.Adam(flow.parameters(), rate), self.array(data)
+
+        def log_likelihood():
+            x, log_det = flow.inverse_and_log_det(y)
+            return (-0.5 * (x**2).sum(-1) + log_det).mean() - 0.5 * y.shape[-1] * np.log(2 * np.pi)
+
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (-log_likelihood()).backward()
+            optimizer.step()
+        return float(log_likelihood().detach())
+
     def vmapped(self, flow: Any, states: list[dict], x: np.ndarray) -> np.ndarray:
         stacked = {k: self.torch.stack([self.array(s[k]) for s in states]) for k in states[0]}
         call = self.torch.func.functional_call
@@ -184,6 +198,27 @@ class Jax:
 
     def copies(self, flow: Any) -> list[Any]:
         return [copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]
+
+    def fit(self, flow: Any, data: np.ndarray, steps: int, rate: float) -> float:
+        """Trains ``flow`` by maximum likelihood, from a normal base; returns the mean log-likelihood at the end."""
+        optax, y = importlib.import_module("optax"), self.array(data)
+        optimizer = optax.adam(rate)
+        params, static = self.eqx.partition(flow, self.eqx.is_inexact_array)
+
+        def loss(params):
+            x, log_det = self.eqx.combine(params, static).inverse_and_log_det(y)
+            return (0.5 * (x**2).sum(-1) - log_det).mean() + 0.5 * y.shape[-1] * np.log(2 * np.pi)
+
+        def step(state, _):
+            params, moments = state
+            updates, moments = optimizer.update(self.jax.grad(loss)(params), moments)
+            return (optax.apply_updates(params, updates), moments), None
+
+        @self.jax.jit
+        def train(params):
+            return loss(self.jax.lax.scan(step, (params, optimizer.init(params)), length=steps)[0][0])
+
+        return -float(train(params))
 
     def vmapped(self, flow: Any, states: list[dict], x: np.ndarray) -> np.ndarray:
         flows = [self.with_state(flow, s) for s in states]
