@@ -92,7 +92,10 @@ class MaskedMLP(MLP):
 
     :param dim: size of the input.
     :param num_params: outputs per input.
+    :param num_features: numbers by which an input is given, laid out as ``(num_features, dim)``.
     """
+
+    num_features: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -101,20 +104,25 @@ class MaskedMLP(MLP):
         num_params: int,
         context_dim: int = 0,
         activation: str = "silu",
+        num_features: int = 1,
         *,
         key: Array,
     ):
-        super().__init__(dim, hidden_dims, num_params * dim, context_dim, activation, key=key)
+        super().__init__(num_features * dim, hidden_dims, num_params * dim, context_dim, activation, key=key)
+        self.num_features = num_features
 
     def _weights(self) -> list[Array]:
         sizes = [layer.bias.shape[-1] for layer in self.layers]
-        masks = autoregressive_masks(self.in_dim, sizes[:-1], sizes[-1] // self.in_dim, self.context_dim)
+        dim = self.in_dim // self.num_features
+        masks = autoregressive_masks(dim, sizes[:-1], sizes[-1] // dim, self.context_dim, self.num_features)
         return [jnp.where(mask, layer.weight, 0) for mask, layer in zip(masks, self.layers, strict=True)]
 
 
-def autoregressive_masks(dim: int, hidden_dims: Sequence[int], num_params: int, context_dim: int) -> list[np.ndarray]:
+def autoregressive_masks(
+    dim: int, hidden_dims: Sequence[int], num_params: int, context_dim: int, num_features: int = 1
+) -> list[np.ndarray]:
     """Masks ``(out, in)`` of the weights of a :class:`MaskedMLP` (Germain et al. 2015, section 4)."""
-    degrees = [np.concatenate([np.arange(dim), np.full(context_dim, -1)])]
+    degrees = [np.concatenate([np.tile(np.arange(dim), num_features), np.full(context_dim, -1)])]
     degrees += [np.arange(width) % max(dim - 1, 1) for width in hidden_dims]
     masks = [after[:, None] >= before for before, after in zip(degrees, degrees[1:], strict=False)]
     return [*masks, np.tile(np.arange(dim), num_params)[:, None] > degrees[-1]]

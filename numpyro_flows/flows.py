@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import jax
 from jax import Array
 
 from numpyro_flows.transform_module import Compose, Inverse, Repeat, TransformModule
-from numpyro_flows.transforms import Autoregressive, Coupling, ElementwiseAffine, Permutation
-from numpyro_flows.univariate import Additive, Affine, RationalQuadraticSpline, Univariate
+from numpyro_flows.transforms import Autoregressive, Coupling, Elementwise, ElementwiseAffine, Permutation
+from numpyro_flows.univariate import (
+    Additive,
+    Affine,
+    CircularSpline,
+    RationalQuadraticSpline,
+    TailTransform,
+    Univariate,
+)
 
 
 def _coupling_stack(
@@ -81,13 +89,15 @@ def nsf(
     activation: str = "silu",
     num_bins: int = 8,
     bound: float = 5.0,
+    tails: str = "linear",
     key: Array,
 ) -> TransformModule:
     """Rational-quadratic spline coupling (Durkan et al. 2019, RQ-NSF (C)). One pass both ways.
 
-    The splines act within ``[-bound, bound]`` and are the identity outside: locate and scale the target first.
+    The splines act within ``[-bound, bound]`` and are the identity outside (with ``tails="learnable"``, linear of
+    slopes which are learned): locate and scale the target first.
     """
-    spline = RationalQuadraticSpline(num_bins, bound)
+    spline = RationalQuadraticSpline(num_bins, bound, tails=tails)
     return _coupling_stack(dim, spline, num_layers, hidden_dims, key, context_dim=context_dim, activation=activation)
 
 
@@ -140,19 +150,75 @@ def nsf_ar(
     activation: str = "silu",
     num_bins: int = 8,
     bound: float = 5.0,
+    tails: str = "linear",
     key: Array,
 ) -> TransformModule:
     """Spline autoregressive flow (Durkan et al. 2019, RQ-NSF (AR)), with sampling in one pass a layer.
 
     Turn it round with ``Inverse(nsf_ar(...))`` where the density has to be the cheap direction.
     """
-    spline = RationalQuadraticSpline(num_bins, bound)
+    spline = RationalQuadraticSpline(num_bins, bound, tails=tails)
     return _autoregressive_stack(
         dim, spline, num_layers, hidden_dims, key, context_dim=context_dim, activation=activation
     )
 
 
-FLOWS: dict[str, Callable[..., TransformModule]] = {f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf)}
+def ttf(
+    dim: int,
+    num_layers: int = 6,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    num_bins: int = 8,
+    bound: float = 5.0,
+    max_weight: float = 1.0,
+    key: Array,
+) -> TransformModule:
+    """Tail transform flow (Hickling & Prangle 2024): ``nsf``, then power-law tails, a location and a scale.
+
+    Each element has a tail weight of its own on either side (with a context, a function of it); the tail index is its
+    inverse, at least ``1 / max_weight``. One pass both ways.
+    """
+    core_key, tails_key = jax.random.split(key)
+    core = nsf(
+        dim,
+        num_layers,
+        hidden_dims,
+        context_dim=context_dim,
+        activation=activation,
+        num_bins=num_bins,
+        bound=bound,
+        key=core_key,
+    )
+    tails = Elementwise(
+        dim, TailTransform(max_weight), hidden_dims, context_dim=context_dim, activation=activation, key=tails_key
+    )
+    return Compose([core, tails, ElementwiseAffine(dim)])
+
+
+def ncsf(
+    dim: int,
+    num_layers: int = 6,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    num_bins: int = 8,
+    key: Array,
+) -> TransformModule:
+    """Circular spline coupling of ``dim`` angles, of the torus (Rezende et al. 2020). One pass both ways.
+
+    A map of ``[-pi, pi)^dim`` whose density is continuous across the seams. Its base is one of angles, as the uniform.
+    """
+    return _coupling_stack(
+        dim, CircularSpline(num_bins), num_layers, hidden_dims, key, context_dim=context_dim, activation=activation
+    )
+
+
+FLOWS: dict[str, Callable[..., TransformModule]] = {
+    f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf, ttf, ncsf)
+}
 
 
 def check_dim(dim: int) -> None:

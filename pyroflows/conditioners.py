@@ -84,6 +84,7 @@ class MaskedMLP(MLP):
 
     :param dim: size of the input.
     :param num_params: outputs per input.
+    :param num_features: numbers by which an input is given, laid out as ``(num_features, dim)``.
     """
 
     def __init__(
@@ -93,18 +94,21 @@ class MaskedMLP(MLP):
         num_params: int,
         context_dim: int = 0,
         activation: str = "silu",
+        num_features: int = 1,
     ):
-        super().__init__(dim, hidden_dims, num_params * dim, context_dim, activation)
-        for n, mask in enumerate(autoregressive_masks(dim, hidden_dims, num_params, context_dim)):
+        super().__init__(num_features * dim, hidden_dims, num_params * dim, context_dim, activation)
+        for n, mask in enumerate(autoregressive_masks(dim, hidden_dims, num_params, context_dim, num_features)):
             self.register_buffer(f"mask_{n}", torch.from_numpy(mask), persistent=False)
 
     def _weights(self) -> list[Tensor]:
         return [layer.weight * getattr(self, f"mask_{n}") for n, layer in enumerate(self.layers)]  # type: ignore
 
 
-def autoregressive_masks(dim: int, hidden_dims: Sequence[int], num_params: int, context_dim: int) -> list[np.ndarray]:
+def autoregressive_masks(
+    dim: int, hidden_dims: Sequence[int], num_params: int, context_dim: int, num_features: int = 1
+) -> list[np.ndarray]:
     """Masks ``(out, in)`` of the weights of a :class:`MaskedMLP` (Germain et al. 2015, section 4)."""
-    degrees = [np.concatenate([np.arange(dim), np.full(context_dim, -1)])]
+    degrees = [np.concatenate([np.tile(np.arange(dim), num_features), np.full(context_dim, -1)])]
     degrees += [np.arange(width) % max(dim - 1, 1) for width in hidden_dims]
     masks = [after[:, None] >= before for before, after in zip(degrees, degrees[1:], strict=False)]
     return [*masks, np.tile(np.arange(dim), num_params)[:, None] > degrees[-1]]

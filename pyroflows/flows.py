@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from pyroflows.transform_module import Compose, Inverse, Repeat, TransformModule
-from pyroflows.transforms import Autoregressive, Coupling, ElementwiseAffine, Permutation
-from pyroflows.univariate import Additive, Affine, RationalQuadraticSpline, Univariate
+from pyroflows.transforms import Autoregressive, Coupling, Elementwise, ElementwiseAffine, Permutation
+from pyroflows.univariate import Additive, Affine, CircularSpline, RationalQuadraticSpline, TailTransform, Univariate
 
 
 def _coupling_stack(dim: int, univariate: Univariate, num_layers: int, hidden_dims: Sequence[int], **kwargs) -> Compose:
@@ -73,12 +73,14 @@ def nsf(
     activation: str = "silu",
     num_bins: int = 8,
     bound: float = 5.0,
+    tails: str = "linear",
 ) -> TransformModule:
     """Rational-quadratic spline coupling (Durkan et al. 2019, RQ-NSF (C)). One pass both ways.
 
-    The splines act within ``[-bound, bound]`` and are the identity outside: locate and scale the target first.
+    The splines act within ``[-bound, bound]`` and are the identity outside (with ``tails="learnable"``, linear of
+    slopes which are learned): locate and scale the target first.
     """
-    spline = RationalQuadraticSpline(num_bins, bound)
+    spline = RationalQuadraticSpline(num_bins, bound, tails=tails)
     return _coupling_stack(dim, spline, num_layers, hidden_dims, context_dim=context_dim, activation=activation)
 
 
@@ -128,16 +130,60 @@ def nsf_ar(
     activation: str = "silu",
     num_bins: int = 8,
     bound: float = 5.0,
+    tails: str = "linear",
 ) -> TransformModule:
     """Spline autoregressive flow (Durkan et al. 2019, RQ-NSF (AR)), with sampling in one pass a layer.
 
     Turn it round with ``Inverse(nsf_ar(...))`` where the density has to be the cheap direction.
     """
-    spline = RationalQuadraticSpline(num_bins, bound)
+    spline = RationalQuadraticSpline(num_bins, bound, tails=tails)
     return _autoregressive_stack(dim, spline, num_layers, hidden_dims, context_dim=context_dim, activation=activation)
 
 
-FLOWS: dict[str, Callable[..., TransformModule]] = {f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf)}
+def ttf(
+    dim: int,
+    num_layers: int = 6,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    num_bins: int = 8,
+    bound: float = 5.0,
+    max_weight: float = 1.0,
+) -> TransformModule:
+    """Tail transform flow (Hickling & Prangle 2024): ``nsf``, then power-law tails, a location and a scale.
+
+    Each element has a tail weight of its own on either side (with a context, a function of it); the tail index is its
+    inverse, at least ``1 / max_weight``. One pass both ways.
+    """
+    core = nsf(
+        dim, num_layers, hidden_dims, context_dim=context_dim, activation=activation, num_bins=num_bins, bound=bound
+    )
+    tails = Elementwise(dim, TailTransform(max_weight), hidden_dims, context_dim=context_dim, activation=activation)
+    return Compose([core, tails, ElementwiseAffine(dim)])
+
+
+def ncsf(
+    dim: int,
+    num_layers: int = 6,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    num_bins: int = 8,
+) -> TransformModule:
+    """Circular spline coupling of ``dim`` angles, of the torus (Rezende et al. 2020). One pass both ways.
+
+    A map of ``[-pi, pi)^dim`` whose density is continuous across the seams. Its base is one of angles, as the uniform.
+    """
+    return _coupling_stack(
+        dim, CircularSpline(num_bins), num_layers, hidden_dims, context_dim=context_dim, activation=activation
+    )
+
+
+FLOWS: dict[str, Callable[..., TransformModule]] = {
+    f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf, ttf, ncsf)
+}
 
 
 def check_dim(dim: int) -> None:

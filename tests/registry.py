@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 H = (8, 8)  # hidden widths: small, so that the suites are fast
 
 
@@ -23,6 +25,28 @@ class Case:
     numerical: bool = False  # an inverse by root finding: a round trip to 1e-6, and convergence is read on the host
     min_dim: int = 1  # the least dim it can be built for
     networkless: int = 0  # of its passes, those that hold no conditioner network
+    domain: str = "real"  # of its elements: "real", or "circle": angles in [-pi, pi), the same modulo 2 pi
+
+    def points(self, dim: int, seed: int = 0) -> np.ndarray:
+        """Near the origin, around the edge of the splines' box, and far out; on the circle, all around."""
+        rng = np.random.default_rng(seed)
+        if self.domain == "circle":
+            return rng.uniform(-np.pi, np.pi, (14, dim))
+        near, edge, far = rng.normal(size=(6, dim)), rng.uniform(-7, 7, (4, dim)), rng.uniform(-100, 100, (4, dim))
+        return np.concatenate([near, edge, far])
+
+    def draws(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Draws of the base: the standard normal; on the circle, the uniform."""
+        return rng.uniform(-np.pi, np.pi, shape) if self.domain == "circle" else rng.normal(size=shape)
+
+    def log_base(self, x: np.ndarray) -> np.ndarray:
+        """Log-density of the base."""
+        each = -0.5 * x**2 - 0.5 * np.log(2 * np.pi) if self.domain == "real" else np.full_like(x, -np.log(2 * np.pi))
+        return each.sum(-1)
+
+    def gap(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """``a - b``, on the circle the short way round."""
+        return a - b if self.domain == "real" else (a - b + np.pi) % (2 * np.pi) - np.pi
 
 
 # fmt: off
@@ -35,6 +59,14 @@ CASES = [
     Case("autoregressive-spline", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.RationalQuadraticSpline(), H, reverse=False, **k), lambda d: (1, d), reorders=True),
     Case("elementwise-affine", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.Affine(), H, **k)),
     Case("elementwise-spline", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.RationalQuadraticSpline(5, 3.0), H, **k)),
+    Case("coupling-spline-tails", lambda p, dim, **k: p.transforms.Coupling(dim, p.univariate.RationalQuadraticSpline(4, 3.0, tails="learnable"), H, **k), reorders=True),
+    Case("elementwise-spline-equal-tails", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.RationalQuadraticSpline(tails="equal"), H, **k)),
+    Case("autoregressive-linear-rational", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.LinearRationalSpline(4, 3.0), H, reverse=False, **k), lambda d: (1, d), reorders=True),
+    Case("elementwise-linear-rational", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.LinearRationalSpline(tails="learnable"), H, **k)),
+    Case("coupling-circular", lambda p, dim, **k: p.transforms.Coupling(dim, p.univariate.CircularSpline(), H, **k), reorders=True, domain="circle"),
+    Case("autoregressive-circular", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.CircularSpline(4), H, **k), lambda d: (1, d), reorders=True, domain="circle"),
+    Case("autoregressive-tails", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.TailTransform(), H, reverse=False, **k), lambda d: (1, d), reorders=True),
+    Case("elementwise-tails", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.TailTransform(), H, **k)),
     Case("location-scale", lambda p, dim, **k: p.transforms.ElementwiseAffine(dim), context=False),
     Case("triangular", lambda p, dim, **k: p.transforms.TriangularAffine(dim), context=False),
     Case("lu", lambda p, dim, **k: p.transforms.LULinear(dim), context=False),
@@ -45,6 +77,8 @@ CASES = [
     Case("nsf_ar", lambda p, dim, **k: p.flows.nsf_ar(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
     Case("maf", lambda p, dim, **k: p.flows.maf(dim, 3, H, **k), lambda d: (3 * d, 3), deep=True),
     Case("iaf", lambda p, dim, **k: p.flows.iaf(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
+    Case("ttf", lambda p, dim, **k: p.flows.ttf(dim, 3, H, **k), lambda d: (5, 5), deep=True, networkless=2),
+    Case("ncsf", lambda p, dim, **k: p.flows.ncsf(dim, 3, H, **k), lambda d: (3, 3), deep=True, domain="circle"),
 ]
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}

@@ -47,14 +47,16 @@ class Autoregressive(TransformModule):
         key: Array,
     ):
         self.dim, self.univariate, self.reverse = dim, univariate, reverse
-        self.conditioner = MaskedMLP(dim, hidden_dims, univariate.num_params, context_dim, activation, key=key)
+        self.conditioner = MaskedMLP(
+            dim, hidden_dims, univariate.num_params, context_dim, activation, univariate.num_features, key=key
+        )
 
     @property
     def passes(self) -> tuple[int, int]:
         return 1, self.dim
 
     def _params(self, x: Array, context: Array | None) -> Array:
-        theta = self.conditioner(x, context)
+        theta = self.conditioner(self.univariate.features(x), context)
         return theta.reshape(*theta.shape[:-1], self.univariate.num_params, self.dim)
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:

@@ -50,10 +50,12 @@ class Coupling(TransformModule):
             raise ValueError(f"Coupling: split must lie in [0, dim) = [0, {dim}), but got {split}.")
         self.dim, self.univariate, self.swap = dim, univariate, swap
         out_dim = univariate.num_params * (dim - self.split)
-        self.conditioner = MLP(self.split, hidden_dims, out_dim, context_dim, activation, key=key)
+        self.conditioner = MLP(
+            univariate.num_features * self.split, hidden_dims, out_dim, context_dim, activation, key=key
+        )
 
     def _params(self, x1: Array, context: Array | None) -> Array:
-        theta = self.conditioner(x1, context)
+        theta = self.conditioner(self.univariate.features(x1), context)
         return theta.reshape(*theta.shape[:-1], self.univariate.num_params, self.dim - self.split)
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:

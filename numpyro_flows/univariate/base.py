@@ -14,6 +14,8 @@ class Univariate(eqx.Module):
     valid; all zeros give the identity.
     """
 
+    num_features = 1  # of an element, for a conditioner
+
     @property
     def num_params(self) -> int:
         """Parameters per element."""
@@ -26,6 +28,10 @@ class Univariate(eqx.Module):
     def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
         """Returns ``x`` with ``g(x; params) = y`` and ``log dx/dy``, elementwise."""
         raise NotImplementedError
+
+    def features(self, x: Array) -> Array:
+        """What a conditioner sees of ``x``: ``(..., num_features * n)``, laid out as ``(num_features, n)``."""
+        return x
 
 
 def soft_clip(x: Array, limit: float) -> Array:

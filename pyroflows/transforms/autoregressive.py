@@ -44,13 +44,16 @@ class Autoregressive(TransformModule):
     ):
         super().__init__()
         self.dim, self.univariate, self.reverse = dim, univariate, reverse
-        self.conditioner = MaskedMLP(dim, hidden_dims, univariate.num_params, context_dim, activation)
+        self.conditioner = MaskedMLP(
+            dim, hidden_dims, univariate.num_params, context_dim, activation, univariate.num_features
+        )
 
     @property
     def passes(self) -> tuple[int, int]:
         return 1, self.dim
 
     def _params(self, x: Tensor, context: Tensor | None, weights: dict[str, Tensor] | None = None) -> Tensor:
+        x = self.univariate.features(x)
         theta = functional_call(self.conditioner, weights, (x, context)) if weights else self.conditioner(x, context)
         return theta.unflatten(-1, (self.univariate.num_params, self.dim))
 

@@ -43,10 +43,10 @@ class Coupling(TransformModule):
             raise ValueError(f"Coupling: split must lie in [0, dim) = [0, {dim}), but got {split}.")
         self.dim, self.univariate, self.swap = dim, univariate, swap
         out_dim = univariate.num_params * (dim - self.split)
-        self.conditioner = MLP(self.split, hidden_dims, out_dim, context_dim, activation)
+        self.conditioner = MLP(univariate.num_features * self.split, hidden_dims, out_dim, context_dim, activation)
 
     def _params(self, x1: Tensor, context: Tensor | None) -> Tensor:
-        theta = self.conditioner(x1, context)
+        theta = self.conditioner(self.univariate.features(x1), context)
         return theta.view(*theta.shape[:-1], self.univariate.num_params, self.dim - self.split)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

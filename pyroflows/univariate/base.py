@@ -15,6 +15,8 @@ class Univariate:
     valid; all zeros give the identity.
     """
 
+    num_features = 1  # of an element, for a conditioner
+
     @property
     def num_params(self) -> int:
         """Parameters per element."""
@@ -27,6 +29,10 @@ class Univariate:
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``x`` with ``g(x; params) = y`` and ``log dx/dy``, elementwise."""
         raise NotImplementedError
+
+    def features(self, x: Tensor) -> Tensor:
+        """What a conditioner sees of ``x``: ``(..., num_features * n)``, laid out as ``(num_features, n)``."""
+        return x
 
 
 def soft_clip(x: Tensor, limit: float) -> Tensor:

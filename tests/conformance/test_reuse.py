@@ -199,7 +199,7 @@ def test_nothing_is_read_on_the_host_inside_a_pass(case):
 def test_follows_the_device(case):
     import pyroflows
 
-    flow, x = case.make(pyroflows, 5).cuda(), torch.randn(6, 5).cuda()
+    flow, x = case.make(pyroflows, 5).cuda(), torch.as_tensor(case.points(5)[:6]).cuda()
     torch.cuda.set_sync_debug_mode("default" if case.numerical else "error")
     try:
         y, log_det = flow.forward_and_log_det(x)
