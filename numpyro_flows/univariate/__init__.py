@@ -2,6 +2,21 @@
 
 from numpyro_flows.univariate.affine import Additive, Affine
 from numpyro_flows.univariate.base import Univariate
+from numpyro_flows.univariate.gaussian_mixture import GaussianMixtureCDF
+from numpyro_flows.univariate.monotone_network import MonotoneNetwork
+from numpyro_flows.univariate.polynomial import Bernstein, SumOfSquares
 from numpyro_flows.univariate.rational_quadratic import RationalQuadraticSpline
+from numpyro_flows.univariate.sigmoidal import DeepDenseSigmoidal, DeepSigmoidal
 
-__all__ = ["Additive", "Affine", "RationalQuadraticSpline", "Univariate"]
+__all__ = [
+    "Additive",
+    "Affine",
+    "Bernstein",
+    "DeepDenseSigmoidal",
+    "DeepSigmoidal",
+    "GaussianMixtureCDF",
+    "MonotoneNetwork",
+    "RationalQuadraticSpline",
+    "SumOfSquares",
+    "Univariate",
+]
