@@ -35,6 +35,12 @@ CASES = [
     Case("autoregressive-spline", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.RationalQuadraticSpline(), H, reverse=False, **k), lambda d: (1, d), reorders=True),
     Case("elementwise-affine", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.Affine(), H, **k)),
     Case("elementwise-spline", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.RationalQuadraticSpline(5, 3.0), H, **k)),
+    Case("coupling-sigmoidal", lambda p, dim, **k: p.transforms.Coupling(dim, p.univariate.DeepSigmoidal(4), H, **k), reorders=True, numerical=True),
+    Case("coupling-bernstein", lambda p, dim, **k: p.transforms.Coupling(dim, p.univariate.Bernstein(6, 4.0), H, **k), reorders=True, numerical=True),
+    Case("autoregressive-dense-sigmoidal", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.DeepDenseSigmoidal(3), H, **k), lambda d: (1, d), reorders=True, numerical=True),
+    Case("autoregressive-sum-of-squares", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.SumOfSquares(2, 3), H, **k), lambda d: (1, d), reorders=True, numerical=True),
+    Case("elementwise-monotone-network", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.MonotoneNetwork(4, 24, 3.0), H, **k), numerical=True),
+    Case("elementwise-mixture", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.GaussianMixtureCDF(4), H, **k), numerical=True),
     Case("location-scale", lambda p, dim, **k: p.transforms.ElementwiseAffine(dim), context=False),
     Case("triangular", lambda p, dim, **k: p.transforms.TriangularAffine(dim), context=False),
     Case("lu", lambda p, dim, **k: p.transforms.LULinear(dim), context=False),
@@ -45,6 +51,11 @@ CASES = [
     Case("nsf_ar", lambda p, dim, **k: p.flows.nsf_ar(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
     Case("maf", lambda p, dim, **k: p.flows.maf(dim, 3, H, **k), lambda d: (3 * d, 3), deep=True),
     Case("iaf", lambda p, dim, **k: p.flows.iaf(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
+    Case("naf", lambda p, dim, **k: p.flows.naf(dim, 2, H, num_units=4, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
+    Case("unaf", lambda p, dim, **k: p.flows.unaf(dim, 2, H, num_units=3, num_nodes=24, bound=3.0, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
+    Case("sospf", lambda p, dim, **k: p.flows.sospf(dim, 2, H, degree=3, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
+    Case("bpf", lambda p, dim, **k: p.flows.bpf(dim, 2, H, degree=6, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
+    Case("gaussianization", lambda p, dim, **k: p.flows.gaussianization(dim, 2, H, num_components=4, **k), lambda d: (2, 2), deep=True, numerical=True),
 ]
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}

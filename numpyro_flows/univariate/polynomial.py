@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import numpy as np
+
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from numpyro_flows.univariate.base import (

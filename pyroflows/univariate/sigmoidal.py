@@ -16,7 +16,7 @@ CONTRAST = 2.0  # of the mixing weights of hidden layers at the start, for the s
 
 @dataclass(frozen=True)
 class DeepDenseSigmoidal(Univariate):
-    """``num_layers`` layers ``h -> logit(W sigmoid(a * (U h) + b))``, rows of ``W`` and ``U`` on the simplex, ``a > 0``.
+    """``num_layers`` layers ``h -> logit(W sigmoid(a * (U h) + b))``; rows of ``W`` and ``U`` sum to one, ``a > 0``.
 
     Huang et al. 2018, eqs. 14 and 15 (DDSF). Two things differ from the paper, so that the map is a bijection of the
     whole line to |x| = 100 and beyond, in float32 too. The logit is taken as a difference of two log-sums, which
