@@ -13,12 +13,18 @@ import jax
 from jax import Array
 
 from numpyro_flows.transform_module import Compose, Inverse, Repeat, TransformModule
-from numpyro_flows.transforms import Autoregressive, Coupling, Elementwise, ElementwiseAffine, Permutation
+from numpyro_flows.transforms import Autoregressive, Coupling, Elementwise, ElementwiseAffine, Permutation, Rotated
 from numpyro_flows.univariate import (
     Additive,
     Affine,
+    Bernstein,
     CircularSpline,
+    DeepDenseSigmoidal,
+    DeepSigmoidal,
+    GaussianMixtureCDF,
+    MonotoneNetwork,
     RationalQuadraticSpline,
+    SumOfSquares,
     TailTransform,
     Univariate,
 )
@@ -216,8 +222,141 @@ def ncsf(
     )
 
 
+def naf(
+    dim: int,
+    num_layers: int = 3,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    num_units: int = 16,
+    dense: bool = False,
+    key: Array,
+) -> TransformModule:
+    """Neural autoregressive flow (Huang et al. 2018): autoregressive maps by deep sigmoidal networks.
+
+    Sampling takes one pass a layer; the density ``dim``, each with a numerical inverse. Turn it round with
+    ``Inverse(naf(...))`` where the density has to be the cheap direction. ``dense`` takes the DDSF (two layers of
+    ``num_units``, whose parameters grow as its square) instead of the DSF.
+    """
+    network = DeepDenseSigmoidal(num_units) if dense else DeepSigmoidal(num_units)
+    return _autoregressive_stack(
+        dim, network, num_layers, hidden_dims, key, context_dim=context_dim, activation=activation
+    )
+
+
+def unaf(
+    dim: int,
+    num_layers: int = 3,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    num_units: int = 8,
+    num_nodes: int = 52,
+    bound: float = 5.0,
+    key: Array,
+) -> TransformModule:
+    """Unconstrained monotonic neural network flow (Wehenkel & Louppe 2019): integrals of positive networks.
+
+    Sampling takes one pass a layer; the density ``dim``, each with a numerical inverse. Turn it round with
+    ``Inverse(unaf(...))`` where the density has to be the cheap direction.
+    """
+    network = MonotoneNetwork(num_units, num_nodes, bound)
+    return _autoregressive_stack(
+        dim, network, num_layers, hidden_dims, key, context_dim=context_dim, activation=activation
+    )
+
+
+def sospf(
+    dim: int,
+    num_layers: int = 3,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    num_squares: int = 2,
+    degree: int = 4,
+    bound: float = 5.0,
+    key: Array,
+) -> TransformModule:
+    """Sum-of-squares polynomial flow (Jaini et al. 2019), autoregressive.
+
+    Sampling takes one pass a layer; the density ``dim``, each with a numerical inverse. Turn it round with
+    ``Inverse(sospf(...))`` where the density has to be the cheap direction.
+    """
+    polynomial = SumOfSquares(num_squares, degree, bound)
+    return _autoregressive_stack(
+        dim, polynomial, num_layers, hidden_dims, key, context_dim=context_dim, activation=activation
+    )
+
+
+def bpf(
+    dim: int,
+    num_layers: int = 3,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    degree: int = 16,
+    bound: float = 5.0,
+    key: Array,
+) -> TransformModule:
+    """Bernstein polynomial flow (Ramasinghe et al. 2022), autoregressive.
+
+    Sampling takes one pass a layer; the density ``dim``, each with a numerical inverse. Turn it round with
+    ``Inverse(bpf(...))`` where the density has to be the cheap direction.
+    """
+    polynomial = Bernstein(degree, bound)
+    return _autoregressive_stack(
+        dim, polynomial, num_layers, hidden_dims, key, context_dim=context_dim, activation=activation
+    )
+
+
+def gaussianization(
+    dim: int,
+    num_layers: int = 6,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    num_components: int = 8,
+    key: Array,
+) -> TransformModule:
+    """Gaussianization flow (Meng et al. 2020): elementwise mixture CDFs in trained rotations of the coordinates.
+
+    No network but with a context (``hidden_dims``). Forward, which makes mixtures normal, is in closed form, so
+    sampling is cheap; the density inverts numerically, all elements at once. ``Inverse(gaussianization(...))`` is the
+    paper's density, with a closed form.
+    """
+    check_dim(dim)
+
+    def layer(key: Array) -> TransformModule:
+        inner, outer = jax.random.split(key)
+        mixture = GaussianMixtureCDF(num_components)
+        f = Elementwise(dim, mixture, hidden_dims, context_dim=context_dim, activation=activation, key=inner)
+        return Rotated(f, dim, key=outer)
+
+    return Compose([Repeat(layer, num_layers, key=key)])
+
+
 FLOWS: dict[str, Callable[..., TransformModule]] = {
-    f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf, ttf, ncsf)
+    f.__name__: f
+    for f in (
+        nice,
+        realnvp,
+        nsf,
+        nsf_ar,
+        maf,
+        iaf,
+        ttf,
+        ncsf,
+        naf,
+        unaf,
+        sospf,
+        bpf,
+        gaussianization,
+    )
 }
 
 

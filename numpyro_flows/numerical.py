@@ -29,7 +29,8 @@ def monotone_root(
     :param y: values ``(...)``, of the shape that ``function`` gives.
     :param lower: where ``f(lower) <= y``; found by doubling from ``y`` unless given.
     :param upper: where ``f(upper) >= y``; found likewise.
-    :param tolerance: largest error of ``x``, relative to ``max(1, |x|)``; 4 eps of the dtype unless given.
+    :param tolerance: largest error of ``x``, relative to ``max(1, |x|)``, up to the rounding of the function's
+        values; 4 eps of the dtype unless given.
     :param owner: the name that an error mentions.
     :raises RuntimeError: if elements do not converge (Equinox's, at run time); not a number goes through as such.
     """
@@ -37,6 +38,8 @@ def monotone_root(
 
     def solve(_: object, y: Array) -> Array:
         x, converged = _search(function, y, lower, upper, tolerance)
+        value, log_slope = function(x)
+        x = x - (value - y) * jnp.exp(-log_slope)  # from the tolerance to the rounding
         return eqx.error_if(
             x, ~converged, f"{owner}: the numerical inverse did not converge. Are the parameters finite?"
         )
@@ -56,24 +59,29 @@ def _search(
     lower = _bracket(function, y, -1) if lower is None else jnp.broadcast_to(lower, y.shape)
     upper = _bracket(function, y, 1) if upper is None else jnp.broadcast_to(upper, y.shape)
 
+    rounding = 8 * float(jnp.finfo(y.dtype).eps)  # of the function's values: no search gets below it
+
     def going(state):
         return (state[0] < MAX_STEPS) & ~state[-1].all()
 
     def step(state):
-        count, x, lower, upper, converged = state
+        count, x, last, lower, upper, converged = state
         value, log_slope = function(x)
         above = value > y
         upper, lower = jnp.where(above, x, upper), jnp.where(above, lower, x)
         newton_step = (value - y) * jnp.exp(-log_slope)
         newton, middle = x - newton_step, 0.5 * (lower + upper)
-        inside = (newton >= lower) & (newton <= upper)
-        following = jnp.where(inside, newton, middle)
+        size = jnp.maximum(jnp.maximum(jnp.abs(x), jnp.abs(y)), 1)
+        # a step that is not half the last one is left out, or it could go round in a circle
+        good = (newton >= lower) & (newton <= upper) & (jnp.abs(newton_step) <= 0.5 * last)
+        converged |= jnp.isnan(value) | (jnp.abs(value - y) <= rounding * size)
+        following = jnp.where(converged, x, jnp.where(good, newton, middle))
         close = tolerance * jnp.maximum(jnp.abs(following), 1)
-        converged |= jnp.isnan(value) | (inside & (jnp.abs(newton_step) <= close)) | (upper - lower <= close)
-        return count + 1, following, lower, upper, converged
+        converged |= (good & (jnp.abs(newton_step) <= close)) | (upper - lower <= close)
+        return count + 1, following, jnp.abs(following - x), lower, upper, converged
 
-    start = 0, jnp.clip(y, lower, upper), lower, upper, jnp.isnan(y)
-    _, x, lower, upper, converged = lax.while_loop(going, step, start)
+    start = 0, jnp.clip(y, lower, upper), jnp.full_like(y, jnp.inf), lower, upper, jnp.isnan(y)
+    _, x, _, lower, upper, converged = lax.while_loop(going, step, start)
     return x, converged & (jnp.isnan(x) | jnp.isfinite(lower) & jnp.isfinite(upper))
 
 

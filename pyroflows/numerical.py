@@ -29,7 +29,8 @@ def monotone_root(
     :param y: values ``(...)``, of the shape that ``function`` gives.
     :param lower: where ``f(lower) <= y``; found by doubling from ``y`` unless given.
     :param upper: where ``f(upper) >= y``; found likewise.
-    :param tolerance: largest error of ``x``, relative to ``max(1, |x|)``; 4 eps of the dtype unless given.
+    :param tolerance: largest error of ``x``, relative to ``max(1, |x|)``, up to the rounding of the function's
+        values; 4 eps of the dtype unless given.
     :param owner: the name that an error mentions.
     :raises RuntimeError: if elements do not converge, with their number. (Under ``torch.func.vmap`` nothing can be
         read, and no error is raised; not a number goes through as such.)
@@ -65,6 +66,8 @@ def _search(
     upper = _bracket(function, y, 1) if upper is None else upper.detach().expand_as(y)
     x = torch.minimum(torch.maximum(y, lower), upper)
     converged = undefined.clone()
+    last = torch.full_like(y, torch.inf)
+    rounding = 8 * torch.finfo(y.dtype).eps  # of the function's values: no search gets below it
     for _ in range(MAX_STEPS):
         value, log_slope = function(x)
         undefined = undefined | torch.isnan(value)
@@ -72,10 +75,14 @@ def _search(
         upper, lower = torch.where(above, x, upper), torch.where(above, lower, x)
         step = (value - y) * torch.exp(-log_slope)
         newton, middle = x - step, 0.5 * (lower + upper)
-        inside = (newton >= lower) & (newton <= upper)
-        following = torch.where(inside, newton, middle)
+        size = torch.maximum(x.abs(), y.abs()).clamp_min(1)
+        # a step that is not half the last one is left out, or it could go round in a circle
+        good = (newton >= lower) & (newton <= upper) & (step.abs() <= 0.5 * last)
+        converged = undefined | converged | ((value - y).abs() <= rounding * size)
+        following = torch.where(converged, x, torch.where(good, newton, middle))
         close = tolerance * following.abs().clamp_min(1)
-        converged = undefined | converged | (inside & (step.abs() <= close)) | (upper - lower <= close)
+        converged = converged | (good & (step.abs() <= close)) | (upper - lower <= close)
+        last = (following - x).abs()
         x = following
         if readable(converged) and bool(converged.all()):
             break

@@ -67,6 +67,12 @@ CASES = [
     Case("autoregressive-circular", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.CircularSpline(4), H, **k), lambda d: (1, d), reorders=True, domain="circle"),
     Case("autoregressive-tails", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.TailTransform(), H, reverse=False, **k), lambda d: (1, d), reorders=True),
     Case("elementwise-tails", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.TailTransform(), H, **k)),
+    Case("coupling-sigmoidal", lambda p, dim, **k: p.transforms.Coupling(dim, p.univariate.DeepSigmoidal(4), H, **k), reorders=True, numerical=True),
+    Case("coupling-bernstein", lambda p, dim, **k: p.transforms.Coupling(dim, p.univariate.Bernstein(6, 4.0), H, **k), reorders=True, numerical=True),
+    Case("autoregressive-dense-sigmoidal", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.DeepDenseSigmoidal(3), H, **k), lambda d: (1, d), reorders=True, numerical=True),
+    Case("autoregressive-sum-of-squares", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.SumOfSquares(2, 3), H, **k), lambda d: (1, d), reorders=True, numerical=True),
+    Case("elementwise-monotone-network", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.MonotoneNetwork(4, 24, 3.0), H, **k), numerical=True),
+    Case("elementwise-mixture", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.GaussianMixtureCDF(4), H, **k), numerical=True),
     Case("location-scale", lambda p, dim, **k: p.transforms.ElementwiseAffine(dim), context=False),
     Case("triangular", lambda p, dim, **k: p.transforms.TriangularAffine(dim), context=False),
     Case("lu", lambda p, dim, **k: p.transforms.LULinear(dim), context=False),
@@ -79,6 +85,11 @@ CASES = [
     Case("iaf", lambda p, dim, **k: p.flows.iaf(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
     Case("ttf", lambda p, dim, **k: p.flows.ttf(dim, 3, H, **k), lambda d: (5, 5), deep=True, networkless=2),
     Case("ncsf", lambda p, dim, **k: p.flows.ncsf(dim, 3, H, **k), lambda d: (3, 3), deep=True, domain="circle"),
+    Case("naf", lambda p, dim, **k: p.flows.naf(dim, 2, H, num_units=4, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
+    Case("unaf", lambda p, dim, **k: p.flows.unaf(dim, 2, H, num_units=3, num_nodes=24, bound=3.0, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
+    Case("sospf", lambda p, dim, **k: p.flows.sospf(dim, 2, H, degree=3, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
+    Case("bpf", lambda p, dim, **k: p.flows.bpf(dim, 2, H, degree=6, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
+    Case("gaussianization", lambda p, dim, **k: p.flows.gaussianization(dim, 2, H, num_components=4, **k), lambda d: (2, 2), deep=True, numerical=True),
 ]
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}

@@ -5,6 +5,7 @@ from numpyro_flows.transforms.coupling import Coupling
 from numpyro_flows.transforms.elementwise import Elementwise, ElementwiseAffine
 from numpyro_flows.transforms.linear import LULinear, TriangularAffine
 from numpyro_flows.transforms.permutation import Permutation
+from numpyro_flows.transforms.rotated import Rotated
 
 __all__ = [
     "Autoregressive",
@@ -13,5 +14,6 @@ __all__ = [
     "ElementwiseAffine",
     "LULinear",
     "Permutation",
+    "Rotated",
     "TriangularAffine",
 ]

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+
+from numpyro_flows.numerical import monotone_root
 
 
 class Univariate(eqx.Module):
@@ -37,3 +43,42 @@ class Univariate(eqx.Module):
 def soft_clip(x: Array, limit: float) -> Array:
     """``x`` smoothly limited to ``(-limit, limit)``, with slope one at zero: ``x / sqrt(1 + (x / limit)^2)``."""
     return x * lax.rsqrt(1 + x * x * limit**-2)
+
+
+def numerical_inverse(
+    function: Callable[[Array], tuple[Array, Array]], y: Array, min_slope: float, owner: str
+) -> tuple[Array, Array]:
+    """Inverts ``x -> (g(x), log g'(x))`` where ``g' >= min_slope > 0``; returns ``x`` and ``log dx/dy``.
+
+    The bound of the slope gives the root's bracket.
+    """
+    reach = lax.stop_gradient(y - function(jnp.zeros_like(y))[0]) * (1.01 / min_slope)
+    y = jnp.broadcast_to(y, reach.shape)
+    x = monotone_root(function, y, jnp.minimum(reach, 0), jnp.maximum(reach, 0), owner=owner)
+    return x, -function(x)[1]
+
+
+def log_sum_and_mean(log_weights: Array, values: Array) -> tuple[Array, Array]:
+    """``log sum_k exp(log_weights_k)`` and the mean of ``values`` by those weights, over the second-to-last axis."""
+    top = lax.stop_gradient(log_weights.max(-2, keepdims=True))
+    weights = jnp.exp(log_weights - top)
+    total = weights.sum(-2)
+    return top.squeeze(-2) + jnp.log(total), (weights * values).sum(-2) / total
+
+
+def constant(values: np.ndarray, like: Array) -> Array:
+    """``values`` in the dtype of ``like``."""
+    return jnp.asarray(values, like.dtype)
+
+
+def unit_quadrature(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of the Gauss-Legendre rule on ``[0, 1]``: exact for polynomials of degree 2 num_nodes - 1."""
+    nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
+    return (nodes + 1) / 2, weights / 2
+
+
+def check_positive(owner: str, **arguments: float) -> None:
+    """Raises a ``ValueError`` that names the argument which is not positive."""
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"{owner}: {name} must be positive, but got {value}.")

@@ -5,6 +5,7 @@ from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise, ElementwiseAffine
 from pyroflows.transforms.linear import LULinear, TriangularAffine
 from pyroflows.transforms.permutation import Permutation
+from pyroflows.transforms.rotated import Rotated
 
 __all__ = [
     "Autoregressive",
@@ -13,5 +14,6 @@ __all__ = [
     "ElementwiseAffine",
     "LULinear",
     "Permutation",
+    "Rotated",
     "TriangularAffine",
 ]

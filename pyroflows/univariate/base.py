@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from pyroflows.numerical import monotone_root
 
 
 class Univariate:
@@ -52,3 +57,42 @@ def takes_custom_gradients() -> bool:
         and not torch.jit.is_tracing()
         and forward_ad._current_level < 0
     )
+
+
+def numerical_inverse(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], y: Tensor, min_slope: float, owner: str
+) -> tuple[Tensor, Tensor]:
+    """Inverts ``x -> (g(x), log g'(x))`` where ``g' >= min_slope > 0``; returns ``x`` and ``log dx/dy``.
+
+    The bound of the slope gives the root's bracket.
+    """
+    with torch.no_grad():
+        reach = (y - function(torch.zeros_like(y))[0]) * (1.01 / min_slope)
+    x = monotone_root(function, y.expand(reach.shape), reach.clamp_max(0), reach.clamp_min(0), owner=owner)
+    return x, -function(x)[1]
+
+
+def log_sum_and_mean(log_weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """``log sum_k exp(log_weights_k)`` and the mean of ``values`` by those weights, over the second-to-last axis."""
+    top = log_weights.detach().amax(-2, keepdim=True)
+    weights = torch.exp(log_weights - top)
+    total = weights.sum(-2)
+    return top.squeeze(-2) + total.log(), (weights * values).sum(-2) / total
+
+
+def constant(values: np.ndarray, like: Tensor) -> Tensor:
+    """``values`` in the dtype and on the device of ``like``, without waiting for the device."""
+    return torch.tensor(values.tolist(), dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+def unit_quadrature(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of the Gauss-Legendre rule on ``[0, 1]``: exact for polynomials of degree 2 num_nodes - 1."""
+    nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
+    return (nodes + 1) / 2, weights / 2
+
+
+def check_positive(owner: str, **arguments: float) -> None:
+    """Raises a ``ValueError`` that names the argument which is not positive."""
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"{owner}: {name} must be positive, but got {value}.")

@@ -1,0 +1,105 @@
+"""Sigmoidal networks that are monotone (Huang et al. 2018, Neural autoregressive flows)."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from numpyro_flows.univariate.base import Univariate, check_positive, log_sum_and_mean, numerical_inverse, soft_clip
+
+SPREAD = 1.0  # of the units' shifts at the start: far enough apart for each to learn a part of its own
+CONTRAST = 2.0  # of the mixing weights of hidden layers at the start, for the same reason
+
+
+class DeepDenseSigmoidal(Univariate):
+    """``num_layers`` layers ``h -> logit(W sigmoid(a * (U h) + b))``; rows of ``W`` and ``U`` sum to one, ``a > 0``.
+
+    Huang et al. 2018, eqs. 14 and 15 (DDSF). Two things differ from the paper, so that the map is a bijection of the
+    whole line to |x| = 100 and beyond, in float32 too. The logit is taken as a difference of two log-sums, which
+    neither overflows nor saturates; its tails are linear, with the slopes of the flattest units. And with ``T`` the
+    network and ``T_0`` the network at params of zero, whose slope is at most one, the map is::
+
+        y = x + (1 - min_slope) (T(x) - T_0(x)),
+
+    which has slope ``min_slope`` at least (the paper's goes to zero between two units far apart), and is the identity
+    at the start though the units are not alike there (equal ones would have equal gradients, and stay equal).
+
+    Forward costs two passes through the network, of ``num_units^2`` sums a layer; the inverse is numerical.
+    Params, a layer: mixing logits, log-slopes, shifts, weight logits, all raw.
+
+    :param num_units: width of every layer.
+    :param num_layers: number of layers, at least 1.
+    :param max_log_slope: limit of the units' log-slopes.
+    :param min_slope: least slope of the map, less than 1.
+    """
+
+    num_units: int = eqx.field(static=True, default=6)
+    num_layers: int = eqx.field(static=True, default=2)
+    max_log_slope: float = eqx.field(static=True, default=2.0)
+    min_slope: float = eqx.field(static=True, default=0.02)
+
+    def __check_init__(self) -> None:
+        check_positive(type(self).__name__, **vars(self))
+
+    def _sizes(self) -> list[list[int]]:
+        """Parameters of each layer: mixing (outputs, inputs), log-slopes, shifts, weights (outputs, units)."""
+        k, last = self.num_units, self.num_layers - 1
+        return [[k * k if n else 0, k, k, k if n == last else k * k] for n in range(self.num_layers)]
+
+    @property
+    def num_params(self) -> int:
+        return sum(map(sum, self._sizes()))
+
+    def _network(self, x: Array, params: Array) -> tuple[Array, Array]:
+        """Value and slope; the hidden values ``h`` and their slopes are ``(..., units, n)``."""
+        k, h = self.num_units, x[..., None, :]
+        slope = jnp.ones_like(h)
+        place = jnp.linspace(-1, 1, k, dtype=x.dtype) if k > 1 else -jnp.ones(1, x.dtype)
+        near = -CONTRAST * jnp.square(place[:, None] - place)[..., None]  # (k, k, 1)
+        parts = iter(jnp.split(params, np.cumsum([size for layer in self._sizes() for size in layer])[:-1], -2))
+        for mixing, raw_slopes, raw_shifts, weights in zip(parts, parts, parts, parts, strict=True):
+            if mixing.shape[-2]:
+                u = jax.nn.softmax(_rows(mixing, k) + near, -2)
+                h, slope = ((u * part[..., None, :, :]).sum(-2) for part in (h, slope))
+            a = jnp.exp(soft_clip(raw_slopes, self.max_log_slope))
+            z = raw_shifts + SPREAD * place[:, None] + a * h
+            log_on = jax.nn.log_sigmoid(z)
+            log_off = log_on - z
+            weights = _rows(weights, k)
+            weights = weights + near if weights.shape[-3] == k > 1 else weights
+            sides = [weights + log[..., None, :, :] for log in (log_on, log_off)]
+            # of p = sum_k w_k s_k: dp / (p (1 - p)) = dp / p + dp / (1 - p), two means of slopes
+            slopes = [(jnp.exp(log) * a * slope)[..., None, :, :] for log in (log_off, log_on)]
+            (upper, d_upper), (lower, d_lower) = map(log_sum_and_mean, sides, slopes)
+            h, slope = upper - lower, d_upper + d_lower
+        return h.squeeze(-2), slope.squeeze(-2)
+
+    def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:
+        value, slope = self._network(x, params)
+        value_0, slope_0 = self._network(x, jnp.zeros((self.num_params, 1), params.dtype))
+        y = x + (1 - self.min_slope) * (value - value_0)
+        return y, jnp.log1p((1 - self.min_slope) * (slope - slope_0))
+
+    def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
+        return numerical_inverse(
+            lambda x: self.forward_and_log_det(x, params), y, self.min_slope, owner=type(self).__name__
+        )
+
+
+def _rows(matrix: Array, columns: int) -> Array:
+    """``(..., rows * columns, n)`` as ``(..., rows, columns, n)``."""
+    return matrix.reshape(*matrix.shape[:-2], -1, columns, matrix.shape[-1])
+
+
+class DeepSigmoidal(DeepDenseSigmoidal):
+    """``logit(sum_k w_k sigmoid(a_k x + b_k))`` (Huang et al. 2018, eq. 8, DSF), relative to its start.
+
+    The one-layer case of :class:`DeepDenseSigmoidal`; what is said there of the slopes, the tails and the start holds.
+    Params: log-slopes, shifts, weight logits, each ``num_units``, raw.
+    """
+
+    num_units: int = eqx.field(static=True, default=16)
+    num_layers: int = eqx.field(static=True, default=1)
