@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from numpyro_flows.conditioners import MaskedMLP
@@ -24,6 +25,8 @@ class Autoregressive(TransformModule):
     :param hidden_dims: hidden widths of the masked conditioner.
     :param context_dim: size of the context, 0 for none.
     :param reverse: returns ``y`` in reversed order, so that equal layers alternate the ordering.
+    :param ordering: the elements ``0 .. dim - 1`` from the first to the last in the chain: ``y_i`` depends on ``x_i``
+        and on the elements named before ``i``. The natural order unless given.
     :param activation: the conditioner's activation.
     """
 
@@ -41,10 +44,12 @@ class Autoregressive(TransformModule):
         context_dim: int = 0,
         reverse: bool = True,
         activation: str = "silu",
+        ordering: Sequence[int] | None = None,
         key: Array,
     ):
         self.dim, self.univariate, self.reverse = dim, univariate, reverse
-        self.conditioner = MaskedMLP(dim, hidden_dims, univariate.num_params, context_dim, activation, key=key)
+        num_params = univariate.num_params
+        self.conditioner = MaskedMLP(dim, hidden_dims, num_params, context_dim, activation, ordering, key=key)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -64,10 +69,13 @@ class Autoregressive(TransformModule):
         if context is not None:
             y = jnp.broadcast_to(y, jnp.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
 
+        ordering = self.conditioner.ordering
+        rank = np.arange(self.dim) if ordering is None else np.argsort(ordering)
+
         def sweep(i, state):
             x, log_det = self.univariate.inverse_and_log_det(y, self._params(state[0], context))
             # elements beyond the i-th are not known yet; zeros keep what they feed finite
-            return jnp.where(jnp.arange(self.dim) <= i, x, 0), log_det
+            return jnp.where(rank <= i, x, 0), log_det
 
         x, log_det = lax.fori_loop(0, self.dim, sweep, (jnp.zeros_like(y), jnp.zeros_like(y)))
         return x, log_det.sum(-1)

@@ -23,6 +23,8 @@ class Autoregressive(TransformModule):
     :param hidden_dims: hidden widths of the masked conditioner.
     :param context_dim: size of the context, 0 for none.
     :param reverse: returns ``y`` in reversed order, so that equal layers alternate the ordering.
+    :param ordering: the elements ``0 .. dim - 1`` from the first to the last in the chain: ``y_i`` depends on ``x_i``
+        and on the elements named before ``i``. The natural order unless given.
     :param activation: the conditioner's activation.
     """
 
@@ -35,10 +37,13 @@ class Autoregressive(TransformModule):
         context_dim: int = 0,
         reverse: bool = True,
         activation: str = "silu",
+        ordering: Sequence[int] | None = None,
     ):
         super().__init__()
         self.dim, self.univariate, self.reverse = dim, univariate, reverse
-        self.conditioner = MaskedMLP(dim, hidden_dims, univariate.num_params, context_dim, activation)
+        self.conditioner = MaskedMLP(dim, hidden_dims, univariate.num_params, context_dim, activation, ordering)
+        rank = torch.arange(dim) if ordering is None else torch.tensor(tuple(ordering)).argsort()
+        self.register_buffer("rank", rank, persistent=False)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -56,10 +61,9 @@ class Autoregressive(TransformModule):
             y = y.flip(-1)
         if context is not None:
             y = y.expand(torch.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
-        index = torch.arange(self.dim, device=y.device)
         x, log_det = torch.zeros_like(y), torch.zeros_like(y)
         for i in range(self.dim):
             x, log_det = self.univariate.inverse_and_log_det(y, self._params(x, context))
             # elements beyond the i-th are not known yet; zeros keep what they feed finite
-            x = torch.where(index <= i, x, 0.0)
+            x = torch.where(self.rank <= i, x, 0.0)  # type: ignore[operator]
         return x, log_det.sum(-1)

@@ -31,7 +31,7 @@ def far_enough(backend, flow, dim, radius):
     return 1.05 * np.abs(backend.run(flow, x)[0]).max()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.min_dim == 1], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in CASES if c.min_dim == 1 and 1 in c.dims], ids=lambda case: case.name)
 def test_mass_is_conserved_in_one_dimension(backend, case):
     flow = flow_of(backend, case, 1)
     edge = far_enough(backend, flow, 1, 7.0)
@@ -39,7 +39,7 @@ def test_mass_is_conserved_in_one_dimension(backend, case):
     assert np.exp(log_density(backend, flow, y[:, None])).sum() * step == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in CASES if 2 in c.dims], ids=lambda case: case.name)
 def test_mass_is_conserved_in_two_dimensions(backend, case):
     flow = flow_of(backend, case, 2, sd=0.2)
     edge = far_enough(backend, flow, 2, 5.5)
