@@ -204,7 +204,7 @@ def glow(
             "glow: shape must have dim elements and num_scales must be at least 1, "
             f"but got {dim=}, {shape=}, {num_scales=}."
         )
-    affine, options = Affine(max_log_scale), {"context_dim": context_dim, "activation": activation}
+    affine = Affine(max_log_scale)
     scales, order = [], np.arange(dim)
     for scale in range(num_scales):
         size, can_halve = channels * height * width, height % 2 == width % 2 == 0
@@ -212,7 +212,8 @@ def glow(
             break
         squeeze = Squeeze((channels, height, width)) if can_halve else None
         channels, height, width = squeeze.out_shape if squeeze else (channels, height, width)
-        make = partial(_glow_step, (channels, height, width), affine, hidden_dims, **options)
+        here = (channels, height, width)
+        make = partial(_glow_step, here, affine, hidden_dims, context_dim=context_dim, activation=activation)
         level: list[TransformModule] = [Repeat(make, num_layers)]
         moved = num_layers * (channels // 2) % channels * height * width  # by the couplings, which exchange the halves
         level += [Permutation.roll(size, moved)] if moved else []

@@ -76,7 +76,7 @@ CASES = [
     Case("maf", lambda p, dim, **k: p.flows.maf(dim, 3, H, **k), lambda d: (3 * d, 3), deep=True),
     Case("iaf", lambda p, dim, **k: p.flows.iaf(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
     Case("householder", lambda p, dim, **k: p.flows.householder(dim, 2, H, **k), lambda d: (2, 2), deep=True),
-    Case("glow", lambda p, dim, **k: p.flows.glow(dim, 2, H, shape=image(dim), **k), lambda d: ((12, 12) if d == 16 else (6, 6)), deep=True, networkless=8, dims=(1, 2, 5, 16)),
+    Case("glow", lambda p, dim, **k: p.flows.glow(dim, 2, H[:1], shape=image(dim), **k), lambda d: ((12, 12) if d == 16 else (6, 6)), deep=True, networkless=8, dims=(1, 2, 16)),
 ]
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}

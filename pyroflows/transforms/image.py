@@ -69,6 +69,8 @@ class ImageCoupling(Coupling):
     :param activation: the conditioner's activation.
     """
 
+    conditioner: CNN  # type: ignore[assignment]
+
     def __init__(
         self,
         shape: Sequence[int],
