@@ -168,7 +168,7 @@ def _exp_of_skew(a: Array) -> Array:
 def reflections(vectors: Array) -> tuple[Array, Array]:
     """``U`` and ``W`` ``(..., k, dim)`` with ``H_1 .. H_k = I - U^T W`` for the reflections at ``vectors``."""
     square = jnp.square(vectors).sum(-1, keepdims=True)
-    u = vectors * lax.rsqrt(jnp.maximum(square, jnp.finfo(vectors.dtype).tiny))
+    u = vectors * lax.rsqrt(jnp.where(square > jnp.finfo(square.dtype).tiny, square, 1))  # none at a zero vector
     eye = jnp.eye(u.shape[-2], dtype=u.dtype)
     return u, solve_triangular(jnp.triu(u @ u.mT, 1) + 0.5 * eye, u)
 

@@ -154,8 +154,8 @@ def _exp_of_skew(a: Tensor) -> Tensor:
 
 def reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """``U`` and ``W`` ``(..., k, dim)`` with ``H_1 .. H_k = I - U^T W`` for the reflections at ``vectors``."""
-    tiny = torch.finfo(vectors.dtype).tiny
-    u = vectors * vectors.square().sum(-1, keepdim=True).clamp(min=tiny).rsqrt()
+    square = vectors.square().sum(-1, keepdim=True)
+    u = vectors * torch.where(square > torch.finfo(square.dtype).tiny, square, 1.0).rsqrt()  # none at a zero vector
     eye = torch.eye(u.shape[-2], dtype=u.dtype, device=u.device)
     return u, torch.linalg.solve_triangular((u @ u.mT).triu(1) + 0.5 * eye, u, upper=True)
 

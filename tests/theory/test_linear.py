@@ -123,6 +123,7 @@ def _count_jax(backend, flow, x, inverse):
             elif eqn.primitive.name == "lu":
                 total += a[-1] ** 3 // 3
             inner = [p for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
+            inner += [eqn.params["jaxprs"].solve] if eqn.primitive.name == "custom_linear_solve" else []
             total += sum(count(getattr(p, "jaxpr", p)) for p in inner)
         return total
 
