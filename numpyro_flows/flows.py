@@ -222,6 +222,8 @@ def glow(
             "glow: shape must have dim elements and num_scales must be at least 1, "
             f"but got {dim=}, {shape=}, {num_scales=}."
         )
+    if channels == 1 and dim > 1 and (height % 2 or width % 2):
+        raise ValueError(f"glow: shape of one channel must have an even height and width, but got {shape}.")
     affine = Affine(max_log_scale)
     scales, order = [], np.arange(dim)
     for scale in range(num_scales):

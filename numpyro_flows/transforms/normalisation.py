@@ -58,7 +58,8 @@ class BatchNorm(TransformModule):
     Dinh et al. 2017, section 3.7; Papamakarios et al. 2017, section B.1. Both directions use the running statistics and
     are each other's inverse; nothing changes behind a call. To train with the statistics of the batch, take the density
     by :func:`with_batch_statistics`, which also moves the running ones. These are in the state as ``running_mean`` and
-    ``running_log_var``, and are not trained by gradients. Costs ``O(dim)`` both ways. Starts at the identity.
+    ``running_log_var``, and are not trained by gradients (these are zero: keep weight decay off them). Costs ``O(dim)``
+    both ways. Starts at the identity.
 
     :param shape: size of ``x``, or the shape ``(channels, height, width)`` of the image that ``x`` is: then a channel
         shares its statistics.

@@ -83,7 +83,9 @@ class ImageCoupling(Coupling):
     ):
         channels, *size = check_image(shape)
         kept, pixels = channels // 2, math.prod(size)
-        super().__init__(channels * pixels, univariate, (), split=kept * pixels, swap=swap)
+        TransformModule.__init__(self)
+        self.dim, self.split, self.univariate, self.swap = channels * pixels, kept * pixels, univariate, swap
+        self.order = self.place = None
         out_channels = univariate.num_params * (channels - kept)
         self.conditioner = CNN((kept, *size), hidden_dims, out_channels, context_dim, activation)
 

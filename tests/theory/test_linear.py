@@ -345,6 +345,7 @@ def test_the_log_det_of_a_convolution_counts_the_pixels(backend):
         (lambda p, d, **k: p.transforms.BatchNorm(d, eps=0.0), "eps"),
         (lambda p, d, **k: p.transforms.Leading(p.transforms.LULinear(d), 0), "size"),
         (lambda p, d, **k: p.flows.glow(d, shape=(1, 2, 2), **k), "glow: shape"),
+        (lambda p, d, **k: p.flows.glow(d, shape=(1, 3, 1), **k), "one channel"),
         (lambda p, d, **k: p.flows.glow(d, num_layers=0, **k), "num_layers"),
         (lambda p, d, **k: p.flows.householder(d, 0, **k), "num_layers"),
     ],
