@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from numpyro_flows.transform_module import check_context
 
@@ -93,9 +94,11 @@ class MaskedMLP(MLP):
     :param dim: size of the input.
     :param num_params: outputs per input.
     :param num_features: numbers by which an input is given, laid out as ``(num_features, dim)``.
+    :param ordering: the elements from the first to the last in the chain; the natural order unless given.
     """
 
     num_features: int = eqx.field(static=True)
+    ordering: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -105,27 +108,130 @@ class MaskedMLP(MLP):
         context_dim: int = 0,
         activation: str = "silu",
         num_features: int = 1,
+        ordering: Sequence[int] | None = None,
         *,
         key: Array,
     ):
         super().__init__(num_features * dim, hidden_dims, num_params * dim, context_dim, activation, key=key)
         self.num_features = num_features
+        self.ordering = None if ordering is None else check_ordering(dim, ordering)
 
     def _weights(self) -> list[Array]:
         sizes = [layer.bias.shape[-1] for layer in self.layers]
         dim = self.in_dim // self.num_features
-        masks = autoregressive_masks(dim, sizes[:-1], sizes[-1] // dim, self.context_dim, self.num_features)
+        num_params = sizes[-1] // dim
+        masks = autoregressive_masks(dim, sizes[:-1], num_params, self.context_dim, self.num_features, self.ordering)
         return [jnp.where(mask, layer.weight, 0) for mask, layer in zip(masks, self.layers, strict=True)]
 
 
+class Convolution(eqx.Module):
+    """A convolution that keeps height and width; ``weight`` ``(out, in, size, size)`` as :class:`Linear`'s."""
+
+    weight: Array
+    bias: Array
+
+    def __init__(self, in_channels: int, out_channels: int, size: int, *, key: Array, zero: bool = False):
+        limit = 0.0 if zero else 1.0 / np.sqrt(max(in_channels * size * size, 1))
+        w_key, b_key = jax.random.split(key)
+        shape = (out_channels, in_channels, size, size)
+        self.weight = jax.random.uniform(w_key, shape, minval=-limit, maxval=limit)
+        self.bias = jax.random.uniform(b_key, (out_channels,), minval=-limit, maxval=limit)
+
+    def __call__(self, x: Array) -> Array:
+        """``(..., in, height, width)`` to ``(..., out, height, width)``."""
+        bias = self.bias[:, None, None]
+        if not x.shape[-3]:
+            return jnp.broadcast_to(bias, (*x.shape[:-3], len(self.bias), *x.shape[-2:]))
+        images = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+        y = lax.conv(images, self.weight, (1, 1), "SAME")
+        return y.reshape(*x.shape[:-3], *y.shape[1:]) + bias
+
+
+class CNN(eqx.Module):
+    """Convolutional network of an image, which travels as a vector; its last layer starts at zero (Kingma & Dhariwal
+    2018, section B): 3 x 3 convolutions at both ends, 1 x 1 between them (all 1 x 1 where the image is one pixel).
+
+    The input is ``(..., channels * height * width)``, the output ``(..., out_channels * height * width)``, both channel
+    by channel. A context enters the first layer, the same for every pixel.
+
+    :param shape: of the input: ``(channels, height, width)``; channels may be 0 (then only the context counts).
+    :param hidden_dims: channels of the hidden layers.
+    :param out_channels: channels of the output.
+    :param context_dim: size of the context ``(..., context_dim)``, 0 for none.
+    :param activation: one of ``conditioners.ACTIVATIONS``.
+    """
+
+    layers: tuple[Convolution, ...]
+    context: Linear | None
+    shape: tuple[int, ...] = eqx.field(static=True)
+    context_dim: int = eqx.field(static=True)
+    activation: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        hidden_dims: Sequence[int],
+        out_channels: int,
+        context_dim: int = 0,
+        activation: str = "silu",
+        *,
+        key: Array,
+    ):
+        check_network(hidden_dims, context_dim, activation)
+        self.shape, self.context_dim, self.activation = check_image(shape), context_dim, activation
+        dims, sizes = (shape[0], *hidden_dims, out_channels), kernel_sizes(self.shape, len(hidden_dims) + 1)
+        keys = jax.random.split(key, len(dims))
+        last = len(dims) - 2
+        self.layers = tuple(
+            Convolution(i, o, size, key=keys[n], zero=n == last)
+            for n, (i, o, size) in enumerate(zip(dims, dims[1:], sizes, strict=False))
+        )
+        self.context = Linear(context_dim, dims[1], key=keys[-1], zero=last == 0) if context_dim else None
+
+    def __call__(self, x: Array, context: Array | None = None) -> Array:
+        check_context(context, self.context_dim, type(self).__name__)
+        h = self.layers[0](x.reshape(*x.shape[:-1], *self.shape))
+        if context is not None and self.context is not None:
+            h = h + (context @ self.context.weight.T + self.context.bias)[..., None, None]
+        for layer in self.layers[1:]:
+            h = layer(ACTIVATIONS[self.activation](h))
+        return h.reshape(*h.shape[:-3], math.prod(h.shape[-3:]))
+
+
 def autoregressive_masks(
-    dim: int, hidden_dims: Sequence[int], num_params: int, context_dim: int, num_features: int = 1
+    dim: int,
+    hidden_dims: Sequence[int],
+    num_params: int,
+    context_dim: int,
+    num_features: int = 1,
+    ordering: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """Masks ``(out, in)`` of the weights of a :class:`MaskedMLP` (Germain et al. 2015, section 4)."""
-    degrees = [np.concatenate([np.tile(np.arange(dim), num_features), np.full(context_dim, -1)])]
+    rank = np.arange(dim) if ordering is None else np.argsort(ordering)
+    degrees = [np.concatenate([np.tile(rank, num_features), np.full(context_dim, -1)])]
     degrees += [np.arange(width) % max(dim - 1, 1) for width in hidden_dims]
     masks = [after[:, None] >= before for before, after in zip(degrees, degrees[1:], strict=False)]
-    return [*masks, np.tile(np.arange(dim), num_params)[:, None] > degrees[-1]]
+    return [*masks, np.tile(rank, num_params)[:, None] > degrees[-1]]
+
+
+def kernel_sizes(shape: Sequence[int], num_layers: int) -> list[int]:
+    """Sizes of the kernels of a :class:`CNN`: 3 at both ends and 1 between; 1 for an image of one pixel."""
+    end = 3 if shape[1] * shape[2] > 1 else 1
+    return [end if n in (0, num_layers - 1) else 1 for n in range(num_layers)]
+
+
+def check_image(shape: Sequence[int]) -> tuple[int, int, int]:
+    """The shape as a tuple; a ``ValueError`` unless it is ``(channels, height, width)``."""
+    if isinstance(shape, int) or len(shape) != 3 or shape[0] < 0 or min(shape[1:]) < 1:
+        raise ValueError(f"shape must be (channels, height, width), but got {shape!r}.")
+    return int(shape[0]), int(shape[1]), int(shape[2])
+
+
+def check_ordering(dim: int, ordering: Sequence[int]) -> tuple[int, ...]:
+    """The ordering as a tuple; a ``ValueError`` unless it holds each of ``0 .. dim - 1`` once."""
+    if sorted(ordering) != list(range(dim)):
+        raise ValueError(f"ordering must hold each of 0 .. {dim - 1} once, but got {list(ordering)}.")
+    return tuple(int(i) for i in ordering)
 
 
 def check_network(hidden_dims: Sequence[int], context_dim: int, activation: str) -> None:

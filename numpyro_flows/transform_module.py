@@ -52,6 +52,11 @@ class TransformModule(_EquinoxPytree, eqx.Module, Transform):
         """Sequential network passes which the forward and the inverse direction take."""
         return 1, 1
 
+    def _fitted(self, x: Array, context: Array | None, inverse: bool, start: bool) -> tuple[Any, Array, Array]:
+        """Runs one direction and returns ``(transform, output, log_det)``, the transform with what its normalisation
+        layers took from the batch (see ``transforms.normalisation``). A transform that holds others passes it on."""
+        return self, *(self.inverse_and_log_det if inverse else self.forward_and_log_det)(x, context)
+
     def condition(self, context: Array) -> Conditioned:
         """Binds a context ``(..., context_dim)``: the result is a transform of ``x`` alone."""
         return Conditioned(self, context)
@@ -111,6 +116,10 @@ class Inverse(TransformModule):
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         return self.transform.forward_and_log_det(y, context)
 
+    def _fitted(self, x: Array, context: Array | None, inverse: bool, start: bool) -> tuple[Any, Array, Array]:
+        transform, y, log_det = self.transform._fitted(x, context, not inverse, start)
+        return Inverse(transform), y, log_det
+
 
 class Conditioned(TransformModule):
     """``transform`` with its context bound: a transform of ``x`` alone."""
@@ -131,6 +140,10 @@ class Conditioned(TransformModule):
 
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         return self.transform.inverse_and_log_det(y, self.context)
+
+    def _fitted(self, x: Array, context: Array | None, inverse: bool, start: bool) -> tuple[Any, Array, Array]:
+        transform, y, log_det = self.transform._fitted(x, self.context, inverse, start)
+        return Conditioned(transform, self.context), y, log_det
 
 
 class Compose(TransformModule):
@@ -172,6 +185,14 @@ class Compose(TransformModule):
             total = total + log_det
         return y, total
 
+    def _fitted(self, x: Array, context: Array | None, inverse: bool, start: bool) -> tuple[Any, Array, Array]:
+        total, layers = jnp.zeros(x.shape[:-1], x.dtype), []
+        for layer in reversed(self.layers) if inverse else self.layers:
+            layer, x, log_det = layer._fitted(x, context, inverse, start)
+            layers.append(layer)
+            total = total + log_det
+        return eqx.tree_at(lambda c: c.layers, self, tuple(layers[::-1] if inverse else layers)), x, total
+
 
 class Repeat(TransformModule):
     """``num_layers`` layers of one shape, run as one ``lax.scan``: compile time does not grow with depth.
@@ -199,25 +220,33 @@ class Repeat(TransformModule):
     def log_det_is_exact(self) -> bool:  # type: ignore[override]
         return self.layers.log_det_is_exact
 
-    def _scan(self, x: Array, context: Array | None, inverse: bool) -> tuple[Array, Array]:
+    def _scan(self, x: Array, context: Array | None, inverse: bool, start: bool | None = None) -> tuple[Any, Any]:
         arrays, static = eqx.partition(self.layers, eqx.is_array)
 
         def step(carry, arrays):
             x, total = carry
-            layer = eqx.combine(arrays, static)
-            x, log_det = (layer.inverse_and_log_det if inverse else layer.forward_and_log_det)(x, context)
-            return (x, total + log_det), None
+            layer, fitted = eqx.combine(arrays, static), None
+            if start is None:
+                x, log_det = (layer.inverse_and_log_det if inverse else layer.forward_and_log_det)(x, context)
+            else:
+                layer, x, log_det = layer._fitted(x, context, inverse, start)
+                fitted = eqx.filter(layer, eqx.is_array)
+            return (x, total + log_det), fitted
 
         if context is not None:  # the carry needs its final batch shape from the start
             x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape[:-1], context.shape[:-1]) + x.shape[-1:])
-        start = x, jnp.zeros(x.shape[:-1], x.dtype)
-        return lax.scan(step, start, arrays, reverse=inverse)[0]
+        return lax.scan(step, (x, jnp.zeros(x.shape[:-1], x.dtype)), arrays, reverse=inverse)
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
-        return self._scan(x, context, inverse=False)
+        return self._scan(x, context, inverse=False)[0]
 
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
-        return self._scan(y, context, inverse=True)
+        return self._scan(y, context, inverse=True)[0]
+
+    def _fitted(self, x: Array, context: Array | None, inverse: bool, start: bool) -> tuple[Any, Array, Array]:
+        (y, log_det), arrays = self._scan(x, context, inverse, start)
+        layers = eqx.combine(arrays, eqx.filter(self.layers, eqx.is_array, inverse=True))
+        return eqx.tree_at(lambda r: r.layers, self, layers), y, log_det
 
 
 def flow_module(name: str, transform: TransformModule) -> TransformModule:

@@ -8,9 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
+
+from pyroflows.conditioners import check_image
 from pyroflows.transform_module import Compose, Inverse, Repeat, TransformModule
-from pyroflows.transforms import Autoregressive, Coupling, Elementwise, ElementwiseAffine, Permutation, Rotated
+from pyroflows.transforms import (
+    ActNorm,
+    Autoregressive,
+    Coupling,
+    Elementwise,
+    ElementwiseAffine,
+    Householder,
+    ImageCoupling,
+    InvertibleConv1x1,
+    Leading,
+    Permutation,
+    Rotated,
+    Squeeze,
+)
 from pyroflows.univariate import (
     Additive,
     Affine,
@@ -44,6 +61,16 @@ def _autoregressive_stack(
     make = partial(Autoregressive, dim, univariate, hidden_dims, reverse=True, **kwargs)
     layers: list[TransformModule] = [Repeat(make, num_layers)]
     return Compose([*layers, Permutation.reverse(dim)] if num_layers % 2 and dim > 1 else layers)
+
+
+def _glow_step(shape: Sequence[int], univariate: Univariate, hidden_dims: Sequence[int], **kwargs) -> TransformModule:
+    coupling = ImageCoupling(shape, univariate, hidden_dims, **kwargs)
+    return Compose([coupling, InvertibleConv1x1(shape), ActNorm(shape)])
+
+
+def _check_layers(num_layers: int) -> None:
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be at least 1, but got {num_layers}.")
 
 
 def nice(
@@ -302,6 +329,81 @@ def gaussianization(
     return Compose([Repeat(layer, num_layers)])
 
 
+def householder(
+    dim: int,
+    num_layers: int = 4,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    max_log_scale: float = 3.0,
+) -> TransformModule:
+    """A diagonal affine map and ``num_layers`` pairs of Householder reflections (Tomczak & Welling 2016).
+
+    A Gaussian whose covariance is rotated, by ``dim`` reflections in full; with a context, one of its own for each. One
+    cheap pass both ways: the network that gives location, scale and reflections sees the context alone.
+    """
+    check_dim(dim)
+    _check_layers(num_layers)
+    options: dict[str, Any] = {"context_dim": context_dim, "activation": activation}
+    diagonal = Elementwise(dim, Affine(max_log_scale), hidden_dims, **options)
+    return Compose([diagonal, Householder(dim, 2 * num_layers, hidden_dims, **options)])
+
+
+def glow(
+    dim: int,
+    num_layers: int = 8,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    max_log_scale: float = 3.0,
+    shape: Sequence[int] | None = None,
+    num_scales: int = 3,
+) -> TransformModule:
+    """Multi-scale flow of images (Kingma & Dhariwal 2018). One pass both ways.
+
+    A scale squeezes the image, runs ``num_layers`` steps (ActNorm, invertible 1 x 1 convolution, affine coupling by a
+    convolutional network) and factors half the channels out. The paper takes 32 steps and 512 hidden channels.
+    :func:`~pyroflows.transforms.initialised` sets the ActNorms from data.
+
+    :param hidden_dims: channels of the hidden layers.
+    :param shape: ``(channels, height, width)`` of the image that a vector of size ``dim`` is, channel by channel;
+        ``(dim, 1, 1)`` unless given, which is a single scale of dense networks.
+    :param num_scales: the most scales; there are as many as height and width can be halved, and one at least.
+    """
+    check_dim(dim)
+    _check_layers(num_layers)
+    channels, height, width = (dim, 1, 1) if shape is None else check_image(shape)
+    if channels * height * width != dim or num_scales < 1:
+        raise ValueError(
+            "glow: shape must have dim elements and num_scales must be at least 1, "
+            f"but got {dim=}, {shape=}, {num_scales=}."
+        )
+    if channels == 1 and dim > 1 and (height % 2 or width % 2):
+        raise ValueError(f"glow: shape of one channel must have an even height and width, but got {shape}.")
+    affine = Affine(max_log_scale)
+    scales, order = [], np.arange(dim)
+    for scale in range(num_scales):
+        size, can_halve = channels * height * width, height % 2 == width % 2 == 0
+        if scale and not can_halve:
+            break
+        squeeze = Squeeze((channels, height, width)) if can_halve else None
+        channels, height, width = squeeze.out_shape if squeeze else (channels, height, width)
+        here = (channels, height, width)
+        make = partial(_glow_step, here, affine, hidden_dims, context_dim=context_dim, activation=activation)
+        level: list[TransformModule] = [Repeat(make, num_layers)]
+        moved = num_layers * (channels // 2) % channels * height * width  # by the couplings, which exchange the halves
+        level += [Permutation.roll(size, moved)] if moved else []
+        if squeeze:
+            level.append(Inverse(squeeze))
+            order[:size] = order[list(squeeze.permutation)]
+        scales.append([Leading(layer, size) if size < dim else layer for layer in level])
+        channels //= 2
+    # the elements go in as they come out of the squeezes, so that every one of them starts at the identity
+    return Compose([Permutation(order.tolist()), *(layer for level in reversed(scales) for layer in level)])
+
+
 FLOWS: dict[str, Callable[..., TransformModule]] = {
     f.__name__: f
     for f in (
@@ -318,6 +420,8 @@ FLOWS: dict[str, Callable[..., TransformModule]] = {
         sospf,
         bpf,
         gaussianization,
+        householder,
+        glow,
     )
 }
 

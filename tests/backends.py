@@ -275,6 +275,6 @@ def perturbed(state: dict[str, np.ndarray], sd: float, deep: bool, seed: int = 0
     out = {}
     for name in sorted(state):
         value = np.asarray(state[name])
-        size = sd / np.sqrt(value.shape[-1]) if deep and value.ndim > 1 and value.size else sd
+        size = sd / np.sqrt(np.prod(value.shape[1:])) if deep and value.ndim > 1 and value.size else sd
         out[name] = value + (size * rng.standard_normal(value.shape)).astype(value.dtype)
     return out

@@ -27,6 +27,8 @@ class Autoregressive(TransformModule):
     :param hidden_dims: hidden widths of the masked conditioner.
     :param context_dim: size of the context, 0 for none.
     :param reverse: returns ``y`` in reversed order, so that equal layers alternate the ordering.
+    :param ordering: the elements ``0 .. dim - 1`` from the first to the last in the chain: ``y_i`` depends on ``x_i``
+        and on the elements named before ``i``. The natural order unless given.
     :param activation: the conditioner's activation.
     """
 
@@ -44,11 +46,13 @@ class Autoregressive(TransformModule):
         context_dim: int = 0,
         reverse: bool = True,
         activation: str = "silu",
+        ordering: Sequence[int] | None = None,
         key: Array,
     ):
         self.dim, self.univariate, self.reverse = dim, univariate, reverse
+        num_params, num_features = univariate.num_params, univariate.num_features
         self.conditioner = MaskedMLP(
-            dim, hidden_dims, univariate.num_params, context_dim, activation, univariate.num_features, key=key
+            dim, hidden_dims, num_params, context_dim, activation, num_features, ordering, key=key
         )
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from numpyro_flows.conditioners import MLP
@@ -23,7 +24,9 @@ class Coupling(TransformModule):
     :param hidden_dims: hidden widths of the conditioner.
     :param context_dim: size of the context, 0 for none.
     :param split: size of ``x1``; ``dim // 2`` unless given.
-    :param swap: returns the blocks exchanged, so that equal layers alternate which block they transform.
+    :param swap: returns the blocks exchanged, so that equal layers alternate which block they transform. True unless
+        a mask is given: there every element keeps its place.
+    :param mask: ``dim`` booleans, true for the elements of ``x1``, in place of ``split``: checkerboards and the like.
     :param activation: the conditioner's activation.
     """
 
@@ -32,6 +35,7 @@ class Coupling(TransformModule):
     dim: int = eqx.field(static=True)
     split: int = eqx.field(static=True)
     swap: bool = eqx.field(static=True)
+    order: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -41,14 +45,17 @@ class Coupling(TransformModule):
         *,
         context_dim: int = 0,
         split: int | None = None,
-        swap: bool = True,
+        swap: bool | None = None,
+        mask: Sequence[bool] | None = None,
         activation: str = "silu",
         key: Array,
     ):
+        self.order = None if mask is None else tuple(split_by_mask(dim, mask, split, swap))
+        split = split if mask is None else sum(map(bool, mask))
         self.split = dim // 2 if split is None else split
         if not 0 <= self.split < dim:
             raise ValueError(f"Coupling: split must lie in [0, dim) = [0, {dim}), but got {split}.")
-        self.dim, self.univariate, self.swap = dim, univariate, swap
+        self.dim, self.univariate, self.swap = dim, univariate, mask is None if swap is None else swap
         out_dim = univariate.num_params * (dim - self.split)
         self.conditioner = MLP(
             univariate.num_features * self.split, hidden_dims, out_dim, context_dim, activation, key=key
@@ -59,14 +66,31 @@ class Coupling(TransformModule):
         return theta.reshape(*theta.shape[:-1], self.univariate.num_params, self.dim - self.split)
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        x = x if self.order is None else x[..., np.array(self.order)]
         x1, x2 = x[..., : self.split], x[..., self.split :]
         y2, log_det = self.univariate.forward_and_log_det(x2, self._params(x1, context))
         x1 = jnp.broadcast_to(x1, y2.shape[:-1] + x1.shape[-1:])
-        return jnp.concatenate([y2, x1] if self.swap else [x1, y2], -1), log_det.sum(-1)
+        y = jnp.concatenate([y2, x1] if self.swap else [x1, y2], -1)
+        return y if self.order is None else y[..., np.argsort(self.order)], log_det.sum(-1)
 
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        y = y if self.order is None else y[..., np.array(self.order)]
         cut = self.dim - self.split if self.swap else self.split
         y1, y2 = (y[..., cut:], y[..., :cut]) if self.swap else (y[..., :cut], y[..., cut:])
         x2, log_det = self.univariate.inverse_and_log_det(y2, self._params(y1, context))
         y1 = jnp.broadcast_to(y1, x2.shape[:-1] + y1.shape[-1:])
-        return jnp.concatenate([y1, x2], -1), log_det.sum(-1)
+        x = jnp.concatenate([y1, x2], -1)
+        return x if self.order is None else x[..., np.argsort(self.order)], log_det.sum(-1)
+
+
+def split_by_mask(dim: int, mask: Sequence[bool], split: int | None, swap: bool | None) -> list[int]:
+    """The elements that ``mask`` keeps, then the others; a ``ValueError`` where the arguments do not go together."""
+    kept = np.asarray(mask, bool)
+    if kept.shape != (dim,) or kept.all():
+        raise ValueError(
+            f"Coupling: mask must hold dim = {dim} booleans, at least one of them false (an element to transform), "
+            f"but got {list(mask)}."
+        )
+    if split is not None or swap:
+        raise ValueError(f"Coupling: a mask takes the place of split and swap, but got {split=}, {swap=}.")
+    return [*np.flatnonzero(kept).tolist(), *np.flatnonzero(~kept).tolist()]

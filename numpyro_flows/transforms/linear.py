@@ -1,8 +1,12 @@
-"""Linear maps whose determinant is a product of diagonals."""
+"""Linear maps whose determinant is a product of diagonals, and the dense one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
@@ -39,25 +43,33 @@ class TriangularAffine(TransformModule):
         return self.loc + x @ self.scale_tril.T, jnp.broadcast_to(self.log_diag.sum(-1), x.shape[:-1])
 
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
-        x = _solve(self.scale_tril, y - self.loc, lower=True)
+        x = solve(self.scale_tril, y - self.loc, lower=True)
         return x, jnp.broadcast_to(-self.log_diag.sum(-1), y.shape[:-1])
 
 
 class LULinear(TransformModule):
-    """``y = L U x + bias``; ``L`` unit lower, ``U`` upper triangular with diagonal ``exp(log_diag)``.
+    """``y = P L U x + bias``; ``L`` unit lower, ``U`` upper triangular with diagonal ``exp(log_diag)``, ``P`` fixed.
 
     Kingma & Dhariwal 2018 (Glow), section 3.2. ``log |det|`` is the sum of ``log_diag``. Costs ``O(dim^2)`` an element
-    of the batch, both ways. Starts at the identity.
+    of the batch, both ways. Starts at ``P``, which is the identity unless a permutation is given: the learned form of
+    that permutation.
 
     :param dim: size of ``x``.
+    :param permutation: ``P``: at the start ``y_i = x_{permutation[i]}``.
     """
 
     lower: Array
     upper: Array
     log_diag: Array
     bias: Array
+    permutation: tuple[int, ...] | None = eqx.field(static=True)
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, permutation: Sequence[int] | None = None):
+        if permutation is not None and sorted(permutation) != list(range(dim)):
+            raise ValueError(
+                f"LULinear: permutation must hold each of 0 .. {dim - 1} once, but got {list(permutation)}."
+            )
+        self.permutation = None if permutation is None else tuple(int(i) for i in permutation)
         self.lower, self.upper = jnp.zeros((dim, dim)), jnp.zeros((dim, dim))
         self.log_diag, self.bias = jnp.zeros(dim), jnp.zeros(dim)
 
@@ -67,15 +79,51 @@ class LULinear(TransformModule):
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         lower, upper = self._factors()
-        return x @ (lower @ upper).T + self.bias, jnp.broadcast_to(self.log_diag.sum(-1), x.shape[:-1])
+        if self.permutation is not None:
+            lower = lower[np.array(self.permutation)]
+        return x @ upper.T @ lower.T + self.bias, jnp.broadcast_to(self.log_diag.sum(-1), x.shape[:-1])
 
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         lower, upper = self._factors()
-        x = _solve(upper, _solve(lower, y - self.bias, lower=True), lower=False)
+        y = y - self.bias
+        if self.permutation is not None:
+            y = y[..., np.argsort(self.permutation)]
+        x = solve(upper, solve(lower, y, lower=True), lower=False)
         return x, jnp.broadcast_to(-self.log_diag.sum(-1), y.shape[:-1])
 
 
-def _solve(matrix: Array, y: Array, lower: bool) -> Array:
+class DenseLinear(TransformModule):
+    """``y = weight x + bias``, the determinant by ``slogdet``: the reference which the structured maps are held to.
+
+    Costs ``O(dim^3)`` a call and ``O(dim^2)`` an element of the batch, both ways. Starts at the identity; nothing keeps
+    ``weight`` from becoming singular in training (``log_det`` is then ``-inf`` and the inverse not finite): take
+    :class:`LULinear` or :class:`QRLinear`, which cannot.
+
+    :param dim: size of ``x``.
+    :param weight: first matrix ``(dim, dim)``, invertible; the identity unless given.
+    """
+
+    weight: Array
+    bias: Array
+
+    def __init__(self, dim: int, weight: Array | None = None):
+        self.weight = jnp.eye(dim) if weight is None else jnp.asarray(weight)
+        if self.weight.shape != (dim, dim):
+            raise ValueError(f"DenseLinear: weight must be ({dim}, {dim}), but got {self.weight.shape}.")
+        self.bias = jnp.zeros(dim, self.weight.dtype)
+
+    def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        log_det = jnp.linalg.slogdet(self.weight)[1]
+        return x @ self.weight.T + self.bias, jnp.broadcast_to(log_det, x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        log_det = jnp.linalg.slogdet(self.weight)[1]
+        columns = (y - self.bias).reshape(-1, y.shape[-1]).T
+        x = jnp.linalg.solve(self.weight, columns).T.reshape(y.shape)
+        return x, jnp.broadcast_to(-log_det, y.shape[:-1])
+
+
+def solve(matrix: Array, y: Array, lower: bool) -> Array:
     """``matrix^{-1} y`` for every vector of the batch ``y`` ``(..., dim)``, by one triangular solve."""
     columns = y.reshape(-1, y.shape[-1]).T
     return solve_triangular(matrix, columns, lower=lower).T.reshape(y.shape)

@@ -1,19 +1,38 @@
 """The families of flows, one a file."""
 
 from pyroflows.transforms.autoregressive import Autoregressive
+from pyroflows.transforms.block_coupling import BlockCoupling
 from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise, ElementwiseAffine
-from pyroflows.transforms.linear import LULinear, TriangularAffine
+from pyroflows.transforms.image import ImageCoupling, InvertibleConv1x1, Leading, Squeeze
+from pyroflows.transforms.linear import DenseLinear, LULinear, TriangularAffine
+from pyroflows.transforms.low_rank import LowRankLinear
+from pyroflows.transforms.normalisation import ActNorm, BatchNorm, initialised, with_batch_statistics
+from pyroflows.transforms.orthogonal import Householder, Orthogonal, QRLinear
 from pyroflows.transforms.permutation import Permutation
 from pyroflows.transforms.rotated import Rotated
 
 __all__ = [
+    "ActNorm",
     "Autoregressive",
+    "BatchNorm",
+    "BlockCoupling",
     "Coupling",
+    "DenseLinear",
     "Elementwise",
     "ElementwiseAffine",
+    "Householder",
+    "ImageCoupling",
+    "InvertibleConv1x1",
     "LULinear",
+    "Leading",
+    "LowRankLinear",
+    "Orthogonal",
     "Permutation",
+    "QRLinear",
     "Rotated",
+    "Squeeze",
     "TriangularAffine",
+    "initialised",
+    "with_batch_statistics",
 ]

@@ -29,6 +29,8 @@ class Autoregressive(TransformModule):
     :param hidden_dims: hidden widths of the masked conditioner.
     :param context_dim: size of the context, 0 for none.
     :param reverse: returns ``y`` in reversed order, so that equal layers alternate the ordering.
+    :param ordering: the elements ``0 .. dim - 1`` from the first to the last in the chain: ``y_i`` depends on ``x_i``
+        and on the elements named before ``i``. The natural order unless given.
     :param activation: the conditioner's activation.
     """
 
@@ -41,12 +43,12 @@ class Autoregressive(TransformModule):
         context_dim: int = 0,
         reverse: bool = True,
         activation: str = "silu",
+        ordering: Sequence[int] | None = None,
     ):
         super().__init__()
         self.dim, self.univariate, self.reverse = dim, univariate, reverse
-        self.conditioner = MaskedMLP(
-            dim, hidden_dims, univariate.num_params, context_dim, activation, univariate.num_features
-        )
+        num_params, num_features = univariate.num_params, univariate.num_features
+        self.conditioner = MaskedMLP(dim, hidden_dims, num_params, context_dim, activation, num_features, ordering)
 
     @property
     def passes(self) -> tuple[int, int]:

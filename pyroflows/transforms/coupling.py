@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,14 @@ class Coupling(TransformModule):
     :param hidden_dims: hidden widths of the conditioner.
     :param context_dim: size of the context, 0 for none.
     :param split: size of ``x1``; ``dim // 2`` unless given.
-    :param swap: returns the blocks exchanged, so that equal layers alternate which block they transform.
+    :param swap: returns the blocks exchanged, so that equal layers alternate which block they transform. True unless
+        a mask is given: there every element keeps its place.
+    :param mask: ``dim`` booleans, true for the elements of ``x1``, in place of ``split``: checkerboards and the like.
     :param activation: the conditioner's activation.
     """
+
+    order: Tensor | None
+    place: Tensor | None
 
     def __init__(
         self,
@@ -34,14 +40,19 @@ class Coupling(TransformModule):
         *,
         context_dim: int = 0,
         split: int | None = None,
-        swap: bool = True,
+        swap: bool | None = None,
+        mask: Sequence[bool] | None = None,
         activation: str = "silu",
     ):
         super().__init__()
+        order = None if mask is None else torch.tensor(split_by_mask(dim, mask, split, swap))
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("place", None if order is None else order.argsort(), persistent=False)
+        split = split if mask is None else sum(map(bool, mask))
         self.split = dim // 2 if split is None else split
         if not 0 <= self.split < dim:
             raise ValueError(f"Coupling: split must lie in [0, dim) = [0, {dim}), but got {split}.")
-        self.dim, self.univariate, self.swap = dim, univariate, swap
+        self.dim, self.univariate, self.swap = dim, univariate, mask is None if swap is None else swap
         out_dim = univariate.num_params * (dim - self.split)
         self.conditioner = MLP(univariate.num_features * self.split, hidden_dims, out_dim, context_dim, activation)
 
@@ -50,17 +61,36 @@ class Coupling(TransformModule):
         return theta.view(*theta.shape[:-1], self.univariate.num_params, self.dim - self.split)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         x1, x2 = x.split([self.split, self.dim - self.split], -1)
         y2, log_det = self.univariate.forward_and_log_det(x2, self._params(x1, context))
         if y2.shape[:-1] != x1.shape[:-1]:  # the context has more batch axes
             x1 = x1.expand(y2.shape[:-1] + x1.shape[-1:])
-        return torch.cat([y2, x1] if self.swap else [x1, y2], -1), log_det.sum(-1)
+        y = torch.cat([y2, x1] if self.swap else [x1, y2], -1)
+        return y if self.place is None else y.index_select(-1, self.place), log_det.sum(-1)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.order is not None:
+            y = y.index_select(-1, self.order)
         kept, moved = self.split, self.dim - self.split
         parts = y.split([moved, kept] if self.swap else [kept, moved], -1)
         y1, y2 = parts[::-1] if self.swap else parts
         x2, log_det = self.univariate.inverse_and_log_det(y2, self._params(y1, context))
         if x2.shape[:-1] != y1.shape[:-1]:
             y1 = y1.expand(x2.shape[:-1] + y1.shape[-1:])
-        return torch.cat([y1, x2], -1), log_det.sum(-1)
+        x = torch.cat([y1, x2], -1)
+        return x if self.place is None else x.index_select(-1, self.place), log_det.sum(-1)
+
+
+def split_by_mask(dim: int, mask: Sequence[bool], split: int | None, swap: bool | None) -> list[int]:
+    """The elements that ``mask`` keeps, then the others; a ``ValueError`` where the arguments do not go together."""
+    kept = np.asarray(mask, bool)
+    if kept.shape != (dim,) or kept.all():
+        raise ValueError(
+            f"Coupling: mask must hold dim = {dim} booleans, at least one of them false (an element to transform), "
+            f"but got {list(mask)}."
+        )
+    if split is not None or swap:
+        raise ValueError(f"Coupling: a mask takes the place of split and swap, but got {split=}, {swap=}.")
+    return [*np.flatnonzero(kept).tolist(), *np.flatnonzero(~kept).tolist()]

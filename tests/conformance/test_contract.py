@@ -6,8 +6,6 @@ import pytest
 from tests import backends
 from tests.registry import BY_NAME, CASES, CONTEXT_DIM
 
-DIMS = (1, 2, 5)
-
 
 @pytest.fixture(params=["torch", "jax"])
 def backend(request):
@@ -26,7 +24,7 @@ def context_for(case, n, with_context):
 VARIANTS = [
     pytest.param(case, dim, context, id=f"{case.name}-{dim}" + ("-context" if context else ""))
     for case in CASES
-    for dim, context in [(1, False), (2, False), (5, False), (5, True)]
+    for dim, context in [*((d, False) for d in case.dims), (case.dim, True)]
     if dim >= case.min_dim
     and (case.context or not context)
     and not (case.name == "coupling-in-place" and dim == 1 and context)
@@ -35,7 +33,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_starts_at_the_identity(backend, case):
-    flow, x = backend.build(case, 5), case.points(5)
+    flow, x = backend.build(case, case.dim), case.points(case.dim)
     y, log_det = backend.run(flow, x)
     if case.reorders:
         x, y = np.sort(x), np.sort(y)
@@ -67,21 +65,23 @@ def test_round_trip_and_log_det(backend, case, dim, with_context):
             assert (np.abs(log_det + opposite) <= tolerance + 1e-13 * condition).all(), (sd, inverse)
 
 
-@pytest.mark.parametrize("case, dim, with_context", [v for v in VARIANTS if v.values[1] == 5])
+@pytest.mark.parametrize("case, dim, with_context", [v for v in VARIANTS if v.values[1] == v.values[0].dim])
 def test_gradients_against_finite_differences(backend, case, dim, with_context):
     rng = np.random.default_rng(3)
     x = rng.normal(size=(6, dim)) * 1.5
     context = context_for(case, len(x), with_context)
     flow = perturbed_flow(backend, case, dim, 0.3, with_context)
     state = backend.state(flow)
+    statistics = {name: state.pop(name) for name in list(state) if name.endswith(case.statistics)}
     for inverse in (False, True):
         by_params, by_x = backend.gradients(flow, x, context, inverse)
-        assert set(by_params) == set(state)
+        assert set(by_params) - set(statistics) == set(state)
+        assert not any(by_params[name].any() for name in statistics if name in by_params)
         direction = {name: rng.normal(size=value.shape) for name, value in state.items()}
         along_x, eps = rng.normal(size=x.shape), 1e-6
 
         def shifted(step, state=state, direction=direction, along_x=along_x, inverse=inverse):
-            moved = {name: value + step * direction[name] for name, value in state.items()}
+            moved = statistics | {name: value + step * direction[name] for name, value in state.items()}
             return backend.scalar(flow, moved, x + step * along_x, context, inverse)
 
         numeric = (shifted(eps) - shifted(-eps)) / (2 * eps)
@@ -92,8 +92,8 @@ def test_gradients_against_finite_differences(backend, case, dim, with_context):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_second_derivatives_against_finite_differences(backend, case):
     rng = np.random.default_rng(4)
-    x, v, w = (rng.normal(size=(4, 5)) for _ in range(3))
-    flow = perturbed_flow(backend, case, 5, 0.3)
+    x, v, w = (rng.normal(size=(4, case.dim)) for _ in range(3))
+    flow = perturbed_flow(backend, case, case.dim, 0.3)
     for inverse in (False, True):
         product = backend.log_det_hessian_product(flow, x, v, None, inverse)
         eps = 1e-6
@@ -106,24 +106,26 @@ def test_second_derivatives_against_finite_differences(backend, case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_batch_shapes(backend, case):
-    flow = perturbed_flow(backend, case, 5, 0.3)
+    dim = case.dim
+    flow = perturbed_flow(backend, case, dim, 0.3)
     for inverse in (False, True):
         for batch in ((), (3,), (2, 3), (0,), (2, 0)):
-            assert backend.shapes(flow, (*batch, 5), None, inverse) == ((*batch, 5), batch)
+            assert backend.shapes(flow, (*batch, dim), None, inverse) == ((*batch, dim), batch)
     if not case.context:
         return
-    flow = perturbed_flow(backend, case, 5, 0.3, context=True)
+    flow = perturbed_flow(backend, case, dim, 0.3, context=True)
     for inverse in (False, True):
         for x, context, batch in [((), (4,), (4,)), ((4,), (), (4,)), ((2, 1), (3,), (2, 3)), ((0,), (), (0,))]:
-            assert backend.shapes(flow, (*x, 5), (*context, CONTEXT_DIM), inverse) == ((*batch, 5), batch)
+            assert backend.shapes(flow, (*x, dim), (*context, CONTEXT_DIM), inverse) == ((*batch, dim), batch)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_dtype_follows_and_float32_agrees(backend, case):
-    state = backends.perturbed(backend.state(backend.build(case, 5)), 0.3, case.deep)
-    x = case.points(5)[:10]
-    y64, log_det64 = backend.run(backend.with_state(backend.build(case, 5), state), x)
-    y32, log_det32 = backend.run(backend.with_state(backend.build(case, 5, dtype="float32"), state), np.float32(x))
+    state = backends.perturbed(backend.state(backend.build(case, case.dim)), 0.3, case.deep)
+    x = case.points(case.dim)[:10]
+    y64, log_det64 = backend.run(backend.with_state(backend.build(case, case.dim), state), x)
+    single = backend.with_state(backend.build(case, case.dim, dtype="float32"), state)
+    y32, log_det32 = backend.run(single, np.float32(x))
     assert y32.dtype == log_det32.dtype == np.float32 and y64.dtype == log_det64.dtype == np.float64
     np.testing.assert_array_less(np.abs(case.gap(y32, y64)), 1e-3 + 1e-3 * np.abs(y64))
     np.testing.assert_allclose(log_det32, log_det64, rtol=1e-3, atol=1e-3)
@@ -131,18 +133,18 @@ def test_dtype_follows_and_float32_agrees(backend, case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_copies_and_determinism(backend, case):
-    flow, x = perturbed_flow(backend, case, 5, 0.3), case.points(5)
+    flow, x = perturbed_flow(backend, case, case.dim, 0.3), case.points(case.dim)
     expected = backend.run(flow, x)
     for other in backend.copies(flow):
         for a, b in zip(backend.run(other, x), expected, strict=True):
             np.testing.assert_array_equal(a, b)
-    for name, value in backend.state(backend.build(case, 5, seed=7)).items():
-        np.testing.assert_array_equal(value, backend.state(backend.build(case, 5, seed=7))[name])
+    for name, value in backend.state(backend.build(case, case.dim, seed=7)).items():
+        np.testing.assert_array_equal(value, backend.state(backend.build(case, case.dim, seed=7))[name])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_vmap_over_parameters(backend, case):
-    flow, x = backend.build(case, 5), case.points(5)
+    flow, x = backend.build(case, case.dim), case.points(case.dim)
     states = [backends.perturbed(backend.state(flow), 0.3, case.deep, seed) for seed in range(3)]
     if not states[0]:
         pytest.skip("no parameters")
@@ -154,7 +156,7 @@ def test_vmap_over_parameters(backend, case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_passes_as_stated(backend, case):
-    for dim in DIMS:
+    for dim in case.dims:
         if dim < case.min_dim:
             continue
         assert backend.build(case, dim).passes == case.passes(dim)
@@ -162,18 +164,19 @@ def test_passes_as_stated(backend, case):
 
 def test_network_passes_are_those_counted():
     backend = backends.get("torch")
+    networks = backend.pkg.conditioners.MLP, backend.pkg.conditioners.CNN
     for case in CASES:
-        flow = backend.build(case, 5)
+        flow = backend.build(case, case.dim)
         calls = []
         for module in flow.modules():
-            if isinstance(module, backend.pkg.conditioners.MLP):
+            if isinstance(module, networks):
                 module.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
-        if not any(isinstance(m, backend.pkg.conditioners.MLP) for m in flow.modules()):
+        if not any(isinstance(m, networks) for m in flow.modules()):
             continue
         for inverse in (False, True):
             calls.clear()
-            backend.run(flow, case.points(5), inverse=inverse)
-            stated = case.passes(5)[inverse]
+            backend.run(flow, case.points(case.dim), inverse=inverse)
+            stated = case.passes(case.dim)[inverse]
             layers = case.passes(1)[inverse]  # sweeps of an autoregressive inverse end early where nothing moves
             assert layers <= len(calls) + case.networkless <= stated, case.name
 
@@ -198,17 +201,17 @@ def test_autoregressive_inverse_by_few_sweeps(backend, name):
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.context], ids=lambda case: case.name)
 def test_wrong_context_is_named(backend, case):
-    x = np.zeros((2, 5))
+    x = np.zeros((2, case.dim))
     with pytest.raises(ValueError, match="context is missing"):
-        backend.run(backend.build(case, 5, context=True), x)
+        backend.run(backend.build(case, case.dim, context=True), x)
     with pytest.raises(ValueError, match=r"context has shape \(2, 4\), but expected \(\.\.\., 3\)"):
-        backend.run(backend.build(case, 5, context=True), x, np.zeros((2, 4)))
+        backend.run(backend.build(case, case.dim, context=True), x, np.zeros((2, 4)))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.context], ids=lambda case: case.name)
 def test_condition_binds_the_context(backend, case):
-    flow = perturbed_flow(backend, case, 5, 0.3, context=True)
-    x, context = case.points(5), context_for(case, 14, True)
+    flow = perturbed_flow(backend, case, case.dim, 0.3, context=True)
+    x, context = case.points(case.dim), context_for(case, 14, True)
     y, log_det = backend.run(flow, x, context)
     bound = flow.condition(backend.array(context))
     np.testing.assert_allclose(backend.numpy(bound(backend.array(x))), y, rtol=1e-12, atol=1e-12)

@@ -186,11 +186,11 @@ def test_nothing_is_read_on_the_host_inside_a_pass(case):
     import pyroflows
 
     with FakeTensorMode():
-        flow, x = case.make(pyroflows, 5), torch.randn(6, 5)
+        flow, x = case.make(pyroflows, case.dim), torch.randn(6, case.dim)
         y, log_det = flow.forward_and_log_det(x)
-        assert y.shape == (6, 5) and log_det.shape == (6,)
+        assert y.shape == (6, case.dim) and log_det.shape == (6,)
         if not case.numerical:
-            assert flow.inverse_and_log_det(y)[0].shape == (6, 5)
+            assert flow.inverse_and_log_det(y)[0].shape == (6, case.dim)
 
 
 @pytest.mark.gpu
@@ -199,7 +199,7 @@ def test_nothing_is_read_on_the_host_inside_a_pass(case):
 def test_follows_the_device(case):
     import pyroflows
 
-    flow, x = case.make(pyroflows, 5).cuda(), torch.as_tensor(case.points(5)[:6]).cuda()
+    flow, x = case.make(pyroflows, case.dim).cuda(), torch.as_tensor(case.points(case.dim)[:6]).cuda()
     torch.cuda.set_sync_debug_mode("default" if case.numerical else "error")
     try:
         y, log_det = flow.forward_and_log_det(x)

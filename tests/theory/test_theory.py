@@ -36,14 +36,14 @@ def axis(backend, case, flow, dim, radius, num):
     return np.sinh(t), np.cosh(t) * step  # wider apart further out, for heavy tails
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.min_dim == 1], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in CASES if c.min_dim == 1 and 1 in c.dims], ids=lambda case: case.name)
 def test_mass_is_conserved_in_one_dimension(backend, case):
     flow = flow_of(backend, case, 1)
     y, weights = axis(backend, case, flow, 1, 7.0, 40_001)
     assert np.exp(log_density(backend, case, flow, y[:, None])) @ weights == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in CASES if 2 in c.dims], ids=lambda case: case.name)
 def test_mass_is_conserved_in_two_dimensions(backend, case):
     flow = flow_of(backend, case, 2, sd=0.2)
     num = 351 if case.numerical else 701
