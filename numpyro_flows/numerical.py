@@ -60,20 +60,22 @@ def _search(
         return (state[0] < MAX_STEPS) & ~state[-1].all()
 
     def step(state):
-        count, x, lower, upper, converged = state
+        count, x, last, lower, upper, converged = state
         value, log_slope = function(x)
         above = value > y
         upper, lower = jnp.where(above, x, upper), jnp.where(above, lower, x)
         newton_step = (value - y) * jnp.exp(-log_slope)
         newton, middle = x - newton_step, 0.5 * (lower + upper)
         inside = (newton >= lower) & (newton <= upper)
-        following = jnp.where(inside, newton, middle)
+        # a step of Newton's that does not halve the last one is no progress: it may run in a cycle
+        following = jnp.where(inside & (2 * jnp.abs(newton_step) <= last), newton, middle)
+        following = jnp.where(converged, x, following)
         close = tolerance * jnp.maximum(jnp.abs(following), 1)
         converged |= jnp.isnan(value) | (inside & (jnp.abs(newton_step) <= close)) | (upper - lower <= close)
-        return count + 1, following, lower, upper, converged
+        return count + 1, following, jnp.abs(following - x), lower, upper, converged
 
-    start = 0, jnp.clip(y, lower, upper), lower, upper, jnp.isnan(y)
-    _, x, lower, upper, converged = lax.while_loop(going, step, start)
+    start = 0, jnp.clip(y, lower, upper), jnp.abs(upper - lower), lower, upper, jnp.isnan(y)
+    _, x, _, lower, upper, converged = lax.while_loop(going, step, start)
     return x, converged & (jnp.isnan(x) | jnp.isfinite(lower) & jnp.isfinite(upper))
 
 

@@ -64,7 +64,7 @@ def _search(
     lower = _bracket(function, y, -1) if lower is None else lower.detach().expand_as(y)
     upper = _bracket(function, y, 1) if upper is None else upper.detach().expand_as(y)
     x = torch.minimum(torch.maximum(y, lower), upper)
-    converged = undefined.clone()
+    converged, last = undefined.clone(), (upper - lower).abs()
     for _ in range(MAX_STEPS):
         value, log_slope = function(x)
         undefined = undefined | torch.isnan(value)
@@ -73,7 +73,10 @@ def _search(
         step = (value - y) * torch.exp(-log_slope)
         newton, middle = x - step, 0.5 * (lower + upper)
         inside = (newton >= lower) & (newton <= upper)
-        following = torch.where(inside, newton, middle)
+        # a step of Newton's that does not halve the last one is no progress: it may run in a cycle
+        following = torch.where(inside & (2 * step.abs() <= last), newton, middle)
+        following = torch.where(converged, x, following)
+        last = (following - x).abs()
         close = tolerance * following.abs().clamp_min(1)
         converged = undefined | converged | (inside & (step.abs() <= close)) | (upper - lower <= close)
         x = following

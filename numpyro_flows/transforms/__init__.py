@@ -5,6 +5,8 @@ from numpyro_flows.transforms.coupling import Coupling
 from numpyro_flows.transforms.elementwise import Elementwise, ElementwiseAffine
 from numpyro_flows.transforms.linear import LULinear, TriangularAffine
 from numpyro_flows.transforms.permutation import Permutation
+from numpyro_flows.transforms.planar import Planar, Radial
+from numpyro_flows.transforms.sylvester import Sylvester
 
 __all__ = [
     "Autoregressive",
@@ -13,5 +15,8 @@ __all__ = [
     "ElementwiseAffine",
     "LULinear",
     "Permutation",
+    "Planar",
+    "Radial",
+    "Sylvester",
     "TriangularAffine",
 ]

@@ -5,6 +5,8 @@ from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise, ElementwiseAffine
 from pyroflows.transforms.linear import LULinear, TriangularAffine
 from pyroflows.transforms.permutation import Permutation
+from pyroflows.transforms.planar import Planar, Radial
+from pyroflows.transforms.sylvester import Sylvester
 
 __all__ = [
     "Autoregressive",
@@ -13,5 +15,8 @@ __all__ = [
     "ElementwiseAffine",
     "LULinear",
     "Permutation",
+    "Planar",
+    "Radial",
+    "Sylvester",
     "TriangularAffine",
 ]
