@@ -24,8 +24,8 @@ class Sylvester(TransformModule):
     upper triangular. Then ``det dy/dx = prod_i (1 + tanh'(a_i) R_ii S_ii)`` (Sylvester's identity, eq. 14), and the
     map is a bijection because ``R_ii S_ii > -1`` (theorem 2), bounded as in :class:`~numpyro_flows.transforms.Planar`.
 
-    Forward costs ``O(dim rank)`` beside making ``Q``. For the inverse, ``v = Q^T x`` solves a triangular system: ``rank``
-    scalar roots, one after the other, of some ten evaluations of ``tanh`` each. Starts at the identity.
+    Forward costs ``O(dim rank)`` beside making ``Q``. For the inverse, ``v = Q^T x`` solves a triangular system:
+    ``rank`` scalar roots, one after the other, of some ten evaluations of ``tanh`` each. Starts at the identity.
 
     :param dim: size of ``x``.
     :param rank: columns of ``Q``, at most ``dim``; ``min(dim, 32)`` unless given.
