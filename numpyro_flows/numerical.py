@@ -155,17 +155,14 @@ def fixed_point_root(
 
 
 def _iterate(function: Callable, y: Array, tolerance: float, max_steps: int) -> tuple[Array, Array]:
-    """``x <- y - function(x)`` to its end, and which vectors converged; not a number counts as such."""
+    """``x <- y - function(x)`` to its end, and which vectors converged; those not a number from the start count."""
+    undefined = jnp.isnan(y - function(y)).any(-1)
 
     def step(state):
         count, x, _ = state
         following = y - function(x)
         size = jnp.abs(following - x).max(-1)
-        return (
-            count + 1,
-            following,
-            jnp.isnan(size) | (size <= tolerance * jnp.maximum(jnp.abs(following).max(-1), 1)),
-        )
+        return count + 1, following, undefined | (size <= tolerance * jnp.maximum(jnp.abs(following).max(-1), 1))
 
     start = 0, y, jnp.zeros(y.shape[:-1], bool)
     return lax.while_loop(lambda s: (s[0] < max_steps) & ~s[-1].all(), step, start)[1:]

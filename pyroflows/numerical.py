@@ -154,15 +154,16 @@ def fixed_point_root(
 
 
 def _iterate(function: Callable, y: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor]:
-    """``x <- y - function(x)`` to its end, and which vectors converged; not a number counts as such."""
+    """``x <- y - function(x)`` to its end, and which vectors converged; those not a number from the start count."""
     x, converged = y, torch.zeros_like(y[..., 0], dtype=torch.bool)
     if y.numel() == 0:
         return x, converged
+    undefined = torch.isnan(y - function(y)).any(-1)
     for _ in range(max_steps):
         following = y - function(x)
         step = (following - x).abs().amax(-1)
         x = following
-        converged = torch.isnan(step) | (step <= tolerance * x.abs().amax(-1).clamp_min(1))
+        converged = undefined | (step <= tolerance * x.abs().amax(-1).clamp_min(1))
         if _readable(converged) and bool(converged.all()):
             break
     return x, converged

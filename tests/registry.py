@@ -52,6 +52,11 @@ CASES = [
     Case("nsf_ar", lambda p, dim, **k: p.flows.nsf_ar(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
     Case("maf", lambda p, dim, **k: p.flows.maf(dim, 3, H, **k), lambda d: (3 * d, 3), deep=True),
     Case("iaf", lambda p, dim, **k: p.flows.iaf(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
+    Case("planar", lambda p, dim, **k: p.flows.planar(dim, 3, H, **k), lambda d: (3, 3), deep=True, numerical=True),
+    Case("radial", lambda p, dim, **k: p.flows.radial(dim, 3, H, **k), lambda d: (3, 3), deep=True),
+    Case("sylvester", lambda p, dim, **k: p.flows.sylvester(dim, 2, H, rank=min(dim, 2), **k), lambda d: (2, 2), deep=True, numerical=True),
+    Case("bnaf", lambda p, dim, **k: p.flows.bnaf(dim, 2, (3,), hidden_dims=H, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
+    Case("residual", lambda p, dim, **k: p.flows.residual(dim, 3, H, **k), lambda d: (3, 3), deep=True, numerical=True),
 ]
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}

@@ -100,7 +100,8 @@ class BlockAutoregressive(TransformModule):
             y = y.expand(torch.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
         layers = self._layers(y, context)
         mixed = [y.new_zeros(()).expand(*y.shape[:-1], *diagonal.shape[:2]) for _, diagonal, _ in layers]
-        solved, log_det = [], y.new_zeros(y.shape[:-1])
+        solved: list[Tensor] = []
+        log_det = y.new_zeros(y.shape[:-1])
         for i in range(self.dim):
 
             def chain(v: Tensor, i: int = i, mixed: list[Tensor] = mixed) -> tuple[Tensor, Tensor, list[Tensor]]:

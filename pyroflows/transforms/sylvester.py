@@ -69,12 +69,11 @@ class Sylvester(TransformModule):
 
     def _params(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``Q``, ``R``, ``S``, ``b``, and the products ``R_ii S_ii`` before their bound."""
-        basis, outer, inner, bias = self.basis, self.outer, self.inner, self.bias
+        params: list[Tensor] = [self.basis, self.outer, self.inner, self.bias]
         if self.conditioner is not None:
             moved = self.conditioner(x[..., :0], context).split(self._sizes, -1)
-            basis = basis + moved[0].unflatten(-1, tuple(basis.shape))
-            outer, inner = (p + m.unflatten(-1, tuple(p.shape)) for p, m in ((outer, moved[1]), (inner, moved[2])))
-            bias = bias + moved[3]
+            params = [p + m.unflatten(-1, tuple(p.shape)) for p, m in zip(params, moved, strict=True)]
+        basis, outer, inner, bias = params
         r, s = outer.diagonal(dim1=-2, dim2=-1), inner.diagonal(dim1=-2, dim2=-1)
         product = r * s
         bounded = r + s * r.square() / (1 + (1 + product.square()).sqrt())
@@ -101,7 +100,8 @@ class Sylvester(TransformModule):
         y = y.flip(-1) if self.reverse else y
         basis, outer, inner, bias, product = self._params(y, context)
         start = z = _times(basis.mT, y)  # = v + R tanh(S v + b), solved from the last element to the first
-        solved, log_det = [], torch.zeros_like(z[..., 0])
+        solved: list[Tensor] = []
+        log_det = torch.zeros_like(z[..., 0])
         for i in reversed(range(self.rank)):
             r, s, b, p = outer[..., i, i], inner[..., i, i], bias[..., i], product[..., i]
             v = monotone_root(
