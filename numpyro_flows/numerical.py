@@ -162,7 +162,8 @@ def _iterate(function: Callable, y: Array, tolerance: float, max_steps: int) -> 
         count, x, _ = state
         following = y - function(x)
         size = jnp.abs(following - x).max(-1)
-        return count + 1, following, undefined | (size <= tolerance * jnp.maximum(jnp.abs(following).max(-1), 1))
+        close = size <= tolerance * jnp.maximum(jnp.abs(following).max(-1), 1)
+        return count + 1, following, undefined | (close & jnp.isfinite(size))
 
     start = 0, y, jnp.zeros(y.shape[:-1], bool)
     return lax.while_loop(lambda s: (s[0] < max_steps) & ~s[-1].all(), step, start)[1:]

@@ -163,7 +163,8 @@ def _iterate(function: Callable, y: Tensor, tolerance: float, max_steps: int) ->
         following = y - function(x)
         step = (following - x).abs().amax(-1)
         x = following
-        converged = undefined | (step <= tolerance * x.abs().amax(-1).clamp_min(1))
+        close = step <= tolerance * x.abs().amax(-1).clamp_min(1)
+        converged = undefined | (close & torch.isfinite(step))
         if _readable(converged) and bool(converged.all()):
             break
     return x, converged
