@@ -19,6 +19,7 @@ from numpyro_flows.transform_module import Compose, Inverse, Repeat, TransformMo
 from numpyro_flows.transforms import (
     ActNorm,
     Autoregressive,
+    BlockAutoregressive,
     Coupling,
     Elementwise,
     ElementwiseAffine,
@@ -27,8 +28,12 @@ from numpyro_flows.transforms import (
     InvertibleConv1x1,
     Leading,
     Permutation,
+    Planar,
+    Radial,
+    Residual,
     Rotated,
     Squeeze,
+    Sylvester,
 )
 from numpyro_flows.univariate import (
     Additive,
@@ -77,6 +82,15 @@ def _glow_step(
 def _check_layers(num_layers: int) -> None:
     if num_layers < 1:
         raise ValueError(f"num_layers must be at least 1, but got {num_layers}.")
+
+
+def _stack(
+    dim: int, make: Callable[..., TransformModule], num_layers: int, reverse: bool = False, *, key: Array
+) -> Compose:
+    """Equal layers; where each reverses the order of the elements, every element is at its place again at the end."""
+    check_dim(dim)
+    layers: list[TransformModule] = [Repeat(make, num_layers, key=key)]
+    return Compose([*layers, Permutation.reverse(dim)] if reverse and num_layers % 2 and dim > 1 else layers)
 
 
 def nice(
@@ -447,6 +461,127 @@ def glow(
     return Compose([Permutation(order.tolist()), *(layer for level in reversed(scales) for layer in level)])
 
 
+def planar(
+    dim: int,
+    num_layers: int = 16,
+    hidden_dims: Sequence[int] = (32, 32),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    key: Array,
+) -> TransformModule:
+    """Planar flow (Rezende & Mohamed 2015). Sampling costs ``O(dim)`` a layer, a density one scalar root more.
+
+    ``hidden_dims`` and ``activation`` are those of the network of a context.
+    """
+    make = partial(Planar, dim, hidden_dims, context_dim=context_dim, activation=activation)
+    return _stack(dim, make, num_layers, key=key)
+
+
+def radial(
+    dim: int,
+    num_layers: int = 16,
+    hidden_dims: Sequence[int] = (32, 32),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    key: Array,
+) -> TransformModule:
+    """Radial flow (Rezende & Mohamed 2015). Both ways cost ``O(dim)`` a layer.
+
+    ``hidden_dims`` and ``activation`` are those of the network of a context.
+    """
+    make = partial(Radial, dim, hidden_dims, context_dim=context_dim, activation=activation)
+    return _stack(dim, make, num_layers, key=key)
+
+
+def sylvester(
+    dim: int,
+    num_layers: int = 4,
+    hidden_dims: Sequence[int] = (32, 32),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    rank: int | None = None,
+    kind: str = "orthogonal",
+    num_reflections: int = 4,
+    key: Array,
+) -> TransformModule:
+    """Sylvester flow (van den Berg et al. 2018). Sampling is cheap; a density takes ``rank`` scalar roots a layer.
+
+    ``hidden_dims`` and ``activation`` are those of the network of a context.
+    """
+    reverse = kind == "triangular"
+    make = partial(
+        Sylvester,
+        dim,
+        rank,
+        kind=kind,
+        num_reflections=num_reflections,
+        reverse=reverse,
+        hidden_dims=hidden_dims,
+        context_dim=context_dim,
+        activation=activation,
+    )
+    return _stack(dim, make, num_layers, reverse, key=key)
+
+
+def bnaf(
+    dim: int,
+    num_layers: int = 2,
+    hidden_factors: Sequence[int] = (8, 8),
+    *,
+    hidden_dims: Sequence[int] = (32, 32),
+    context_dim: int = 0,
+    activation: str = "silu",
+    key: Array,
+) -> TransformModule:
+    """Block neural autoregressive flow (De Cao et al. 2019). One pass a layer to sample, ``dim`` roots to invert.
+
+    ``hidden_dims`` and ``activation`` are those of the network of a context.
+    """
+    make = partial(
+        BlockAutoregressive,
+        dim,
+        hidden_factors,
+        hidden_dims=hidden_dims,
+        context_dim=context_dim,
+        reverse=True,
+        activation=activation,
+    )
+    return _stack(dim, make, num_layers, reverse=True, key=key)
+
+
+def residual(
+    dim: int,
+    num_layers: int = 10,
+    hidden_dims: Sequence[int] = (32, 32),
+    *,
+    context_dim: int = 0,
+    activation: str = "silu",
+    lipschitz: float = 0.9,
+    log_det: str = "exact",
+    exact_terms: int = 4,
+    key: Array,
+) -> TransformModule:
+    """Residual flow (Behrmann et al. 2019; Chen et al. 2019). Sampling takes one pass a layer, inversion a fixed point.
+
+    ``log_det="exact"`` costs ``O(dim^3)`` a layer, ``"unbiased"`` some ten vector products; ``activation`` is that of
+    the network of a context.
+    """
+    make = partial(
+        Residual,
+        dim,
+        hidden_dims,
+        context_dim=context_dim,
+        lipschitz=lipschitz,
+        log_det=log_det,
+        exact_terms=exact_terms,
+        activation=activation,
+    )
+    return _stack(dim, make, num_layers, key=key)
+
+
 FLOWS: dict[str, Callable[..., TransformModule]] = {
     f.__name__: f
     for f in (
@@ -465,6 +600,11 @@ FLOWS: dict[str, Callable[..., TransformModule]] = {
         gaussianization,
         householder,
         glow,
+        planar,
+        radial,
+        sylvester,
+        bnaf,
+        residual,
     )
 }
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 MAX_STEPS = 200  # halvings of any bracket and Newton's steps need far fewer
 MAX_DISTANCE = 1e15  # of a root from y: a map whose tails are linear or steeper than logarithmic has it nearer
+MAX_DENSE = 128  # elements up to which the implicit gradient of a vector's root uses the dense Jacobian
 
 
 def monotone_root(
@@ -23,7 +25,8 @@ def monotone_root(
 ) -> Array:
     """Solves ``f(x) = y`` elementwise for an increasing ``f``, by Newton's steps kept within a shrinking bracket.
 
-    The result carries gradients of any order by the implicit function theorem (``lax.custom_root``).
+    The result carries gradients by the implicit function theorem, up to second order: the search itself is not
+    differentiated; two of Newton's steps from its end are.
 
     :param function: ``x -> (f(x), log f'(x))``, elementwise.
     :param y: values ``(...)``, of the shape that ``function`` gives.
@@ -35,21 +38,25 @@ def monotone_root(
     :raises RuntimeError: if elements do not converge (Equinox's, at run time); not a number goes through as such.
     """
     tolerance = 4 * float(jnp.finfo(y.dtype).eps) if tolerance is None else tolerance
-
-    def solve(_: object, y: Array) -> Array:
-        x, converged = _search(function, y, lower, upper, tolerance)
+    fixed, fixed_y = _without_gradients(function, y), lax.stop_gradient(y)
+    lower, upper = (edge if edge is None else lax.stop_gradient(edge) for edge in (lower, upper))
+    x, converged = _search(fixed, fixed_y, lower, upper, tolerance)
+    x = eqx.error_if(x, ~converged, f"{owner}: the numerical inverse did not converge. Are the parameters finite?")
+    x = lax.stop_gradient(x)
+    for _ in range(2):  # the first order of the gradient comes from the last step, the second from both
         value, log_slope = function(x)
-        x = x - (value - y) * jnp.exp(-log_slope)  # from the tolerance to the rounding
-        return eqx.error_if(
-            x, ~converged, f"{owner}: the numerical inverse did not converge. Are the parameters finite?"
-        )
+        x = x - (value - y) * jnp.exp(-log_slope)
+    return x
 
-    return lax.custom_root(
-        lambda x: function(x)[0] - y,
-        lax.stop_gradient(y),
-        solve,
-        lambda linear, right: right / linear(jnp.ones_like(right)),
-    )
+
+def _without_gradients(function: Callable, x: Array) -> Callable:
+    """``function`` of arguments shaped like ``x``, with what it closes over held constant.
+
+    (``lax.custom_root`` inside ``lax.scan`` gives wrong second derivatives in jax 0.10: the scan forgets its rule.)
+    """
+    pure, held = jax.closure_convert(function, x)
+    held = [lax.stop_gradient(h) for h in held]
+    return lambda x: pure(x, *held)
 
 
 def _search(
@@ -117,8 +124,7 @@ def triangular_fixed_point(function: Callable[[Array], Array], start: Array, max
     """
 
     def solve(linear: Callable, right: Array) -> Array:
-        scale = jnp.abs(right).max(initial=0)
-        scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)  # gradients may be of any size
+        scale = _size(right)
         return scale * _sweep(lambda v: right / scale + v - linear(v), right / scale, max_steps)
 
     return lax.custom_root(
@@ -127,6 +133,12 @@ def triangular_fixed_point(function: Callable[[Array], Array], start: Array, max
         lambda _, start: _sweep(function, start, max_steps),
         lambda linear, right: lax.custom_linear_solve(linear, right, solve, solve),
     )
+
+
+def _size(right: Array) -> Array:
+    """What to divide the right side of a linear system by before its solution is searched: gradients have any size."""
+    size = jnp.abs(right).max(initial=0)
+    return jnp.where((size > 0) & jnp.isfinite(size), size, 1)
 
 
 def _sweep(function: Callable[[Array], Array], start: Array, max_steps: int) -> Array:
@@ -141,3 +153,75 @@ def _sweep(function: Callable[[Array], Array], start: Array, max_steps: int) -> 
 
     start_state = 0, start, jnp.asarray(True)
     return lax.while_loop(lambda s: s[2] & (s[0] < max_steps), step, start_state)[1]
+
+
+def fixed_point_root(
+    function: Callable[[Array], Array],
+    y: Array,
+    *,
+    tolerance: float | None = None,
+    max_steps: int = 2000,
+    owner: str = "inverse",
+) -> Array:
+    """Solves ``x + g(x) = y`` for vectors and a contractive ``g``, by the iteration ``x <- y - g(x)`` (Banach).
+
+    Takes about ``log(tolerance) / log(Lip g)`` evaluations of ``g``. The result carries gradients by the implicit
+    function theorem, up to second order: two of Newton's steps from the end of the search are differentiated. Up to
+    ``MAX_DENSE`` elements they use the Jacobian of ``g`` (as many forward derivatives, and its inverse), beyond it one
+    Neumann iteration each, forward and backward.
+
+    :param function: ``x -> g(x)``, both ``(..., dim)``; each vector by itself.
+    :param y: values ``(..., dim)``, of the shape that ``function`` gives.
+    :param tolerance: the iteration ends with a step of this size, relative to ``max(1, |x|)`` (largest elements);
+        64 eps of the dtype unless given (the steps that follow gain the rest).
+    :param max_steps: most evaluations of ``g``.
+    :param owner: the name that an error mentions.
+    :raises RuntimeError: if vectors do not converge (Equinox's, at run time); not a number goes through as such.
+    """
+    tolerance = 64 * float(jnp.finfo(y.dtype).eps) if tolerance is None else tolerance
+    fixed = _without_gradients(function, y)
+    x, converged = _iterate(fixed, lax.stop_gradient(y), tolerance, max_steps)
+    x = eqx.error_if(
+        x,
+        ~converged,
+        f"{owner}: the numerical inverse did not converge in {max_steps} steps. Are the parameters finite, and is the "
+        "map a contraction?",
+    )
+    base = x = lax.stop_gradient(x)
+    dense = _inverse_jacobian(fixed, base) if y.shape[-1] <= MAX_DENSE else None
+
+    def neumann(matvec: Callable, r: Array) -> Array:
+        scale = _size(r)
+        return scale * _iterate(lambda v: matvec(v) - v, r / scale, tolerance, max_steps)[0]
+
+    for _ in range(2):  # the first order of the gradient comes from the last step, the second from both
+        residual = x + function(x) - y
+        if dense is not None:
+            x = x - (dense @ residual[..., None])[..., 0]
+        else:
+            x = x - lax.custom_linear_solve(
+                lambda v: v + jax.jvp(fixed, (base,), (v,))[1], residual, neumann, transpose_solve=neumann
+            )
+    return x
+
+
+def _iterate(function: Callable, y: Array, tolerance: float, max_steps: int) -> tuple[Array, Array]:
+    """``x <- y - function(x)`` to its end, and which vectors converged; those not a number from the start count."""
+    undefined = jnp.isnan(y - function(y)).any(-1)
+
+    def step(state):
+        count, x, _ = state
+        following = y - function(x)
+        size = jnp.abs(following - x).max(-1)
+        close = size <= tolerance * jnp.maximum(jnp.abs(following).max(-1), 1)
+        return count + 1, following, undefined | (close & jnp.isfinite(size))
+
+    start = 0, y, jnp.zeros(y.shape[:-1], bool)
+    return lax.while_loop(lambda s: (s[0] < max_steps) & ~s[-1].all(), step, start)[1:]
+
+
+def _inverse_jacobian(function: Callable, x: Array) -> Array:
+    """``(I + dg/dx)^{-1}``, constant."""
+    eye = jnp.eye(x.shape[-1], dtype=x.dtype)
+    jacobian = jax.vmap(lambda unit: jax.jvp(function, (x,), (jnp.broadcast_to(unit, x.shape),))[1], out_axes=-1)(eye)
+    return lax.stop_gradient(jnp.linalg.inv(eye + jacobian))

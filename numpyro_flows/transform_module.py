@@ -7,7 +7,7 @@ Calling, ``.inv``, ``log_abs_det_jacobian``, NumPyro's intermediates, compositio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -60,6 +60,14 @@ class TransformModule(_EquinoxPytree, eqx.Module, Transform):
     def condition(self, context: Array) -> Conditioned:
         """Binds a context ``(..., context_dim)``: the result is a transform of ``x`` alone."""
         return Conditioned(self, context)
+
+    def with_key(self, key: Array) -> Self:
+        """The same map with the noise of its stochastic log-determinants drawn anew; the map itself if it has none."""
+        leaves, structure = jax.tree.flatten(self)
+        for n, leaf in enumerate(leaves):
+            if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaves[n] = jax.random.split(jax.random.fold_in(typed_key(key), n), leaf.shape)
+        return jax.tree.unflatten(structure, leaves)
 
     # -- NumPyro's Transform protocol ------------------------------------------------------------------------------
     def __call__(self, x: Array) -> Array:
@@ -264,6 +272,11 @@ def parameters(transform: TransformModule) -> dict[str, Array]:
     """The trainable arrays by their dotted names, layers of a :class:`Repeat` stacked: what the param site holds."""
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(transform, eqx.is_inexact_array))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def typed_key(key: Array) -> Array:
+    """The key as a typed one (``jax.random.key``), which tells it from other arrays."""
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def check_context(context: Array | None, context_dim: int, owner: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_STEPS = 200  # halvings of any bracket and Newton's steps need far fewer
 MAX_DISTANCE = 1e15  # of a root from y: a map whose tails are linear or steeper than logarithmic has it nearer
+MAX_DENSE = 128  # elements up to which the implicit gradient of a vector's root uses the dense Jacobian
 
 
 def monotone_root(
@@ -119,3 +121,86 @@ def readable(x: Tensor) -> bool:
         or torch._C._functorch.is_gradtrackingtensor(x)
         and not readable(torch._C._functorch.get_unwrapped(x))
     )
+
+
+def fixed_point_root(
+    function: Callable[[Tensor], Tensor],
+    y: Tensor,
+    *,
+    tolerance: float | None = None,
+    max_steps: int = 2000,
+    owner: str = "inverse",
+) -> Tensor:
+    """Solves ``x + g(x) = y`` for vectors and a contractive ``g``, by the iteration ``x <- y - g(x)`` (Banach).
+
+    Takes about ``log(tolerance) / log(Lip g)`` evaluations of ``g``. The result carries gradients by the implicit
+    function theorem, up to second order: two of Newton's steps from the end of the search are differentiated. Up to
+    ``MAX_DENSE`` elements they use the Jacobian of ``g`` (as many forward derivatives, and its inverse), beyond it one
+    Neumann iteration each, forward and backward (then in reverse mode only).
+
+    :param function: ``x -> g(x)``, both ``(..., dim)``; each vector by itself.
+    :param y: values ``(..., dim)``, of the shape that ``function`` gives.
+    :param tolerance: the iteration ends with a step of this size, relative to ``max(1, |x|)`` (largest elements);
+        64 eps of the dtype unless given (the steps that follow gain the rest).
+    :param max_steps: most evaluations of ``g``.
+    :param owner: the name that an error mentions.
+    :raises RuntimeError: if vectors do not converge, with their number; not a number goes through as such.
+    """
+    tolerance = 64 * torch.finfo(y.dtype).eps if tolerance is None else tolerance
+    with torch.no_grad():
+        x, converged = _iterate(lambda x: function(x).detach(), y.detach(), tolerance, max_steps)
+        if readable(converged) and not bool(converged.all()):
+            raise RuntimeError(
+                f"{owner}: the numerical inverse did not converge for {int((~converged).sum())} of {converged.numel()} "
+                f"vectors in {max_steps} steps. Are the parameters finite, and is the map a contraction?"
+            )
+        dense = _inverse_jacobian(function, x) if y.shape[-1] <= MAX_DENSE else None
+    base = x
+    for _ in range(2):  # the first order of the gradient comes from the last step, the second from both
+        residual = x + function(x) - y
+        if dense is not None:
+            x = x - (dense @ residual.unsqueeze(-1)).squeeze(-1)
+        else:
+            push = lambda v: torch.func.jvp(function, (base,), (v,))[1].detach()  # noqa: E731
+            pull = lambda v: torch.func.vjp(function, base)[1](v)[0].detach()  # noqa: E731
+            x = x - _NeumannSolve.apply(residual, push, pull, tolerance, max_steps)
+    return x
+
+
+def _iterate(function: Callable, y: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor]:
+    """``x <- y - function(x)`` to its end, and which vectors converged; those not a number from the start count."""
+    x, converged = y, torch.zeros_like(y[..., 0], dtype=torch.bool)
+    if y.numel() == 0:
+        return x, converged
+    undefined = torch.isnan(y - function(y)).any(-1)
+    for _ in range(max_steps):
+        following = y - function(x)
+        step = (following - x).abs().amax(-1)
+        x = following
+        close = step <= tolerance * x.abs().amax(-1).clamp_min(1)
+        converged = undefined | (close & torch.isfinite(step))
+        if readable(converged) and bool(converged.all()):
+            break
+    return x, converged
+
+
+def _inverse_jacobian(function: Callable, x: Tensor) -> Tensor:
+    """``(I + dg/dx)^{-1}``, constant."""
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    columns = [torch.func.jvp(function, (x,), (unit.expand_as(x),))[1].detach() for unit in eye]
+    return torch.linalg.inv(eye + torch.stack(columns, -1))
+
+
+class _NeumannSolve(torch.autograd.Function):
+    """``(I + J)^{-1} r`` by the iteration ``v <- r - J v``, for a constant ``J`` given with its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, push: Callable, pull: Callable, tolerance: float, max_steps: int) -> Tensor:
+        ctx.rest = pull, push, tolerance, max_steps
+        scale = r.abs().max() if r.numel() else r.new_ones(())  # gradients may be of any size
+        scale = torch.where((scale > 0) & torch.isfinite(scale), scale, 1.0)
+        return scale * _iterate(push, r / scale, tolerance, max_steps)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _NeumannSolve.apply(grad, *ctx.rest), None, None, None, None

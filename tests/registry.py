@@ -107,6 +107,13 @@ CASES = [
     Case("conv1x1", lambda p, dim, **k: p.transforms.InvertibleConv1x1(image(dim)), context=False, dims=(1, 2, 8)),
     Case("image-coupling", lambda p, dim, **k: p.transforms.ImageCoupling(image(dim), p.univariate.Affine(), H, **k), reorders=True, dims=(1, 2, 8)),
     Case("leading", lambda p, dim, **k: p.transforms.Leading(p.transforms.Coupling(max(1, dim - 2), p.univariate.Affine(), H, swap=False, **k), max(1, dim - 2))),
+    Case("planar-layer", lambda p, dim, **k: p.transforms.Planar(dim, H, **k), numerical=True),
+    Case("radial-layer", lambda p, dim, **k: p.transforms.Radial(dim, H, **k)),
+    Case("sylvester-orthogonal", lambda p, dim, **k: p.transforms.Sylvester(dim, min(dim, 3), hidden_dims=H, **k), numerical=True),
+    Case("sylvester-householder", lambda p, dim, **k: p.transforms.Sylvester(dim, kind="householder", num_reflections=2, **k), context=False, numerical=True),
+    Case("sylvester-triangular", lambda p, dim, **k: p.transforms.Sylvester(dim, kind="triangular", reverse=True, **k), context=False, reorders=True, numerical=True),
+    Case("block-autoregressive", lambda p, dim, **k: p.transforms.BlockAutoregressive(dim, (3, 3), hidden_dims=H, reverse=True, **k), lambda d: (1, d), reorders=True, numerical=True),
+    Case("residual-layer", lambda p, dim, **k: p.transforms.Residual(dim, H, **k), numerical=True),
     Case("nice", lambda p, dim, **k: p.flows.nice(dim, 3, H, **k), lambda d: (4, 4), deep=True, networkless=1),
     Case("realnvp", lambda p, dim, **k: p.flows.realnvp(dim, 3, H, **k), lambda d: (3, 3), deep=True),
     Case("nsf", lambda p, dim, **k: p.flows.nsf(dim, 3, H, **k), lambda d: (3, 3), deep=True),
@@ -122,6 +129,11 @@ CASES = [
     Case("gaussianization", lambda p, dim, **k: p.flows.gaussianization(dim, 2, H, num_components=4, **k), lambda d: (2, 2), deep=True, numerical=True),
     Case("householder", lambda p, dim, **k: p.flows.householder(dim, 2, H, **k), lambda d: (2, 2), deep=True),
     Case("glow", lambda p, dim, **k: p.flows.glow(dim, 2, H[:1], shape=image(dim), **k), lambda d: ((12, 12) if d == 16 else (6, 6)), deep=True, networkless=8, dims=(1, 2, 16)),
+    Case("planar", lambda p, dim, **k: p.flows.planar(dim, 3, H, **k), lambda d: (3, 3), deep=True, numerical=True),
+    Case("radial", lambda p, dim, **k: p.flows.radial(dim, 3, H, **k), lambda d: (3, 3), deep=True),
+    Case("sylvester", lambda p, dim, **k: p.flows.sylvester(dim, 2, H, rank=min(dim, 2), **k), lambda d: (2, 2), deep=True, numerical=True),
+    Case("bnaf", lambda p, dim, **k: p.flows.bnaf(dim, 2, (3,), hidden_dims=H, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
+    Case("residual", lambda p, dim, **k: p.flows.residual(dim, 3, H, **k), lambda d: (3, 3), deep=True, numerical=True),
 ]
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}

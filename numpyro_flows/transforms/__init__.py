@@ -1,6 +1,7 @@
 """The families of flows, one a file."""
 
 from numpyro_flows.transforms.autoregressive import Autoregressive
+from numpyro_flows.transforms.block_autoregressive import BlockAutoregressive
 from numpyro_flows.transforms.block_coupling import BlockCoupling
 from numpyro_flows.transforms.coupling import Coupling
 from numpyro_flows.transforms.elementwise import Elementwise, ElementwiseAffine
@@ -10,12 +11,16 @@ from numpyro_flows.transforms.low_rank import LowRankLinear
 from numpyro_flows.transforms.normalisation import ActNorm, BatchNorm, initialised, with_batch_statistics
 from numpyro_flows.transforms.orthogonal import Householder, Orthogonal, QRLinear
 from numpyro_flows.transforms.permutation import Permutation
+from numpyro_flows.transforms.planar import Planar, Radial
+from numpyro_flows.transforms.residual import Residual
 from numpyro_flows.transforms.rotated import Rotated
+from numpyro_flows.transforms.sylvester import Sylvester
 
 __all__ = [
     "ActNorm",
     "Autoregressive",
     "BatchNorm",
+    "BlockAutoregressive",
     "BlockCoupling",
     "Coupling",
     "DenseLinear",
@@ -29,9 +34,13 @@ __all__ = [
     "LowRankLinear",
     "Orthogonal",
     "Permutation",
+    "Planar",
     "QRLinear",
+    "Radial",
+    "Residual",
     "Rotated",
     "Squeeze",
+    "Sylvester",
     "TriangularAffine",
     "initialised",
     "with_batch_statistics",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import backends
-from tests.registry import BY_NAME, CASES, FLOWS
+from tests.registry import BY_NAME, CASES, FLOWS, Case, H
 
 
 @pytest.fixture(params=["torch", "jax"])
@@ -192,3 +192,95 @@ def test_heavy_tails_are_learned_by_a_tail_map_only(backend):
         for name in ("ttf", "realnvp", "nsf")
     )
     assert heavy < 0.02 < 0.3 < min(scaled, spline)
+
+
+UNBIASED = Case("unbiased", lambda p, dim, **k: p.transforms.Residual(dim, H, log_det="unbiased", exact_terms=1, **k))
+
+
+def residual_twins(backend):
+    """The same residual map with its exact log-determinant and with the unbiased one."""
+    exact = flow_of(backend, BY_NAME["residual-layer"], 3, sd=1.0)
+    # the largest Jacobian that the bound allows, -0.7 along one direction, so that many terms of the series count
+    state = {name: np.abs(value) + 5 * ("bias" in name) for name, value in backend.state(exact).items()}
+    last = max(name for name in state if name.endswith("weight"))
+    exact = backend.with_state(exact, {**state, last: -state[last]})
+    unbiased = backend.with_state(backend.build(UNBIASED, 3), backend.state(exact))
+    assert exact.log_det_is_exact and not unbiased.log_det_is_exact
+    return exact, unbiased
+
+
+def test_stochastic_log_det_is_unbiased(backend):
+    exact, unbiased = residual_twins(backend)
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    key = {}
+    if backend.name == "jax":
+        key["key"] = backend.jax.random.key(0)
+    else:
+        backend.torch.manual_seed(0)
+    mean, error = (backend.numpy(a) for a in unbiased.log_det_estimate(backend.array(x), 6000, **key))
+    log_det = backend.run(exact, x)[1]
+    assert (log_det < -0.5).all() and (error > 0).all() and (error < 0.05).all()
+    assert (np.abs(mean - log_det) < 4 * error).all()
+
+
+def test_stochastic_log_det_has_an_unbiased_gradient(backend):
+    """By every parameter and by the input, through the Neumann series of Chen et al. 2019."""
+    exact, unbiased = residual_twins(backend)
+    x = np.random.default_rng(0).normal(size=(32, 3))
+
+    def gradient(flow):
+        by_params, by_x = backend.gradients(flow, x, None, False)
+        return np.concatenate([by_x.ravel(), *(by_params[name].ravel() for name in sorted(by_params))])
+
+    if backend.name == "torch":
+        backend.torch.manual_seed(0)
+    draws = []
+    for n in range(300):
+        if backend.name == "jax":
+            unbiased = unbiased.with_key(backend.jax.random.key(n))
+        draws.append(gradient(unbiased))
+    error = np.std(draws, 0, ddof=1) / len(draws) ** 0.5
+    assert (error > 0).mean() > 0.9
+    assert (np.abs(np.mean(draws, 0) - gradient(exact)) < 4.5 * error + 1e-9).all()
+
+
+def test_noise_of_a_log_det_is_drawn_anew(backend):
+    """Torch draws from its generator; jax has a pure function of key and input, whose key can be renewed."""
+    _, flow = residual_twins(backend)
+    x = np.random.default_rng(0).normal(size=(2, 3))
+    if backend.name == "torch":
+        backend.torch.manual_seed(0)
+    (y, first), (_, second) = backend.run(flow, x), backend.run(flow, x)
+    if backend.name == "torch":
+        assert (first != second).any()
+        backend.torch.manual_seed(0)
+        np.testing.assert_array_equal(backend.run(flow, x)[1], first)
+    else:
+        np.testing.assert_array_equal(first, second)
+        assert (np.abs(backend.run(flow, x + 1e-7)[1] - first) > 1e-3).any()  # another input, another noise
+        renewed = flow.with_key(backend.jax.random.PRNGKey(1))
+        assert (backend.run(renewed, x)[1] != first).any()
+        np.testing.assert_array_equal(backend.run(renewed, x)[0], y)
+
+
+@pytest.mark.parametrize("sd", [0.3, 1.0, 3.0])
+def test_block_autoregressive_image_is_the_whole_space(backend, sd):
+    """Its tails are linear: with bounded activations the image is nearly a box, which truncates a posterior."""
+    flow = flow_of(backend, BY_NAME["block-autoregressive"], 2, sd)
+    corners = np.array([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    near, far = (backend.run(flow, scale * corners)[0] for scale in (1e3, 1e6))
+    np.testing.assert_allclose(far / near, 1e3, rtol=0.2)
+    back, _ = backend.run(flow, 1e3 * corners, inverse=True)
+    np.testing.assert_allclose(backend.run(flow, back)[0], 1e3 * corners, rtol=1e-9)
+
+
+def test_lipschitz_constant_of_a_residual_map_is_below_its_bound(backend):
+    for sd in (1.0, 10.0):
+        flow = flow_of(backend, BY_NAME["residual-layer"], 5, sd)
+        x = np.random.default_rng(0).normal(size=(200, 5)) * 3
+        jacobian = backend.jacobian(flow, x, None, False) - np.eye(5)
+        assert np.linalg.norm(jacobian, 2, axis=(1, 2)).max() < 0.9
+    weight = np.random.default_rng(0).normal(size=(40, 30))
+    module = __import__(f"{backend.pkg.__name__}.transforms.residual", fromlist=["spectral_bound"])
+    bound = float(module.spectral_bound(backend.array(weight)))
+    assert 1 <= bound / np.linalg.norm(weight, 2) < 1.005
