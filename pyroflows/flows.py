@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from pyroflows.transform_module import Compose, Inverse, Repeat, TransformModule
-from pyroflows.transforms import Autoregressive, Coupling, ElementwiseAffine, Permutation
+from pyroflows.transforms import Autoregressive, Continuous, Coupling, ElementwiseAffine, Permutation
 from pyroflows.univariate import Additive, Affine, RationalQuadraticSpline, Univariate
 
 
@@ -137,7 +137,43 @@ def nsf_ar(
     return _autoregressive_stack(dim, spline, num_layers, hidden_dims, context_dim=context_dim, activation=activation)
 
 
-FLOWS: dict[str, Callable[..., TransformModule]] = {f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf)}
+def cnf(
+    dim: int,
+    num_layers: int = 1,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "tanh",
+    trace: str = "exact",
+    solver: str = "dop853",
+    num_steps: int = 4,
+    rtol: float = 1e-6,
+    atol: float = 1e-6,
+    adjoint: bool = False,
+) -> TransformModule:
+    """Continuous normalizing flow (Chen et al. 2018; Grathwohl et al. 2019, FFJORD). Both ways solve the same equation.
+
+    A layer takes ``12 * num_steps`` network passes with the default solver. Can also be trained without solving
+    anything, by ``elbo.flow_matching``.
+    """
+    check_dim(dim)
+    make = partial(
+        Continuous,
+        dim,
+        hidden_dims,
+        context_dim=context_dim,
+        activation=activation,
+        trace=trace,
+        solver=solver,
+        num_steps=num_steps,
+        rtol=rtol,
+        atol=atol,
+        adjoint=adjoint,
+    )
+    return Repeat(make, num_layers)
+
+
+FLOWS: dict[str, Callable[..., TransformModule]] = {f.__name__: f for f in (nice, realnvp, nsf, nsf_ar, maf, iaf, cnf)}
 
 
 def check_dim(dim: int) -> None:

@@ -39,12 +39,14 @@ CASES = [
     Case("triangular", lambda p, dim, **k: p.transforms.TriangularAffine(dim), context=False),
     Case("lu", lambda p, dim, **k: p.transforms.LULinear(dim), context=False),
     Case("permutation", lambda p, dim, **k: p.transforms.Permutation.random(dim, 1), lambda d: (0, 0), context=False, reorders=True),
+    Case("continuous", lambda p, dim, **k: p.transforms.Continuous(dim, (8,), num_steps=6, **k), lambda d: (72, 72), deep=True),
     Case("nice", lambda p, dim, **k: p.flows.nice(dim, 3, H, **k), lambda d: (4, 4), deep=True, networkless=1),
     Case("realnvp", lambda p, dim, **k: p.flows.realnvp(dim, 3, H, **k), lambda d: (3, 3), deep=True),
     Case("nsf", lambda p, dim, **k: p.flows.nsf(dim, 3, H, **k), lambda d: (3, 3), deep=True),
     Case("nsf_ar", lambda p, dim, **k: p.flows.nsf_ar(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
     Case("maf", lambda p, dim, **k: p.flows.maf(dim, 3, H, **k), lambda d: (3 * d, 3), deep=True),
     Case("iaf", lambda p, dim, **k: p.flows.iaf(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
+    Case("cnf", lambda p, dim, **k: p.flows.cnf(dim, 1, H, num_steps=8, **k), lambda d: (96, 96), deep=True),
 ]
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}
