@@ -1,4 +1,4 @@
-"""Continuous flow: the solution of an ordinary differential equation (Chen et al. 2018; FFJORD, Grathwohl et al. 2019)."""
+"""Continuous flow: an ordinary differential equation (Chen et al. 2018; FFJORD, Grathwohl et al. 2019)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADAPTIVE = ("bosh3", "dopri5", "dopri8")
 
 
 class Continuous(TransformModule):
-    """``y = x(1)`` where ``dx/dt = v(x, t, context)``, ``x(0) = x``; ``log |det dy/dx|`` is the integral of ``tr dv/dx``.
+    """``y = x(1)`` with ``dx/dt = v(x, t, context)`` from ``x(0) = x``; the log-determinant is the integral of ``tr dv/dx``.
 
     Chen et al. 2018, eq. 8. Both directions take the same ``num_steps`` steps, forward or backward in time. The
     ``velocity`` is a perceptron with bounded slopes, so that every solution exists and is unique: a bijection of the

@@ -8,7 +8,6 @@ import pytest
 from tests import backends
 from tests.registry import BY_NAME, CASES, FLOWS
 
-
 PIECE = 8192  # points at a time
 
 
