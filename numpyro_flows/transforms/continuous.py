@@ -24,13 +24,14 @@ _MAX_STEPS = 4096  # of the adaptive solvers
 
 
 class Continuous(TransformModule):
-    """``y = x(1)`` with ``dx/dt = v(x, t, context)`` from ``x(0) = x``; the log-determinant is the integral of ``tr dv/dx``.
+    """``y = x(1)`` with ``dx/dt = v(x, t, context)`` from ``x(0) = x``.
 
-    Chen et al. 2018, eq. 8. Both directions take the same ``num_steps`` steps, forward or backward in time. The
-    ``velocity`` is a perceptron with bounded slopes, so that every solution exists and is unique: a bijection of the
-    whole space. With at most two hidden layers the exact trace is one bilinear form of the activations' slopes, and
-    costs no more than a second network pass whatever ``dim`` is; with more layers, ``dim`` tangents. The solution is as
-    exact as the solver: check a trained flow by :meth:`solver_error`.
+    The log-determinant is the integral of ``tr dv/dx`` along the way (Chen et al. 2018, eq. 8). Both directions take the
+    same ``num_steps`` steps, forward or backward in time. The ``velocity`` is a perceptron with bounded slopes, so that
+    every solution exists and is unique: a bijection of the whole space. With at most two hidden layers the exact trace
+    is one bilinear form of the activations' slopes, and costs no more than a second network pass whatever ``dim`` is;
+    with more layers, ``dim`` tangents. The solution is as exact as the solver: check a trained flow by
+    :meth:`solver_error`.
 
     The schemes of fixed steps, ``"dop853"`` (order 8, 12 passes a step) and ``"rk4"`` (order 4, 4 passes), are
     differentiated step by step, in every mode, and read nothing on the host. The adaptive ones (``"dopri5"``,
