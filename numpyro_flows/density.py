@@ -103,7 +103,8 @@ def fit_density(
 
     def loss(params, data, context, key):
         if objective == "flow_matching":
-            return flow_matching(*parts(params), data, context, key=key)
+            flow, base = parts(params)
+            return flow_matching(flow, base, data, context, key=key)
         return offset - log_prob(params, data, context).mean()
 
     adam = optax.scale_by_adam()

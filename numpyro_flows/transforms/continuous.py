@@ -26,7 +26,7 @@ _MAX_STEPS = 4096  # of the adaptive solvers
 class Continuous(TransformModule):
     """``y = x(1)`` with ``dx/dt = v(x, t, context)`` from ``x(0) = x``.
 
-    The log-determinant is the integral of ``tr dv/dx`` along the way (Chen et al. 2018, eq. 8). Both directions take the
+    The log-determinant is the integral of ``tr dv/dx`` on the way (Chen et al. 2018, eq. 8). Both directions take the
     same ``num_steps`` steps, forward or backward in time. The ``velocity`` is a perceptron with bounded slopes, so that
     every solution exists and is unique: a bijection of the whole space. With at most two hidden layers the exact trace
     is one bilinear form of the activations' slopes, and costs no more than a second network pass whatever ``dim`` is;

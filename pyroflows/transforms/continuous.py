@@ -24,7 +24,7 @@ ADAPTIVE = ("bosh3", "dopri5", "dopri8")
 class Continuous(TransformModule):
     """``y = x(1)`` with ``dx/dt = v(x, t, context)`` from ``x(0) = x``.
 
-    The log-determinant is the integral of ``tr dv/dx`` along the way (Chen et al. 2018, eq. 8). Both directions take the
+    The log-determinant is the integral of ``tr dv/dx`` on the way (Chen et al. 2018, eq. 8). Both directions take the
     same ``num_steps`` steps, forward or backward in time. The ``velocity`` is a perceptron with bounded slopes, so that
     every solution exists and is unique: a bijection of the whole space. With at most two hidden layers the exact trace
     is one bilinear form of the activations' slopes, and costs no more than a second network pass whatever ``dim`` is;
@@ -124,6 +124,7 @@ class Continuous(TransformModule):
 
         times = torch.tensor([start, end], dtype=x.dtype, device=x.device)
         options: dict[str, Any] = {"method": self.solver, "rtol": self.rtol, "atol": self.atol}
+        options["options"] = {"step_t": times}  # steps end at the ends; else the value there is interpolated, to order 4
         if self.adjoint:
             wanted = [t for t in (*self.parameters(), context) if t is not None and t.requires_grad]
             xs, log_dets = odeint_adjoint(rates, (x, log_det), times, adjoint_params=tuple(wanted), **options)
@@ -163,10 +164,11 @@ class Velocity(MLP):
         weights, dim, activation = self._weights(), self.in_dim - 1, SMOOTH[self.activation]
         h = F.linear(x, weights[0][:, :dim]) + (constants[0] + time * weights[0][:, dim])
         slopes = []
-        for layer in self.layers[1:]:  # type: ignore[index]
+        biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        for weight, bias in zip(weights[1:], biases[1:], strict=True):
             h, slope = activation(h)
             slopes.append(slope)
-            h = F.linear(h, layer.weight, layer.bias)
+            h = F.linear(h, weight, bias)
         if not with_trace:
             return h, None
         return h, _trace(weights[0][:, :dim], weights[1:], slopes, constants[1], noise).expand(h.shape[:-1])

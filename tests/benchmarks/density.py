@@ -5,8 +5,8 @@
 
 Prints the divergence of the fit from the truth, ``KL = E_p[log p - log q]`` in nats over 20,000 fresh draws, its
 standard error, and the seconds of the training (compilation included). All train on the same standardised data in
-float32 with Adam, a step size of 2e-3 that falls along a cosine, the same steps and batch, and nothing held out: ours by
-``fit_density``, the peers in the plain loop of their own tutorials, with their own depths and two hidden layers of 64.
+float32 with Adam, a step size of 2e-3 that falls along a cosine, the same steps and batch, and nothing held out: ours
+by ``fit_density``, the peers in a plain loop, with their own depths and two hidden layers of 64.
 A flow whose inverse takes more passes than its forward direction is turned round, as one does for likelihood.
 ``checkerboard`` and ``rings`` have jumps or near jumps, so no flow reaches zero there. ``cnf, matched`` is ``cnf``
 trained by flow matching. A flow that fails, or whose loss is not finite, says so in its row.
