@@ -39,7 +39,8 @@ class Continuous(TransformModule):
     :param dim: size of ``x``.
     :param hidden_dims: hidden widths of the velocity.
     :param context_dim: size of the context, 0 for none.
-    :param activation: ``"tanh"`` (a bounded velocity: far away the map is a shift), ``"softplus"`` or ``"silu"``.
+    :param activation: ``"tanh"`` (a bounded velocity: far away the map is a shift, and easily solved), ``"softplus"`` or
+        ``"silu"`` (a velocity that grows linearly: often the better fit, but points at 100 need several times the steps).
     :param trace: ``"exact"``, or ``"hutchinson"``: unbiased, by one draw of noise held fixed through a solution
         (Grathwohl et al. 2019, eq. 7).
     :param solver: one of ``"dop853"``, ``"rk4"``, ``"dopri5"``, ``"dopri8"``, ``"bosh3"``.
@@ -124,7 +125,9 @@ class Continuous(TransformModule):
 
         times = torch.tensor([start, end], dtype=x.dtype, device=x.device)
         options: dict[str, Any] = {"method": self.solver, "rtol": self.rtol, "atol": self.atol}
-        options["options"] = {"step_t": times}  # steps end at the ends; else the value there is interpolated, to order 4
+        options["options"] = {
+            "step_t": times
+        }  # steps end at the ends; else the value there is interpolated, to order 4
         if self.adjoint:
             wanted = [t for t in (*self.parameters(), context) if t is not None and t.requires_grad]
             xs, log_dets = odeint_adjoint(rates, (x, log_det), times, adjoint_params=tuple(wanted), **options)

@@ -167,7 +167,9 @@ def test_fit_trains_the_base_too(backend):
     base = backend.pkg.distributions.MixtureBase(2, 16, 1.0, **keyed(backend))
     if backend.name == "torch":
         base = base.float()
-    density, _ = fit(backend, flow_of(backend, "realnvp", 2, 2, (8,)), data, base=base, learning_rate=3e-2)
+    density, _ = fit(
+        backend, flow_of(backend, "realnvp", 2, 2, (8,)), data, base=base, num_steps=500, learning_rate=3e-2
+    )
     value, error = divergence(backend, density, target)
     assert -4 * error < value < 0.1
 
@@ -191,7 +193,7 @@ def test_fit_skips_steps_that_are_not_finite(backend):
     data[:3] = 3e19  # squares overflow
     flow = flow_of(backend, "realnvp", 2, 2, (8,))
     density, history = fit(backend, flow, data, standardize=False, validation=0.0, num_steps=100, batch_size=64)
-    assert 0 < history.skipped < 100 and not np.isfinite(history.losses).all()
+    assert 0 < history.skipped < 100
     assert np.isfinite(backend.numpy(density.log_prob(backend.array(data[5:50])))).all()
 
 
@@ -217,10 +219,9 @@ def test_flow_matching_learns_a_mixture(backend):
     """Trained without solving the equation; judged by the exact likelihood, which solves it."""
     target = targets._mixture_of_normals(np.array([[-2.0, 0.0], [2.0, 1.0], [0.0, -2.0]]), 0.5)
     data = np.float32(target.sample(np.random.default_rng(0), 8000))
-    flow = flow_of(backend, "cnf", 2, 1, (64, 64))
-    density, history = fit(
-        backend, flow, data, objective="flow_matching", num_steps=2000, learning_rate=5e-3, validation=0.0
-    )
+    flow = flow_of(backend, "cnf", 2, 1, (64, 64), activation="silu")
+    options = {"objective": "flow_matching", "num_steps": 2000, "batch_size": 1024, "learning_rate": 5e-3}
+    density, _ = fit(backend, flow, data, **options, validation=0.0)
     value, error = divergence(backend, density, target)
     assert -4 * error < value < 0.06
     errors = density.transform.layers[0].solver_error(backend.array(data[:500]))
