@@ -150,20 +150,14 @@ class DiagonalMixture(dist.TorchDistribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(
-        self,
-        logits: Tensor,
-        loc: Tensor,
-        scale: Tensor,
-        *,
-        batch_shape: tuple[int, ...] = (),
-        validate_args: bool | None = None,
-    ):
+    def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, *, validate_args: bool | None = None):
         self.logits, self.loc, self.scale = logits, loc, scale
-        super().__init__(torch.Size(batch_shape), loc.shape[-1:], validate_args=validate_args)
+        super().__init__(torch.Size(), loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None):
-        return type(self)(self.logits, self.loc, self.scale, batch_shape=batch_shape, validate_args=False)
+        new = type(self)(self.logits, self.loc, self.scale, validate_args=False)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
