@@ -1,7 +1,8 @@
 """Normalizing flows for NumPyro: guides, reparameterizations and densities with exact log-determinants."""
 
 from numpyro_flows import conditioners, distributions, flows, transforms, univariate
-from numpyro_flows.distributions import FlowDistribution
+from numpyro_flows.density import fit_density
+from numpyro_flows.distributions import ConditionalFlowDistribution, FlowDistribution
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.inference import FlowVI
 from numpyro_flows.posterior import FlowPosterior
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoFlow",
     "Compose",
+    "ConditionalFlowDistribution",
     "Conditioned",
     "FlowDistribution",
     "FlowPosterior",
@@ -20,6 +22,7 @@ __all__ = [
     "TransformModule",
     "conditioners",
     "distributions",
+    "fit_density",
     "flow_module",
     "flows",
     "transforms",

@@ -1,7 +1,8 @@
 """Normalizing flows for Pyro: guides, reparameterizations and densities with exact log-determinants."""
 
 from pyroflows import conditioners, distributions, flows, transforms, univariate
-from pyroflows.distributions import FlowDistribution
+from pyroflows.density import fit_density
+from pyroflows.distributions import ConditionalFlowDistribution, FlowDistribution
 from pyroflows.guides import AutoFlow
 from pyroflows.inference import FlowVI
 from pyroflows.posterior import FlowPosterior
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoFlow",
     "Compose",
+    "ConditionalFlowDistribution",
     "Conditioned",
     "FlowDistribution",
     "FlowPosterior",
@@ -20,6 +22,7 @@ __all__ = [
     "TransformModule",
     "conditioners",
     "distributions",
+    "fit_density",
     "flows",
     "transforms",
     "univariate",

@@ -1,10 +1,13 @@
-"""A flow as a density: base distribution and transform, fused."""
+"""A flow as a density: base distribution and transform, fused; base distributions, fixed and learned."""
 
 from __future__ import annotations
 
+import math
+
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyroflows.transform_module import Conditioned, TransformModule
 
@@ -15,13 +18,14 @@ class FlowDistribution(dist.TransformedDistribution):
     A ``TransformedDistribution`` that takes one pass where torch's takes two: a density at given points inverts and
     scores together, and a sample brings its own density along.
 
-    :param base: distribution over vectors ``(..., dim)`` (``event_dim`` 1).
+    :param base: distribution over vectors ``(..., dim)`` (``event_dim`` 1), or a :class:`Base`, whose distribution at
+        its present parameters is taken.
     :param transform: a :class:`TransformModule`, conditioned if it needs a context.
     """
 
     def __init__(
         self,
-        base: dist.TorchDistribution,
+        base: dist.TorchDistribution | Base,
         transform: TransformModule | Conditioned,
         *,
         validate_args: bool | None = None,
@@ -31,6 +35,7 @@ class FlowDistribution(dist.TransformedDistribution):
                 f"FlowDistribution: transform must be a TransformModule, but got {type(transform).__name__}. "
                 "Use pyro.distributions.TransformedDistribution for Pyro's own transforms."
             )
+        base = base.distribution() if isinstance(base, Base) else base
         super().__init__(base, [transform], validate_args=validate_args)
 
     @property
@@ -52,3 +57,139 @@ class FlowDistribution(dist.TransformedDistribution):
         x = self.base_dist.rsample(torch.Size(sample_shape))
         y, log_det = self.transform.forward_and_log_det(x)
         return y, self.base_dist.log_prob(x) - log_det
+
+
+class ConditionalFlowDistribution:
+    """A density ``p(y | context)``: call :meth:`condition` to get it as a :class:`FlowDistribution`.
+
+    :param base: as for :class:`FlowDistribution`.
+    :param transform: a :class:`TransformModule` that takes a context.
+    """
+
+    def __init__(self, base: dist.TorchDistribution | Base, transform: TransformModule):
+        self.base, self.transform = base, transform
+
+    def condition(self, context: Tensor) -> FlowDistribution:
+        """The density given a context ``(..., context_dim)``, whose batch axes become those of the distribution."""
+        base = self.base.distribution() if isinstance(self.base, Base) else self.base
+        batch = torch.broadcast_shapes(base.batch_shape, context.shape[:-1])
+        return FlowDistribution(base.expand(batch), self.transform.condition(context))
+
+
+def standard_base(dim: int, df: float | None = None) -> dist.TorchDistribution:
+    """Independent standard normals ``(dim,)``, or Student-t's with ``df`` degrees of freedom."""
+    zeros = torch.zeros(dim)
+    return (dist.Normal(zeros, 1.0) if df is None else dist.StudentT(df, zeros, 1.0)).to_event(1)
+
+
+class Base(nn.Module):
+    """A base distribution that is learned along with the flow: a module of unconstrained parameters."""
+
+    def distribution(self) -> dist.TorchDistribution:
+        """The distribution at the present parameters."""
+        raise NotImplementedError
+
+
+class LocScaleBase(Base):
+    """Independent normals, or Student-t's, of learned location and scale; standard at the start.
+
+    :param dim: size of a draw.
+    :param df: degrees of freedom (not learned), ``None`` for normals.
+    """
+
+    def __init__(self, dim: int, df: float | None = None):
+        super().__init__()
+        self.df = df
+        self.loc, self.log_scale = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+
+    def distribution(self) -> dist.TorchDistribution:
+        scale = self.log_scale.exp()
+        base = dist.Normal(self.loc, scale) if self.df is None else dist.StudentT(self.df, self.loc, scale)
+        return base.to_event(1)
+
+
+class MixtureBase(Base):
+    """A :class:`DiagonalMixture` of learned weights, locations and scales, for densities of several modes.
+
+    Starts with equal weights, scales of one and locations drawn from a normal.
+
+    :param dim: size of a draw.
+    :param num_components: number of normals.
+    :param spread: standard deviation of the first locations.
+    """
+
+    def __init__(self, dim: int, num_components: int = 8, spread: float = 2.0):
+        super().__init__()
+        if num_components < 1:
+            raise ValueError(f"MixtureBase: num_components must be at least 1, but got {num_components}.")
+        self.logits = nn.Parameter(torch.zeros(num_components))
+        self.loc = nn.Parameter(spread * torch.randn(num_components, dim))
+        self.log_scale = nn.Parameter(torch.zeros(num_components, dim))
+
+    def distribution(self) -> dist.TorchDistribution:
+        return DiagonalMixture(self.logits, self.loc, self.log_scale.exp())
+
+
+class DiagonalMixture(dist.TorchDistribution):
+    """A mixture of normals with diagonal covariances.
+
+    Draws carry the gradient of every parameter, weights included, by implicit reparameterisation (Figurnov et al.
+    2018, eq. 5, through the multivariate distributional transform): exact to first order; not to second. The price is a
+    triangular solve a draw, ``O(num_components * dim^2)``.
+
+    :param logits: unnormalised log-weights ``(num_components,)``.
+    :param loc: locations ``(num_components, dim)``.
+    :param scale: positive scales ``(num_components, dim)``.
+    """
+
+    arg_constraints = {
+        "logits": constraints.real_vector,
+        "loc": constraints.independent(constraints.real, 2),
+        "scale": constraints.independent(constraints.positive, 2),
+    }
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, *, validate_args: bool | None = None):
+        self.logits, self.loc, self.scale = logits, loc, scale
+        super().__init__(torch.Size(), loc.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        new = type(self)(self.logits, self.loc, self.scale, validate_args=False)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        terms = _normal_terms(value, self.loc, self.scale)[1].sum(-1) + torch.log_softmax(self.logits, -1)
+        return terms.logsumexp(-1).expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+
+    def rsample(self, sample_shape=()) -> Tensor:  # type: ignore[override]
+        shape = torch.Size(sample_shape) + self.batch_shape
+        with torch.no_grad():
+            k = torch.distributions.Categorical(logits=self.logits).sample(shape)
+            x = self.loc[k] + self.scale[k] * torch.randn_like(self.loc[k])
+        if not (torch.is_grad_enabled() and any(p.requires_grad for p in (self.logits, self.loc, self.scale))):
+            return x
+        uniform, slope = _conditional_cdfs(x, self.logits, self.loc, self.scale)
+        moved = (uniform - uniform.detach()).unsqueeze(-1)  # zero, but for its gradient
+        return x - torch.linalg.solve_triangular(slope.detach(), moved, upper=False).squeeze(-1)
+
+
+def _normal_terms(x: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Standardised values and log-densities ``(..., num_components, dim)``."""
+    u = (x.unsqueeze(-2) - loc) / scale
+    return u, -0.5 * u * u - scale.log() - 0.5 * math.log(2 * math.pi)
+
+
+def _conditional_cdfs(x: Tensor, logits: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``P(X_i <= x_i | x_1, ..., x_{i-1})`` ``(..., dim)``, and its Jacobian by ``x``, lower triangular."""
+    u, log_density = _normal_terms(x, loc, scale)
+    given = log_density.cumsum(-1) - log_density  # of the elements before
+    weights = torch.softmax(logits.unsqueeze(-1) + given, -2)
+    below = torch.special.ndtr(u)
+    cdf = (weights * below).sum(-2)
+    slope = (weights * log_density.exp()).sum(-2)
+    lower = (weights * (below - cdf.unsqueeze(-2))).mT @ (-u / scale)
+    return cdf, lower.tril(-1) + torch.diag_embed(slope)

@@ -18,6 +18,7 @@ from pyroflows.transforms import (
     ActNorm,
     Autoregressive,
     BlockAutoregressive,
+    Continuous,
     Coupling,
     Elementwise,
     ElementwiseAffine,
@@ -532,6 +533,42 @@ def residual(
     return _stack(dim, make, num_layers)
 
 
+def cnf(
+    dim: int,
+    num_layers: int = 1,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    context_dim: int = 0,
+    activation: str = "tanh",
+    trace: str = "exact",
+    solver: str = "dop853",
+    num_steps: int = 4,
+    rtol: float = 1e-6,
+    atol: float = 1e-6,
+    adjoint: bool = False,
+) -> TransformModule:
+    """Continuous normalizing flow (Chen et al. 2018; Grathwohl et al. 2019, FFJORD). Both ways solve the same equation.
+
+    A layer takes ``12 * num_steps`` network passes with the default solver. Can also be trained without solving
+    anything, by ``elbo.flow_matching``.
+    """
+    check_dim(dim)
+    make = partial(
+        Continuous,
+        dim,
+        hidden_dims,
+        context_dim=context_dim,
+        activation=activation,
+        trace=trace,
+        solver=solver,
+        num_steps=num_steps,
+        rtol=rtol,
+        atol=atol,
+        adjoint=adjoint,
+    )
+    return Repeat(make, num_layers)
+
+
 FLOWS: dict[str, Callable[..., TransformModule]] = {
     f.__name__: f
     for f in (
@@ -555,6 +592,7 @@ FLOWS: dict[str, Callable[..., TransformModule]] = {
         sylvester,
         bnaf,
         residual,
+        cnf,
     )
 }
 

@@ -23,7 +23,6 @@ class Case:
     deep: bool = False  # a stack of layers: weights are perturbed by sd / sqrt(fan-in), as training leaves them
     reorders: bool = False  # starts at the identity but for the order of the elements
     numerical: bool = False  # an inverse by root finding: a round trip to 1e-6, and convergence is read on the host
-    min_dim: int = 1  # the least dim it can be built for
     networkless: int = 0  # of its passes, those that hold no conditioner network
     domain: str = "real"  # of its elements: "real", or "circle": angles in [-pi, pi), the same modulo 2 pi
     dims: tuple[int, ...] = (1, 2, 5)  # those it is tried in; the last is where most of the tests look
@@ -114,6 +113,7 @@ CASES = [
     Case("sylvester-triangular", lambda p, dim, **k: p.transforms.Sylvester(dim, kind="triangular", reverse=True, **k), context=False, reorders=True, numerical=True),
     Case("block-autoregressive", lambda p, dim, **k: p.transforms.BlockAutoregressive(dim, (3, 3), hidden_dims=H, reverse=True, **k), lambda d: (1, d), reorders=True, numerical=True),
     Case("residual-layer", lambda p, dim, **k: p.transforms.Residual(dim, H, **k), numerical=True),
+    Case("continuous", lambda p, dim, **k: p.transforms.Continuous(dim, (8,), num_steps=6, **k), lambda d: (72, 72), deep=True),
     Case("nice", lambda p, dim, **k: p.flows.nice(dim, 3, H, **k), lambda d: (4, 4), deep=True, networkless=1),
     Case("realnvp", lambda p, dim, **k: p.flows.realnvp(dim, 3, H, **k), lambda d: (3, 3), deep=True),
     Case("nsf", lambda p, dim, **k: p.flows.nsf(dim, 3, H, **k), lambda d: (3, 3), deep=True),
@@ -134,6 +134,7 @@ CASES = [
     Case("sylvester", lambda p, dim, **k: p.flows.sylvester(dim, 2, H, rank=min(dim, 2), **k), lambda d: (2, 2), deep=True, numerical=True),
     Case("bnaf", lambda p, dim, **k: p.flows.bnaf(dim, 2, (3,), hidden_dims=H, **k), lambda d: (2, 2 * d), deep=True, numerical=True),
     Case("residual", lambda p, dim, **k: p.flows.residual(dim, 3, H, **k), lambda d: (3, 3), deep=True, numerical=True),
+    Case("cnf", lambda p, dim, **k: p.flows.cnf(dim, 1, H, num_steps=8, **k), lambda d: (96, 96), deep=True),
 ]
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}

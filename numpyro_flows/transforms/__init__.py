@@ -3,6 +3,7 @@
 from numpyro_flows.transforms.autoregressive import Autoregressive
 from numpyro_flows.transforms.block_autoregressive import BlockAutoregressive
 from numpyro_flows.transforms.block_coupling import BlockCoupling
+from numpyro_flows.transforms.continuous import Continuous
 from numpyro_flows.transforms.coupling import Coupling
 from numpyro_flows.transforms.elementwise import Elementwise, ElementwiseAffine
 from numpyro_flows.transforms.image import ImageCoupling, InvertibleConv1x1, Leading, Squeeze
@@ -22,6 +23,7 @@ __all__ = [
     "BatchNorm",
     "BlockAutoregressive",
     "BlockCoupling",
+    "Continuous",
     "Coupling",
     "DenseLinear",
     "Elementwise",

@@ -3,6 +3,7 @@
 from pyroflows.transforms.autoregressive import Autoregressive
 from pyroflows.transforms.block_autoregressive import BlockAutoregressive
 from pyroflows.transforms.block_coupling import BlockCoupling
+from pyroflows.transforms.continuous import Continuous
 from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise, ElementwiseAffine
 from pyroflows.transforms.image import ImageCoupling, InvertibleConv1x1, Leading, Squeeze
@@ -22,6 +23,7 @@ __all__ = [
     "BatchNorm",
     "BlockAutoregressive",
     "BlockCoupling",
+    "Continuous",
     "Coupling",
     "DenseLinear",
     "Elementwise",

@@ -6,6 +6,8 @@ import pytest
 from tests import backends
 from tests.registry import BY_NAME, CASES, FLOWS, Case, H
 
+PIECE = 8192  # points at a time
+
 
 @pytest.fixture(params=["torch", "jax"])
 def backend(request):
@@ -22,6 +24,9 @@ def log_density(backend, case, flow, y):
 
     Where the inverse is numerical and the grid fine, f stands in the place of f^{-1}: the law holds for both.
     """
+    if len(y) > PIECE:  # many points in pieces of one size: they stay in the processor's cache, and the memory small
+        padded = np.concatenate([y, np.repeat(y[-1:], -len(y) % PIECE, 0)]).reshape(-1, PIECE, y.shape[-1])
+        return np.concatenate([log_density(backend, case, flow, piece) for piece in padded])[: len(y)]
     x, log_det = backend.run(flow, y, inverse=not case.numerical)
     return case.log_base(x) + log_det
 
@@ -36,7 +41,7 @@ def axis(backend, case, flow, dim, radius, num):
     return np.sinh(t), np.cosh(t) * step  # wider apart further out, for heavy tails
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.min_dim == 1 and 1 in c.dims], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in CASES if 1 in c.dims], ids=lambda case: case.name)
 def test_mass_is_conserved_in_one_dimension(backend, case):
     flow = flow_of(backend, case, 1)
     y, weights = axis(backend, case, flow, 1, 7.0, 40_001)

@@ -1,0 +1,195 @@
+"""Maximum likelihood: a flow fitted to data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import optax
+from jax import Array, lax
+from tqdm import tqdm
+
+from numpyro_flows.distributions import Base, ConditionalFlowDistribution, FlowDistribution
+from numpyro_flows.elbo import flow_matching, velocity_of
+from numpyro_flows.transform_module import Compose, TransformModule
+from numpyro_flows.transforms import ElementwiseAffine
+
+_CHUNK = 50  # steps between two looks at the held-out data, the keyboard and the progress bar
+_PIECE = 4096  # held-out points scored at a time
+
+
+class FitHistory(NamedTuple):
+    """The course of a fit, in nats a data point."""
+
+    losses: np.ndarray  # of each step: negative log-likelihood of its batch, or the loss of flow matching
+    validation: np.ndarray  # (checks, 2): steps done, negative log-likelihood of the held-out data
+    best_step: int  # whose parameters were kept
+    skipped: int  # steps whose gradient was not finite
+    interrupted: bool
+    seconds: float
+
+
+def fit_density(
+    flow: TransformModule,
+    data: Array,
+    *,
+    base: dist.Distribution | Base | None = None,
+    context: Array | None = None,
+    objective: str = "likelihood",
+    num_steps: int = 5000,
+    batch_size: int = 256,
+    learning_rate: float = 2e-3,
+    validation: float = 0.1,
+    patience: int = 1000,
+    standardize: bool = True,
+    progress_bar: bool = True,
+    key: Array,
+) -> tuple[FlowDistribution | ConditionalFlowDistribution, FitHistory]:
+    """Fits ``flow`` to ``data`` by maximum likelihood: Adam, whose step size falls to zero along a cosine.
+
+    A share of the data is held out. The parameters of the best held-out likelihood are kept, and the fit ends when it
+    has not improved for ``patience`` steps. Steps whose gradient is not finite are skipped and counted. Ctrl-C ends the
+    fit and keeps the best so far. Torch trains ``flow`` and ``base`` in place; jax leaves them as they are. Costs an
+    inverse pass a step: take a flow whose inverse is cheap.
+
+    :param flow: the transform from the base to the data.
+    :param data: points ``(n, dim)``.
+    :param base: distribution of vectors ``(dim,)``, or a :class:`Base`, learned too; standard normal unless given.
+    :param context: their contexts ``(n, context_dim)``, for a flow that takes one.
+    :param objective: ``"likelihood"``, or ``"flow_matching"`` for a continuous flow (see ``elbo.flow_matching``). The
+        held-out data are scored by their likelihood in both.
+    :param num_steps: gradient steps at most.
+    :param batch_size: points a step, drawn with replacement.
+    :param learning_rate: Adam's first step size.
+    :param validation: share of the data that is held out; with 0 the last parameters are kept.
+    :param patience: steps without a better held-out likelihood after which the fit ends.
+    :param standardize: fits the data at zero mean and unit variance, and adds that affine map to the flow.
+    :param progress_bar: shows a bar with the losses and the time left.
+    :returns: the density (a :class:`ConditionalFlowDistribution` with a context), and the course of the fit.
+    :raises ValueError: for data that are no finite matrix, or options with which nothing can be fitted.
+    :raises RuntimeError: if no step had a finite gradient.
+    """
+    begin = time.perf_counter()
+    check_fit(data.shape, bool(jnp.isfinite(data).all()), objective, num_steps, batch_size, validation)
+    n, dim = data.shape
+    outer = None
+    if standardize:
+        outer = ElementwiseAffine(dim, *_standardization(data))
+        data = outer.inverse_and_log_det(data)[0]
+    offset = 0.0 if outer is None else float(outer.log_scale.sum())
+    if base is None:
+        base = dist.Normal(jnp.zeros_like(data[0]), 1.0).to_event(1)
+    held = round(n * validation)
+    key, order_key = jax.random.split(key)
+    order = jax.random.permutation(order_key, n)
+    held_out, training = order[:held], order[held:]
+    learned = (flow, base) if isinstance(base, Base) else (flow, None)
+    params, static = eqx.partition(learned, eqx.is_inexact_array)
+
+    def parts(params):
+        flow, learned_base = eqx.combine(params, static)
+        return flow, base if learned_base is None else learned_base.distribution()
+
+    def log_prob(params, data, context):
+        flow, base = parts(params)
+        x, log_det = flow.inverse_and_log_det(data, context)
+        return base.log_prob(x) + log_det
+
+    def loss(params, data, context, key):
+        if objective == "flow_matching":
+            flow, base = parts(params)
+            return flow_matching(flow, base, data, context, key=key)
+        return offset - log_prob(params, data, context).mean()
+
+    adam = optax.scale_by_adam()
+
+    def step(data, context, state, step_size_and_key):
+        params, moments, skipped = state
+        step_size, key = step_size_and_key
+        rows_key, loss_key = jax.random.split(key)
+        rows = training[jax.random.randint(rows_key, (batch_size,), 0, len(training))]
+        context = None if context is None else context[rows]
+        value, gradient = jax.value_and_grad(loss)(params, data[rows], context, loss_key)
+        finite = jnp.isfinite(optax.tree.norm(gradient))
+        update, new_moments = adam.update(gradient, moments)
+        new = jax.tree.map(lambda p, u: p - step_size * u, params, update), new_moments, skipped
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, moments, skipped + 1)), value
+
+    @jax.jit
+    def chunk(state, step_sizes, keys, data, context):
+        return lax.scan(lambda s, k: step(data, context, s, k), state, (step_sizes, keys))
+
+    scored = jax.jit(log_prob)
+
+    def score(params):
+        pieces = [held_out[i : i + _PIECE] for i in range(0, held, _PIECE)]
+        values = [scored(params, data[rows], None if context is None else context[rows]) for rows in pieces]
+        return offset - float(jnp.concatenate(values).mean())
+
+    if objective == "flow_matching":
+        velocity_of(flow)
+    losses: list[float] = []
+    checks: list[tuple[int, float]] = []
+    interrupted = False
+    state = params, adam.init(params), jnp.zeros((), int)
+    best = np.inf, 0, params
+    step_sizes = 0.5 * learning_rate * (1 + np.cos(np.pi * np.arange(num_steps) / num_steps))
+    with tqdm(total=num_steps, desc="fit_density", disable=not progress_bar) as bar:
+        try:
+            while len(losses) < num_steps and (not held or len(losses) - best[1] < patience):
+                sizes = jnp.asarray(step_sizes[len(losses) : len(losses) + _CHUNK], data.dtype)
+                keys = jax.random.split(jax.random.fold_in(key, len(losses)), len(sizes))
+                state, values = chunk(state, sizes, keys, data, context)
+                losses += np.asarray(values, float).tolist()
+                if int(state[2]) == len(losses):
+                    raise RuntimeError("fit_density: no step had a finite gradient. Is the flow finite at the data?")
+                if held:
+                    checks.append((len(losses), score(state[0])))
+                    if checks[-1][1] < best[0]:
+                        best = checks[-1][1], len(losses), state[0]
+                shown = {"held_out": f"{checks[-1][1]:.3f}"} if held else {}
+                bar.set_postfix(loss=f"{np.nanmean(losses[-_CHUNK:]):.3f}", **shown, refresh=False)
+                bar.update(len(sizes))
+        except KeyboardInterrupt:
+            interrupted = True
+    found = bool(np.isfinite(best[0]))
+    trained, learned_base = eqx.combine(best[2] if found else state[0], static)
+    history = FitHistory(
+        np.asarray(losses),
+        np.asarray(checks, float).reshape(-1, 2),
+        best[1] if found else len(losses),
+        int(state[2]),
+        interrupted,
+        time.perf_counter() - begin,
+    )
+    whole = trained if outer is None else Compose([trained, outer])
+    density: Callable = FlowDistribution if context is None else ConditionalFlowDistribution
+    return density(base if learned_base is None else learned_base, whole), history
+
+
+def _standardization(data: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation ``(dim,)``; 1 for a constant element."""
+    scale = data.std(0)
+    return data.mean(0), jnp.where(scale > 0, scale, 1)
+
+
+def check_fit(
+    shape: tuple[int, ...], finite: bool, objective: str, num_steps: int, batch_size: int, validation: float
+) -> None:
+    """Raises a ``ValueError`` that names the argument with which nothing can be fitted."""
+    if len(shape) != 2 or shape[0] < 2 or not finite:
+        raise ValueError(f"fit_density: data must be finite, of shape (n >= 2, dim), but have shape {shape}.")
+    if objective not in ("likelihood", "flow_matching"):
+        raise ValueError(f'fit_density: objective must be "likelihood" or "flow_matching", but got {objective!r}.')
+    if num_steps < 1 or batch_size < 1:
+        raise ValueError(
+            f"fit_density: num_steps and batch_size must be at least 1, but got {num_steps} and {batch_size}."
+        )
+    if not 0 <= validation < 1 or round(shape[0] * validation) >= shape[0]:
+        raise ValueError(f"fit_density: validation must be a share in [0, 1), but got {validation}.")

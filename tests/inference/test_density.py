@@ -1,0 +1,229 @@
+"""Densities from data: bases, maximum likelihood, flow matching, in both packages."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tests import backends
+from tests.benchmarks import known_densities as targets
+
+
+@pytest.fixture(params=["torch", "jax"])
+def backend(request):
+    return backends.get(request.param)
+
+
+def keyed(backend, seed=0):
+    """What makes a call random: torch's generator, or a key."""
+    if backend.name == "torch":
+        backend.torch.manual_seed(seed)
+        return {}
+    return {"key": backend.jax.random.key(seed)}
+
+
+def draw(backend, distribution, n, seed=0):
+    if backend.name == "torch":
+        backend.torch.manual_seed(seed)
+        return distribution.rsample((n,))
+    return distribution.sample(backend.jax.random.key(seed), (n,))
+
+
+def with_parameters(backend, base, values):
+    if backend.name == "torch":
+        base.load_state_dict({name: backend.array(np.float64(v)) for name, v in values.items()}, assign=True)
+        return base
+    names = list(values)
+    return backend.eqx.tree_at(
+        lambda b: [getattr(b, n) for n in names], base, [backend.jnp.asarray(np.float64(values[n])) for n in names]
+    )
+
+
+def bases(backend, dim):
+    module, rng = backend.pkg.distributions, np.random.default_rng(0)
+    loc, log_scale = rng.normal(size=dim), 0.3 * rng.normal(size=dim)
+    mixture = {
+        "logits": [0.3, -0.5, 0.0],
+        "loc": rng.normal(size=(3, dim)) * 2,
+        "log_scale": 0.3 * rng.normal(size=(3, dim)),
+    }
+    return {
+        "standard": module.standard_base(dim),
+        "student": module.standard_base(dim, 5.0),
+        "loc_scale": with_parameters(backend, module.LocScaleBase(dim), {"loc": loc, "log_scale": log_scale}),
+        "loc_scale_student": with_parameters(
+            backend, module.LocScaleBase(dim, 5.0), {"loc": loc, "log_scale": log_scale}
+        ),
+        "mixture": with_parameters(backend, module.MixtureBase(dim, 3, **keyed(backend)), mixture),
+    }
+
+
+@pytest.mark.parametrize("name", ["standard", "student", "loc_scale", "loc_scale_student", "mixture"])
+def test_a_base_integrates_to_one_and_is_that_of_its_draws(backend, name):
+    base = bases(backend, 2)[name]
+    distribution = getattr(base, "distribution", lambda: base)()
+    assert tuple(distribution.event_shape) == (2,) and tuple(distribution.batch_shape) == ()
+    axis, step = np.linspace(-60, 60, 1201, retstep=True)
+    grid = np.stack(np.meshgrid(axis, axis), -1)
+    density = np.exp(backend.numpy(distribution.log_prob(backend.array(grid))))
+    assert density.sum() * step**2 == pytest.approx(1, abs=1e-3)
+    draws = np.float64(backend.numpy(draw(backend, distribution, 20_000)))
+    for axis_number in (0, 1):
+        below = (density.sum(axis_number) * step**2).cumsum()
+        expected = np.interp([-2.0, -0.5, 0.5, 2.0], axis + step / 2, below)
+        shares = (draws[:, axis_number, None] < [-2.0, -0.5, 0.5, 2.0]).mean(0)
+        np.testing.assert_allclose(shares, expected, atol=4 * 0.5 / 20_000**0.5 + 1e-3)
+
+
+def test_draws_of_a_mixture_carry_the_gradient_of_every_parameter(backend):
+    """d/dtheta E[f(x)] by the draws' own gradients, against E[f] by quadrature at moved parameters."""
+    base = bases(backend, 2)["mixture"]
+    axis, step = np.linspace(-12, 12, 241, retstep=True)
+    grid = np.stack(np.meshgrid(axis, axis), -1)
+    values = np.sin(grid[..., 0]) * grid[..., 1] + 0.3 * grid[..., 0]
+    rng = np.random.default_rng(1)
+    parameters = {n: np.float64(backend.numpy(getattr(base, n))) for n in ("logits", "loc", "log_scale")}
+    n = 40_000
+    if backend.name == "torch":
+        x = draw(backend, base.distribution(), n)
+        mean = ((x[:, 0].sin() * x[:, 1]) + 0.3 * x[:, 0]).mean()
+        grads = backend.torch.autograd.grad(mean, [getattr(base, name) for name in parameters])
+        grads = dict(zip(parameters, map(backend.numpy, grads), strict=True))
+    else:
+
+        def mean(base):
+            x = draw(backend, base.distribution(), n)
+            return (backend.jnp.sin(x[:, 0]) * x[:, 1] + 0.3 * x[:, 0]).mean()
+
+        by_base = backend.eqx.filter_grad(mean)(base)
+        grads = {name: np.asarray(getattr(by_base, name)) for name in parameters}
+    for name in parameters:  # each on its own: a wrong one must not hide behind the others
+        direction = rng.normal(size=parameters[name].shape)
+
+        def expectation(step_size, name=name, direction=direction):
+            moved = {**parameters, name: parameters[name] + step_size * direction}
+            distribution = with_parameters(backend, bases(backend, 2)["mixture"], moved).distribution()
+            density = np.exp(backend.numpy(distribution.log_prob(backend.array(grid))))
+            return (density * values).sum() * step**2
+
+        numeric = (expectation(1e-4) - expectation(-1e-4)) / 2e-4
+        assert (grads[name] * direction).sum() == pytest.approx(numeric, abs=0.04), name
+
+
+def test_a_flow_distribution_takes_a_learned_base(backend):
+    base = bases(backend, 3)["mixture"]
+    flow = backend.pkg.flows.realnvp(3, 2, (8,), **keyed(backend))
+    flow = backend.with_state(flow.double() if backend.name == "torch" else flow, backend.state(flow))
+    density = backend.pkg.FlowDistribution(base, flow)
+    x = draw(backend, density, 5)
+    np.testing.assert_allclose(
+        backend.numpy(density.log_prob(x)), backend.numpy(base.distribution().log_prob(x)), rtol=1e-5, atol=1e-5
+    )
+
+
+def fit(backend, flow, data, **kwargs):
+    arrays = {name: backend.array(value) for name, value in kwargs.items() if isinstance(value, np.ndarray)}
+    options = {"progress_bar": False, "num_steps": 300, **kwargs, **arrays}
+    return backend.pkg.fit_density(flow, backend.array(data), **options, **keyed(backend))
+
+
+def flow_of(backend, name, dim, *args, **kwargs):
+    flow = getattr(backend.pkg.flows, name)(dim, *args, **kwargs, **keyed(backend))
+    if backend.name == "torch":
+        return flow.float()
+    return backend.jax.tree.map(lambda a: a.astype("float32") if backend.eqx.is_inexact_array(a) else a, flow)
+
+
+def divergence(backend, density, target, n=4000, seed=9):
+    """KL(target || density) and its standard error."""
+    x = target.sample(np.random.default_rng(seed), n)
+    terms = target.log_prob(x) - np.float64(backend.numpy(density.log_prob(backend.array(np.float32(x)))))
+    return terms.mean(), terms.std() / n**0.5
+
+
+def test_fit_recovers_the_entropy_of_a_gaussian(backend):
+    rng = np.random.default_rng(0)
+    factor = np.array([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [-1.0, 0.3, 0.2]])
+    data = np.float32(rng.normal(size=(4000, 3)) @ factor.T + 5)
+    density, history = fit(backend, flow_of(backend, "realnvp", 3, 4, (16,)), data, num_steps=600, learning_rate=1e-2)
+    entropy = 1.5 * math.log(2 * math.pi * math.e) + np.log(np.diag(factor)).sum()
+    assert history.validation[:, 1].min() == pytest.approx(entropy, abs=0.1)  # 400 held-out points: sd 0.06
+    assert history.losses[-100:].mean() == pytest.approx(entropy, abs=0.05)
+    assert len(history.losses) <= 600 and history.skipped == 0 and not history.interrupted
+    assert history.best_step == history.validation[history.validation[:, 1].argmin(), 0]
+    assert draw(backend, density, 7).shape == (7, 3)
+
+
+def test_fit_ends_early_and_keeps_the_best(backend):
+    data = np.float32(np.random.default_rng(0).normal(size=(40, 2)))
+    flow = flow_of(backend, "nsf", 2, 2, (32, 32))
+    _, history = fit(backend, flow, data, num_steps=1000, learning_rate=2e-2, patience=150, validation=0.5)
+    assert len(history.losses) < 1000 and history.best_step < len(history.losses) - 100
+
+
+def test_fit_trains_the_base_too(backend):
+    target = targets.eight_gaussians(radius=3.0, sd=0.5)
+    data = np.float32(target.sample(np.random.default_rng(0), 4000))
+    base = backend.pkg.distributions.MixtureBase(2, 16, 1.0, **keyed(backend))
+    if backend.name == "torch":
+        base = base.float()
+    density, _ = fit(
+        backend, flow_of(backend, "realnvp", 2, 2, (8,)), data, base=base, num_steps=500, learning_rate=3e-2
+    )
+    value, error = divergence(backend, density, target)
+    assert -4 * error < value < 0.1
+
+
+def test_fit_with_a_context(backend):
+    rng = np.random.default_rng(0)
+    context = np.float32(rng.normal(size=(4000, 1)))
+    data = np.float32(np.concatenate([2 * context, -context], -1) + 0.3 * rng.normal(size=(4000, 2)))
+    flow = flow_of(backend, "maf", 2, 2, (16,), context_dim=1)
+    density, history = fit(backend, flow, data, context=context, num_steps=600, learning_rate=1e-2)
+    assert history.losses[-100:].mean() == pytest.approx(math.log(2 * math.pi * math.e) + 2 * math.log(0.3), abs=0.15)
+    given = density.condition(backend.array(np.float32([[1.0], [-1.0]])))
+    draws = backend.numpy(draw(backend, given, 2000))
+    np.testing.assert_allclose(draws.mean(0), [[2, -1], [-2, 1]], atol=0.15)
+    assert backend.numpy(given.log_prob(backend.array(draws))).shape == (2000, 2)
+
+
+def test_fit_skips_steps_that_are_not_finite(backend):
+    """A spike, whose log-density overflows in float32 for some batches only, would end a plain Adam."""
+    data = np.float32(np.random.default_rng(0).normal(size=(2000, 2)))
+    data[:3] = 3e19  # squares overflow
+    flow = flow_of(backend, "realnvp", 2, 2, (8,))
+    density, history = fit(backend, flow, data, standardize=False, validation=0.0, num_steps=100, batch_size=64)
+    assert 0 < history.skipped < 100
+    assert np.isfinite(backend.numpy(density.log_prob(backend.array(data[5:50])))).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"objective": "elbo"}, "objective"),
+        ({"num_steps": 0}, "num_steps"),
+        ({"validation": 1.0}, "validation"),
+    ],
+)
+def test_bad_options_are_named(backend, options, message):
+    flow, data = flow_of(backend, "realnvp", 2), np.zeros((10, 2), "float32")
+    with pytest.raises(ValueError, match=message):
+        fit(backend, flow, data, **options)
+    with pytest.raises(ValueError, match="finite"):
+        fit(backend, flow, data + np.float32("nan"))
+    with pytest.raises(TypeError, match="single Continuous"):
+        fit(backend, flow, data, objective="flow_matching")
+
+
+def test_flow_matching_learns_a_mixture(backend):
+    """Trained without solving the equation; judged by the exact likelihood, which solves it."""
+    target = targets._mixture_of_normals(np.array([[-2.0, 0.0], [2.0, 1.0], [0.0, -2.0]]), 0.5)
+    data = np.float32(target.sample(np.random.default_rng(0), 8000))
+    flow = flow_of(backend, "cnf", 2, 1, (64, 64), activation="silu")
+    options = {"objective": "flow_matching", "num_steps": 2000, "batch_size": 1024, "learning_rate": 5e-3}
+    density, _ = fit(backend, flow, data, **options, validation=0.0)
+    value, error = divergence(backend, density, target)
+    assert -4 * error < value < 0.06
+    continuous = backend.pkg.elbo.velocity_of(density.transform.layers[0])
+    errors = continuous.solver_error(backend.array(np.float32(np.random.default_rng(1).normal(size=(500, 2)))))
+    assert max(float(e.max()) for e in errors) < 1e-2
