@@ -1,3 +1,6 @@
+import gc
+import resource
+import sys
 import warnings
 
 import pytest
@@ -33,3 +36,21 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Thousands of compiled functions would fill the memory of a small machine."""
+    del item, nextitem
+    jax = sys.modules.get("jax")
+    if jax is not None and _resident() > 3 * 2**30:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _resident():
+    """Bytes of memory that this process holds."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
