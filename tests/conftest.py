@@ -1,5 +1,5 @@
 import gc
-import resource
+import os
 import sys
 import warnings
 
@@ -51,6 +51,6 @@ def _resident():
     """Bytes of memory that this process holds."""
     try:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
