@@ -66,7 +66,7 @@ class TransformModule(_EquinoxPytree, eqx.Module, Transform):
         leaves, structure = jax.tree.flatten(self)
         for n, leaf in enumerate(leaves):
             if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                leaves[n] = jax.random.split(jax.random.fold_in(typed_key(key), n), leaf.shape)
+                leaves[n] = jax.random.split(jax.random.fold_in(_typed_key(key), n), leaf.shape)
         return jax.tree.unflatten(structure, leaves)
 
     # -- NumPyro's Transform protocol ------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def parameters(transform: TransformModule) -> dict[str, Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def typed_key(key: Array) -> Array:
+def _typed_key(key: Array) -> Array:
     """The key as a typed one (``jax.random.key``), which tells it from other arrays."""
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from numpyro_flows.conditioners import MLP, Linear, check_network
 from numpyro_flows.numerical import fixed_point_root
-from numpyro_flows.transform_module import TransformModule, typed_key
+from numpyro_flows.transform_module import TransformModule, _typed_key
 
 LOG_DETS = ("exact", "unbiased")
 _LIP_SWISH = 1.1  # above the largest slope of x sigmoid(beta x), 1.0998, for any beta
@@ -80,7 +80,7 @@ class Residual(TransformModule):
         self.conditioner = (
             MLP(0, hidden_dims, sum(dims[1:]), context_dim, activation, key=c_key) if context_dim else None
         )
-        self.noise_key = None if log_det == "exact" else typed_key(noise_key)
+        self.noise_key = None if log_det == "exact" else _typed_key(noise_key)
 
     @property
     def log_det_is_exact(self) -> bool:  # type: ignore[override]
