@@ -103,7 +103,7 @@ def fit_density(
         velocity_of(flow)
     learned = [*flow.parameters(), *(base.parameters() if isinstance(base, Base) else ())]
     parameters = [p for p in learned if p.requires_grad]
-    adam = torch.optim.Adam(parameters)
+    adam = torch.optim.Adam(parameters, fused=True)
 
     def step(step_size: float) -> tuple[Tensor, bool]:
         rows = training[torch.randint(len(training), (batch_size,), device=data.device)]
