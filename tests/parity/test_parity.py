@@ -88,8 +88,8 @@ ROOMS = [
     "numerical", "posterior", "serialization", "transform_module", "transforms", "univariate",
 ]  # fmt: skip
 # where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters, and
-# their methods take the model's arguments; jax differentiates a function of one draw, where torch has batched methods; torch
-# asks on the host whether a search may end, where jax has a loop of its own
+# their methods take the model's arguments; jax differentiates a function of one draw, where torch has batched methods;
+# torch asks on the host whether a search may end, where jax has a loop of its own
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
     "flow_module",
