@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.linalg import solve_triangular
 
 from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.transforms.orthogonal import reflections
 
 
 class Rotated(TransformModule):
@@ -37,10 +37,9 @@ class Rotated(TransformModule):
         return self.transform.log_det_is_exact
 
     def rotation(self) -> Array:
-        """``Q = H_1 .. H_dim = I - U^T S^{-1} U`` in compact WY form, rows of ``U`` the vectors at length one."""
-        u = self.vectors / jnp.linalg.norm(self.vectors, axis=-1, keepdims=True)
-        eye = jnp.eye(len(u), dtype=u.dtype)
-        return eye - u.T @ solve_triangular(jnp.triu(u @ u.T, 1) + eye / 2, u)
+        """``Q = H_1 .. H_dim``."""
+        u, w = reflections(self.vectors)
+        return jnp.eye(u.shape[-1], dtype=u.dtype) - u.mT @ w
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         q = self.rotation()

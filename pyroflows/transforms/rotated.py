@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.transform_module import TransformModule
+from pyroflows.transforms.orthogonal import reflections
 
 
 class Rotated(TransformModule):
@@ -34,10 +35,9 @@ class Rotated(TransformModule):
         return self.transform.log_det_is_exact
 
     def rotation(self) -> Tensor:
-        """``Q = H_1 .. H_dim = I - U^T S^{-1} U`` in compact WY form, rows of ``U`` the vectors at length one."""
-        u = self.vectors / self.vectors.norm(dim=-1, keepdim=True)
-        eye = torch.eye(len(u), dtype=u.dtype, device=u.device)
-        return eye - u.mT @ torch.linalg.solve_triangular((u @ u.mT).triu(1) + eye / 2, u, upper=True)
+        """``Q = H_1 .. H_dim``."""
+        u, w = reflections(self.vectors)
+        return torch.eye(u.shape[-1], dtype=u.dtype, device=u.device) - u.mT @ w
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         q = self.rotation()
