@@ -52,14 +52,30 @@ class Torch:
         out = self.run(flow, np.ones(x, dtype), context, inverse)
         return tuple(a.shape for a in out), tuple(a.dtype.name for a in out)
 
-    def jacobian(self, flow: Any, x: np.ndarray, context: np.ndarray | None, inverse: bool) -> np.ndarray:
+    def with_jacobian(
+        self, flow: Any, x: np.ndarray, context: np.ndarray | None, inverse: bool, jacobian: bool = True
+    ) -> tuple[np.ndarray, ...]:
+        """Value, log-det and, unless declined, the Jacobian ``(n, dim, dim)`` by reverse mode."""
+        if not jacobian:
+            return self.run(flow, x, context, inverse)
         method = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
-        context = None if context is None else self.array(context)
-        columns = [
-            self.torch.func.jvp(lambda x: method(x, context)[0], (self.array(x),), (self.array(unit),))[1]
-            for unit in np.broadcast_to(np.eye(x.shape[-1])[:, None], (x.shape[-1], *x.shape))
+        point = self.array(x).requires_grad_()
+        y, log_det = method(point, self.array(context))
+        rows = [
+            self.torch.autograd.grad(
+                y[:, i].sum(), point, retain_graph=True, allow_unused=True, materialize_grads=True
+            )[0]
+            for i in range(x.shape[-1])
         ]
-        return self.numpy(self.torch.stack(columns, -1))
+        return self.numpy(y), self.numpy(log_det), self.numpy(self.torch.stack(rows, -2))
+
+    def jacobian(self, flow: Any, x: np.ndarray, context: np.ndarray | None, inverse: bool) -> np.ndarray:
+        return self.with_jacobian(flow, x, context, inverse)[2]
+
+    def pushed(self, flow: Any, x: np.ndarray, v: np.ndarray, context: np.ndarray | None, inverse: bool) -> np.ndarray:
+        """The Jacobian's product with ``v``, by forward mode."""
+        method, context = flow.inverse_and_log_det if inverse else flow.forward_and_log_det, self.array(context)
+        return self.numpy(self.torch.func.jvp(lambda x: method(x, context)[0], (self.array(x),), (self.array(v),))[1])
 
     def scalar(self, flow: Any, state: dict, x: np.ndarray, context: Any, inverse: bool) -> float:
         return float(self._loss(self.with_state(flow, state), self.array(x), context, inverse).detach())
@@ -180,13 +196,22 @@ class Jax:
 
     def _jacobian_of(self, flow, x, context, inverse):
         def column(unit):
-            return self.jax.jvp(lambda x: _method(flow, x, context, inverse)[0], (x,), (unit,))[1]
+            (y, log_det), (dy, _) = self.jax.jvp(lambda x: _method(flow, x, context, inverse), (x,), (unit,))
+            return y, log_det, dy
 
         d = x.shape[-1]
-        return self.jax.vmap(column, out_axes=-1)(self.jnp.broadcast_to(self.jnp.eye(d)[:, None], (d, *x.shape)))
+        units = self.jnp.broadcast_to(self.jnp.eye(d)[:, None], (d, *x.shape))
+        return self.jax.vmap(column, out_axes=(None, None, -1))(units)
+
+    def with_jacobian(
+        self, flow: Any, x: np.ndarray, context: np.ndarray | None, inverse: bool, jacobian: bool = True
+    ) -> tuple[np.ndarray, ...]:
+        """Value, log-det and the Jacobian by forward mode: one program for all, since compiling is what takes time."""
+        del jacobian
+        return tuple(np.asarray(a) for a in self._jacobian(flow, self.array(x), self.array(context), inverse))
 
     def jacobian(self, flow: Any, x: np.ndarray, context: np.ndarray | None, inverse: bool) -> np.ndarray:
-        return np.asarray(self._jacobian(flow, self.array(x), self.array(context), inverse))
+        return self.with_jacobian(flow, x, context, inverse)[2]
 
     def _loss_of(self, flow, x, context, inverse):
         y, log_det = _method(flow, x, context, inverse)

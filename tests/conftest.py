@@ -20,6 +20,18 @@ except ImportError:
     pass
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Where jax compiles far longer than it runs, without its slower optimisations."""
+    jax = sys.modules.get("jax")
+    if jax is None or not {"conformance", "parity"} & set(request.path.parts):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def clean_param_store():
     import pyro

@@ -51,7 +51,7 @@ def test_mass_is_conserved_in_one_dimension(backend, case):
 @pytest.mark.parametrize("case", [c for c in CASES if 2 in c.dims], ids=lambda case: case.name)
 def test_mass_is_conserved_in_two_dimensions(backend, case):
     flow = flow_of(backend, case, 2, sd=0.2)
-    num = 351 if case.numerical else 701
+    num = 351
     along, weights = axis(backend, case, flow, 2, 5.5, num)
     y = np.stack(np.meshgrid(along, along), -1)
     density = np.exp(log_density(backend, case, flow, y.reshape(-1, 2))).reshape(num, num)
