@@ -50,13 +50,18 @@ def no_warnings():
         yield
 
 
+_limit = 3 * 2**30  # bytes held, beyond which compiled functions are thrown away
+
+
 def pytest_runtest_teardown(item, nextitem):
     """Thousands of compiled functions would fill the memory of a small machine."""
+    global _limit
     del item, nextitem
     jax = sys.modules.get("jax")
-    if jax is not None and _resident() > 3 * 2**30:
+    if jax is not None and _resident() > _limit:
         jax.clear_caches()
         gc.collect()
+        _limit = _resident() + 2**30  # not all of it goes back to the system
 
 
 def _resident():
