@@ -102,25 +102,18 @@ class Torch:
         *by_params, by_x = self.torch.autograd.grad((self.array(w) * back).sum(), [*parameters, x])
         return [self.numpy(g) for g in by_params], self.numpy(by_x)
 
-    def log_det_gradient(self, flow: Any, x: np.ndarray, context: Any, inverse: bool) -> np.ndarray:
+    def log_det_derivatives(self, flow: Any, x: np.ndarray, v: np.ndarray, context: Any, inverse: bool):
+        """The gradient of the summed log-det by ``x``, and its Hessian's product with ``v``."""
         x = self.array(x).requires_grad_()
         method = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
         log_det = method(x, self.array(context))[1].sum()
         if not log_det.requires_grad:
-            return np.zeros(x.shape)
-        return self.numpy(self.torch.autograd.grad(log_det, x, allow_unused=True, materialize_grads=True)[0])
-
-    def log_det_hessian_product(self, flow: Any, x: np.ndarray, v: np.ndarray, context: Any, inverse: bool):
-        x = self.array(x).requires_grad_()
-        method = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
-        log_det = method(x, self.array(context))[1].sum()
-        if not log_det.requires_grad:
-            return np.zeros(x.shape)
+            return np.zeros(x.shape), np.zeros(x.shape)
         (g,) = self.torch.autograd.grad(log_det, x, create_graph=True, allow_unused=True, materialize_grads=True)
         if not g.requires_grad:
-            return np.zeros(x.shape)
+            return self.numpy(g), np.zeros(x.shape)
         (h,) = self.torch.autograd.grad((g * self.array(v)).sum(), x, allow_unused=True, materialize_grads=True)
-        return self.numpy(h)
+        return self.numpy(g), self.numpy(h)
 
     def copies(self, flow: Any) -> list[Any]:
         return [copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]
@@ -156,12 +149,8 @@ class Jax:
         self.serialization = importlib.import_module("numpyro_flows.serialization")
         self._run = self.eqx.filter_jit(_method)
         self._jacobian = self.eqx.filter_jit(self._jacobian_of)
-        self._loss = self.eqx.filter_jit(self._loss_of)
         self._grads = self.eqx.filter_jit(self._grads_of)
-        self._log_det_grad = self.eqx.filter_jit(lambda f, x, c, i: self._log_det_gradient(f, c, i)(x))
-        self._hvp = self.eqx.filter_jit(
-            lambda f, x, v, c, i: self.jax.jvp(self._log_det_gradient(f, c, i), (x,), (v,))[1]
-        )
+        self._hvp = self.eqx.filter_jit(lambda f, x, v, c, i: self.jax.jvp(self._log_det_gradient(f, c, i), (x,), (v,)))
 
     def build(self, case: Case, dim: int, context: bool = False, seed: int = 0, dtype: str = "float64") -> Any:
         flow = case.make(
@@ -218,16 +207,16 @@ class Jax:
         return (self.jnp.arcsinh(y).sum() + (0.7 * log_det).sum()) / len(x)
 
     def scalar(self, flow: Any, state: dict, x: np.ndarray, context: Any, inverse: bool) -> float:
-        return float(self._loss(self.with_state(flow, state), self.array(x), self.array(context), inverse))
+        return float(self._grads(self.with_state(flow, state), self.array(x), self.array(context), inverse)[0])
 
     def _grads_of(self, flow, x, context, inverse):
         params, static = self.eqx.partition(flow, self.eqx.is_inexact_array)
-        return self.jax.grad(
+        return self.jax.value_and_grad(
             lambda p, x: self._loss_of(self.eqx.combine(p, static), x, context, inverse), argnums=(0, 1)
         )(params, x)
 
     def gradients(self, flow: Any, x: np.ndarray, context: Any, inverse: bool):
-        by_params, by_x = self._grads(flow, self.array(x), self.array(context), inverse)
+        _, (by_params, by_x) = self._grads(flow, self.array(x), self.array(context), inverse)
         return self.state(by_params), np.asarray(by_x)
 
     def round_trip_gradients(self, flow: Any, x: np.ndarray, w: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -243,11 +232,9 @@ class Jax:
     def _log_det_gradient(self, flow, context, inverse):
         return self.jax.grad(lambda x: _method(flow, x, context, inverse)[1].sum())
 
-    def log_det_gradient(self, flow: Any, x: np.ndarray, context: Any, inverse: bool) -> np.ndarray:
-        return np.asarray(self._log_det_grad(flow, self.array(x), self.array(context), inverse))
-
-    def log_det_hessian_product(self, flow: Any, x: np.ndarray, v: np.ndarray, context: Any, inverse: bool):
-        return np.asarray(self._hvp(flow, self.array(x), self.array(v), self.array(context), inverse))
+    def log_det_derivatives(self, flow: Any, x: np.ndarray, v: np.ndarray, context: Any, inverse: bool):
+        found = self._hvp(flow, self.array(x), self.array(v), self.array(context), inverse)
+        return tuple(np.asarray(part) for part in found)
 
     def copies(self, flow: Any) -> list[Any]:
         return [copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]

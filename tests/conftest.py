@@ -50,6 +50,14 @@ def no_warnings():
         yield
 
 
+def pytest_collection_modifyitems(items):
+    """The tests of one case stay on one worker, which then has what it needs compiled."""
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if case is not None:
+            item.add_marker(pytest.mark.xdist_group(case.name))
+
+
 _limit = 3 * 2**30  # bytes held, beyond which compiled functions are thrown away
 
 

@@ -88,15 +88,20 @@ class Spline(Univariate):
         u = jnp.clip(x, -self.bound, self.bound)  # the slope beyond the edge is that on the edge
         piece = self._piece(u, params, inverse=False)
         y, log_det = self._forward(u, piece)
-        beyond = x - u if self.tails == "linear" else (x - u) * jnp.where(u > 0, piece[5], piece[4])
-        return y + beyond, log_det
+        # beyond the edge as it is by definition: a small piece's rounding would be felt there
+        if self.tails == "linear":
+            return y + (x - u), jnp.where(x == u, log_det, 0)
+        edge = jnp.where(u > 0, piece[5], piece[4])
+        return y + (x - u) * edge, jnp.where(x == u, log_det, jnp.log(edge))
 
     def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
         u = jnp.clip(y, -self.bound, self.bound)
         piece = self._piece(u, params, inverse=True)
         x, log_det = self._inverse(u, piece)
-        beyond = y - u if self.tails == "linear" else (y - u) / jnp.where(u > 0, piece[5], piece[4])
-        return x + beyond, log_det
+        if self.tails == "linear":
+            return x + (y - u), jnp.where(y == u, log_det, 0)
+        edge = jnp.where(u > 0, piece[5], piece[4])
+        return x + (y - u) / edge, jnp.where(y == u, log_det, -jnp.log(edge))
 
 
 def num_outer(tails: str) -> int:

@@ -82,9 +82,11 @@ class Spline(Univariate):
         u = x.clamp(-self.bound, self.bound)  # the slope beyond the edge is that on the edge
         piece = self._piece(u, params, inverse=False)
         y, log_det = self._forward(u, piece)
+        # beyond the edge as it is by definition: a small piece's rounding would be felt there
         if self.tails == "linear":
-            return y + (x - u), log_det
-        return torch.addcmul(y, x - u, torch.where(u > 0, piece[5], piece[4])), log_det
+            return y + (x - u), torch.where(x == u, log_det, 0.0)
+        edge = torch.where(u > 0, piece[5], piece[4])
+        return torch.addcmul(y, x - u, edge), torch.where(x == u, log_det, edge.log())
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         y = _expand(y, params)
@@ -92,8 +94,9 @@ class Spline(Univariate):
         piece = self._piece(u, params, inverse=True)
         x, log_det = self._inverse(u, piece)
         if self.tails == "linear":
-            return x + (y - u), log_det
-        return torch.addcdiv(x, y - u, torch.where(u > 0, piece[5], piece[4])), log_det
+            return x + (y - u), torch.where(y == u, log_det, 0.0)
+        edge = torch.where(u > 0, piece[5], piece[4])
+        return torch.addcdiv(x, y - u, edge), torch.where(y == u, log_det, -edge.log())
 
 
 def _expand(x: Tensor, params: Tensor) -> Tensor:

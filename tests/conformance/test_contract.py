@@ -72,7 +72,7 @@ def test_round_trip_and_log_det(backend, case, dim, with_context):
 @pytest.mark.parametrize("case, dim, with_context", [v for v in VARIANTS if v.values[1] == v.values[0].dim])
 def test_gradients_against_finite_differences(backend, case, dim, with_context):
     rng = np.random.default_rng(3)
-    x = rng.normal(size=(6, dim)) * 1.5
+    x = rng.normal(size=(14, dim)) * 1.5
     context = context_for(case, len(x), with_context)
     flow = perturbed_flow(backend, case, dim, 0.3, with_context)
     state = backend.state(flow)
@@ -109,12 +109,12 @@ def test_second_derivatives_against_finite_differences(backend, case):
     x, v, w = (rng.normal(size=(4, case.dim)) for _ in range(3))
     flow = perturbed_flow(backend, case, case.dim, 0.3)
     for inverse in (False, True):
-        product = backend.log_det_hessian_product(flow, x, v, None, inverse)
+        _, product = backend.log_det_derivatives(flow, x, v, None, inverse)
         eps = 1e-6
-        above = backend.log_det_gradient(flow, x + eps * v, None, inverse)
-        below = backend.log_det_gradient(flow, x - eps * v, None, inverse)
+        above, _ = backend.log_det_derivatives(flow, x + eps * v, v, None, inverse)
+        below, _ = backend.log_det_derivatives(flow, x - eps * v, v, None, inverse)
         np.testing.assert_allclose(product, (above - below) / (2 * eps), rtol=1e-4, atol=1e-6)
-        other = backend.log_det_hessian_product(flow, x, w, None, inverse)
+        _, other = backend.log_det_derivatives(flow, x, w, None, inverse)
         assert (product * w).sum() == pytest.approx((other * v).sum(), rel=1e-8, abs=1e-10)
 
 
@@ -136,10 +136,10 @@ def test_batch_shapes(backend, case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_dtype_follows_and_float32_agrees(backend, case):
     state = backends.perturbed(backend.state(backend.build(case, case.dim)), 0.3, case.deep)
-    x = case.points(case.dim)[:10]
-    y64, log_det64 = backend.run(backend.with_state(backend.build(case, case.dim), state), x)
+    x, near = case.points(case.dim), slice(10)
+    y64, log_det64 = (a[near] for a in backend.run(backend.with_state(backend.build(case, case.dim), state), x))
     single = backend.with_state(backend.build(case, case.dim, dtype="float32"), state)
-    y32, log_det32 = backend.run(single, np.float32(x))
+    y32, log_det32 = (a[near] for a in backend.run(single, np.float32(x)))
     assert y32.dtype == log_det32.dtype == np.float32 and y64.dtype == log_det64.dtype == np.float64
     np.testing.assert_array_less(np.abs(case.gap(y32, y64)), 1e-3 + 1e-3 * np.abs(y64))
     np.testing.assert_allclose(log_det32, log_det64, rtol=1e-3, atol=1e-3)
