@@ -41,7 +41,7 @@ class FlowDistribution(dist.TransformedDistribution):
                 f"FlowDistribution: transform must be a TransformModule, but got {type(transform).__name__}. "
                 "Use numpyro.distributions.TransformedDistribution for NumPyro's own transforms."
             )
-        base = base.distribution() if isinstance(base, Base) else base
+        base = distribution_of(base)
         super().__init__(base, [transform], validate_args=validate_args)
 
     @property
@@ -78,7 +78,7 @@ class ConditionalFlowDistribution(eqx.Module):
 
     def condition(self, context: Array) -> FlowDistribution:
         """The density given a context ``(..., context_dim)``, whose batch axes become those of the distribution."""
-        base = self.base.distribution() if isinstance(self.base, Base) else self.base
+        base = distribution_of(self.base)
         batch = jnp.broadcast_shapes(base.batch_shape, context.shape[:-1])
         return FlowDistribution(base.expand(batch), self.transform.condition(context))
 
@@ -95,6 +95,20 @@ class Base(eqx.Module):
     def distribution(self) -> dist.Distribution:
         """The distribution at the present parameters."""
         raise NotImplementedError
+
+    def at_modes(self, log_mass: Array, loc: Array, scale: Array) -> Base:
+        """The base placed on modes found in its own coordinates, as a copy; itself, unless a base knows how.
+
+        :param log_mass: logarithms of the modes' masses ``(num_modes,)``, up to a constant.
+        :param loc: the modes ``(num_modes, dim)``.
+        :param scale: their scales ``(num_modes, dim)``.
+        """
+        return self
+
+
+def distribution_of(base: dist.Distribution | Base) -> dist.Distribution:
+    """The distribution itself, or that of a :class:`Base` at its present parameters."""
+    return base.distribution() if isinstance(base, Base) else base
 
 
 class LocScaleBase(Base):
@@ -142,6 +156,12 @@ class MixtureBase(Base):
     def distribution(self) -> dist.Distribution:
         return DiagonalMixture(self.logits, self.loc, jnp.exp(self.log_scale))
 
+    def at_modes(self, log_mass: Array, loc: Array, scale: Array) -> MixtureBase:
+        """The components shared out among the modes, of which each gets its mass; those of least mass may get none."""
+        mode, logits, offset = _share_out(len(self.logits), log_mass)
+        new = logits, loc[mode] + offset * scale[mode] * self.loc, jnp.log(scale[mode])
+        return eqx.tree_at(lambda base: (base.logits, base.loc, base.log_scale), self, new)
+
 
 class DiagonalMixture(dist.Distribution):
     """A mixture of normals with diagonal covariances.
@@ -182,6 +202,16 @@ class DiagonalMixture(dist.Distribution):
         return x - solve_triangular(lax.stop_gradient(slope), moved[..., None], lower=True)[..., 0]
 
 
+def _share_out(num_components: int, log_mass: Array) -> tuple[Array, Array, Array]:
+    """Mode of each component, its log-weight, and whether it is not the mode's first one ``(num_components, 1)``."""
+    order = jnp.argsort(-log_mass)[:num_components]
+    place = jnp.arange(num_components)
+    index = place % len(order)
+    shares = jnp.bincount(index, length=len(order)).astype(log_mass.dtype)
+    log_mass = jax.nn.log_softmax(log_mass[order]) - jnp.log(shares)
+    return order[index], log_mass[index], (place >= len(order)).astype(log_mass.dtype)[:, None]
+
+
 def _normal_terms(x: Array, loc: Array, scale: Array) -> tuple[Array, Array]:
     """Standardised values and log-densities ``(..., num_components, dim)``."""
     u = (x[..., None, :] - loc) / scale
@@ -198,3 +228,6 @@ def _conditional_cdfs(x: Array, logits: Array, loc: Array, scale: Array) -> tupl
     slope = (weights * jnp.exp(log_density)).sum(-2)
     lower = jnp.swapaxes(weights * (below - cdf[..., None, :]), -1, -2) @ (-u / scale)
     return cdf, jnp.tril(lower, -1) + slope[..., None] * jnp.eye(slope.shape[-1], dtype=x.dtype)
+
+
+BASES = {base.__name__: base for base in (LocScaleBase, MixtureBase)}  # which a file can describe

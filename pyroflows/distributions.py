@@ -35,7 +35,7 @@ class FlowDistribution(dist.TransformedDistribution):
                 f"FlowDistribution: transform must be a TransformModule, but got {type(transform).__name__}. "
                 "Use pyro.distributions.TransformedDistribution for Pyro's own transforms."
             )
-        base = base.distribution() if isinstance(base, Base) else base
+        base = distribution_of(base)
         super().__init__(base, [transform], validate_args=validate_args)
 
     @property
@@ -71,7 +71,7 @@ class ConditionalFlowDistribution:
 
     def condition(self, context: Tensor) -> FlowDistribution:
         """The density given a context ``(..., context_dim)``, whose batch axes become those of the distribution."""
-        base = self.base.distribution() if isinstance(self.base, Base) else self.base
+        base = distribution_of(self.base)
         batch = torch.broadcast_shapes(base.batch_shape, context.shape[:-1])
         return FlowDistribution(base.expand(batch), self.transform.condition(context))
 
@@ -88,6 +88,20 @@ class Base(nn.Module):
     def distribution(self) -> dist.TorchDistribution:
         """The distribution at the present parameters."""
         raise NotImplementedError
+
+    def at_modes(self, log_mass: Tensor, loc: Tensor, scale: Tensor) -> Base:
+        """The base placed on modes found in its own coordinates, in place; itself, unless a base knows how.
+
+        :param log_mass: logarithms of the modes' masses ``(num_modes,)``, up to a constant.
+        :param loc: the modes ``(num_modes, dim)``.
+        :param scale: their scales ``(num_modes, dim)``.
+        """
+        return self
+
+
+def distribution_of(base: dist.TorchDistribution | Base) -> dist.TorchDistribution:
+    """The distribution itself, or that of a :class:`Base` at its present parameters."""
+    return base.distribution() if isinstance(base, Base) else base
 
 
 class LocScaleBase(Base):
@@ -128,6 +142,15 @@ class MixtureBase(Base):
 
     def distribution(self) -> dist.TorchDistribution:
         return DiagonalMixture(self.logits, self.loc, self.log_scale.exp())
+
+    @torch.no_grad()
+    def at_modes(self, log_mass: Tensor, loc: Tensor, scale: Tensor) -> MixtureBase:
+        """The components shared out among the modes, of which each gets its mass; those of least mass may get none."""
+        mode, logits, offset = _share_out(len(self.logits), log_mass)
+        self.loc.copy_(loc[mode] + offset * scale[mode] * self.loc)
+        self.log_scale.copy_(scale[mode].log())
+        self.logits.copy_(logits)
+        return self
 
 
 class DiagonalMixture(dist.TorchDistribution):
@@ -177,6 +200,16 @@ class DiagonalMixture(dist.TorchDistribution):
         return x - torch.linalg.solve_triangular(slope.detach(), moved, upper=False).squeeze(-1)
 
 
+def _share_out(num_components: int, log_mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mode of each component, its log-weight, and whether it is not the mode's first one ``(num_components, 1)``."""
+    order = log_mass.argsort(descending=True)[:num_components]
+    place = torch.arange(num_components, device=log_mass.device)
+    index = place % len(order)
+    shares = torch.bincount(index, minlength=len(order)).to(log_mass)
+    log_mass = torch.log_softmax(log_mass[order], 0) - shares.log()
+    return order[index], log_mass[index], (place >= len(order)).to(log_mass).unsqueeze(-1)
+
+
 def _normal_terms(x: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Standardised values and log-densities ``(..., num_components, dim)``."""
     u = (x.unsqueeze(-2) - loc) / scale
@@ -193,3 +226,6 @@ def _conditional_cdfs(x: Tensor, logits: Tensor, loc: Tensor, scale: Tensor) -> 
     slope = (weights * log_density.exp()).sum(-2)
     lower = (weights * (below - cdf.unsqueeze(-2))).mT @ (-u / scale)
     return cdf, lower.tril(-1) + torch.diag_embed(slope)
+
+
+BASES = {base.__name__: base for base in (LocScaleBase, MixtureBase)}  # which a file can describe
