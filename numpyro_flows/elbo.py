@@ -60,6 +60,18 @@ def forward_kl(transform: TransformModule, base: dist.Distribution | Base, u: Ar
     return log_q.mean() - (weights * log_q).sum() / weights.sum()
 
 
+def score_gradient(terms: Array, log_density: Array) -> Array:
+    """A loss whose gradient is the negative ELBO's by the parameters of ``log_density``, with the mean as a baseline.
+
+    Its variance vanishes as the terms become equal.
+
+    :param terms: ``log p(u) - log q(u)`` ``(n,)``, held fixed.
+    :param log_density: of the base's draws ``(n,)``, as ``Base.draw`` returns it.
+    """
+    centred = lax.stop_gradient(terms - terms.mean())
+    return -(centred * log_density).sum() / max(len(log_density) - 1, 1)
+
+
 def flow_matching(
     flow: TransformModule, base: dist.Distribution, data: Array, context: Array | None = None, *, key: Array
 ) -> Array:

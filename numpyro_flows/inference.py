@@ -17,8 +17,8 @@ from numpyro.infer.initialization import init_to_uniform
 from tqdm import tqdm
 
 from numpyro_flows import flows
-from numpyro_flows.distributions import Base, distribution_of
-from numpyro_flows.elbo import elbo_terms, forward_kl
+from numpyro_flows.distributions import Base
+from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import check_base
 from numpyro_flows.initialization import Start, find_start, gaussian_around
@@ -171,10 +171,11 @@ class FlowVI:
         def loss(params, key, path):
             transform, learned = eqx.combine(params, static)
             base = fixed_base if learned is None else learned
-            x = distribution_of(base).sample(key, (n,))
+            x, log_density_of_base = (base.sample(key, (n,)), None) if learned is None else learned.draw(key, n)
             terms, z = elbo_terms(transform, base, whitened, x, path=path)
             tails = forward_kl(transform, base, z, terms) if path else 0.0
-            return tails - terms.mean(), (terms.mean(), 0.5 * terms.var())
+            score = 0.0 if log_density_of_base is None else score_gradient(terms, log_density_of_base)
+            return tails + score - terms.mean(), (terms.mean(), 0.5 * terms.var())
 
         adam = optax.scale_by_adam()
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pyroflows import flows
 from pyroflows.distributions import Base, distribution_of
-from pyroflows.elbo import elbo_terms, forward_kl
+from pyroflows.elbo import elbo_terms, forward_kl, score_gradient
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base
 from pyroflows.initialization import Start, find_start, gaussian_around
@@ -171,12 +171,14 @@ class FlowVI:
         adam = torch.optim.Adam(parameters, fused=True)
 
         def step(step_size: float, path: bool) -> tuple[Tensor, Tensor, bool]:
-            x = base.sample((n,)) if learned is None else learned.distribution().rsample((n,))
+            x, log_density_of_base = (base.sample((n,)), None) if learned is None else learned.draw(n)
             terms, z = elbo_terms(inner, base, whitened, x, path=path)
             loss = -terms.mean()
+            if log_density_of_base is not None:
+                loss = loss + score_gradient(terms, log_density_of_base)
             if path:
                 loss = loss + forward_kl(inner, base, z, terms)
-            gradients = torch.autograd.grad(loss, parameters)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
             if finite:
                 for parameter, gradient in zip(parameters, gradients, strict=True):
