@@ -123,13 +123,14 @@ class LocScaleBase(Base):
 
     :param dim: size of a draw.
     :param df: degrees of freedom (not learned), ``None`` for normals.
+    :param key: not used: nothing is drawn.
     """
 
     loc: Array
     log_scale: Array
     df: float | None = eqx.field(static=True)
 
-    def __init__(self, dim: int, df: float | None = None):
+    def __init__(self, dim: int, df: float | None = None, *, key: Array | None = None):
         self.df = df
         self.loc, self.log_scale = jnp.zeros(dim), jnp.zeros(dim)
 

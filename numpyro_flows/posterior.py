@@ -282,7 +282,8 @@ class FlowPosterior:
             part: {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")}
             for part in ("transform", "base")
         }
-        transform = serialization.load_state_dict(guide.transform, weights["transform"])  # type: ignore[type-var]
+        assert guide.transform is not None
+        transform = serialization.load_state_dict(guide.transform, weights["transform"])
         params = {f"{guide.prefix}_flow$params": parameters(transform)}
         if guide.learned_base is not None:
             learned_base = serialization.load_state_dict(guide.learned_base, weights["base"])

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,7 +122,7 @@ def check_state(expected: dict[str, tuple], given: dict[str, tuple]) -> None:
 
 
 # -- what a posterior's file holds besides weights ---------------------------------------------------------------------
-def describe(factory: Callable, known: dict[str, Callable]) -> dict[str, Any] | None:
+def describe(factory: Callable, known: Mapping[str, Callable]) -> dict[str, Any] | None:
     """Name and keyword arguments of a factory out of ``known`` (or a ``partial`` of one); ``None`` for any other."""
     keywords: dict[str, Any] = {}
     while isinstance(factory, functools.partial):
@@ -139,7 +139,7 @@ def describe(factory: Callable, known: dict[str, Callable]) -> dict[str, Any] | 
     return {"name": name, "keywords": keywords}
 
 
-def build(description: dict[str, Any], known: dict[str, Callable]) -> Callable:
+def build(description: dict[str, Any], known: Mapping[str, Callable]) -> Callable:
     """The factory that :func:`describe` described."""
     return functools.partial(known[description["name"]], **description["keywords"])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def check_state(expected: dict[str, tuple], given: dict[str, tuple]) -> None:
 
 
 # -- what a posterior's file holds besides weights ---------------------------------------------------------------------
-def describe(factory: Callable, known: dict[str, Callable]) -> dict[str, Any] | None:
+def describe(factory: Callable, known: Mapping[str, Callable]) -> dict[str, Any] | None:
     """Name and keyword arguments of a factory out of ``known`` (or a ``partial`` of one); ``None`` for any other."""
     keywords: dict[str, Any] = {}
     while isinstance(factory, functools.partial):
@@ -90,7 +90,7 @@ def describe(factory: Callable, known: dict[str, Callable]) -> dict[str, Any] | 
     return {"name": name, "keywords": keywords}
 
 
-def build(description: dict[str, Any], known: dict[str, Callable]) -> Callable:
+def build(description: dict[str, Any], known: Mapping[str, Callable]) -> Callable:
     """The factory that :func:`describe` described."""
     return functools.partial(known[description["name"]], **description["keywords"])
 

@@ -159,13 +159,14 @@ class AutoFlow(AutoContinuous):
             return self._registered_base()
 
     def _registered_base(self) -> Base:
-        return flow_module(f"{self.prefix}_base", self.learned_base)  # type: ignore[type-var]
+        assert self.learned_base is not None
+        return flow_module(f"{self.prefix}_base", self.learned_base)
 
     def _get_posterior(self) -> FlowDistribution:
-        transform = flow_module(f"{self.prefix}_flow", self.transform)  # type: ignore[arg-type]
-        if self.learned_base is None:
-            return FlowDistribution(self.get_base_dist(), transform)
-        return FlowDistribution(self._registered_base(), transform)
+        assert self.transform is not None
+        transform = flow_module(f"{self.prefix}_flow", self.transform)
+        base = self.get_base_dist() if self.learned_base is None else self._registered_base()
+        return FlowDistribution(base, transform)
 
     def get_transform(self, params: dict[str, Any]) -> TransformModule:
         """The map from the base to the unconstrained latents at ``params``."""

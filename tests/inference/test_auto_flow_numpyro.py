@@ -38,6 +38,10 @@ def small(dim, **kwargs):
     return flows.realnvp(dim, 2, (8, 8), **kwargs)
 
 
+def tiny(dim, **kwargs):
+    return flows.realnvp(dim, 1, (4,), **kwargs)
+
+
 def small_iaf(dim, **kwargs):
     return flows.iaf(dim, 2, (8, 8), **kwargs)
 
@@ -276,7 +280,7 @@ def test_bad_scales_are_named(arguments):
 # -- a learned base
 def test_svi_trains_a_learned_base(no_warnings):
     base = functools.partial(MixtureBase, num_components=3)
-    guide = AutoFlow(bimodal, small, base=base, init_scale=1.0)
+    guide = AutoFlow(bimodal, tiny, base=base, init_scale=1.0)
     result = train(bimodal, guide, 300)
     assert result.losses[-50:].mean() < result.losses[:20].mean() - 1
     assert set(result.params) == {"auto_flow$params", "auto_base$params"}
@@ -289,12 +293,13 @@ def test_svi_trains_a_learned_base(no_warnings):
     drawn = posterior.sample(jax.random.key(1), (500,))
     np.testing.assert_allclose(draws.mean(0), drawn.mean(0), atol=1.0)
     for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
-        np.testing.assert_array_equal(other.median(result.params)["z"], guide.median(result.params)["z"])
+        np.testing.assert_array_equal(other.get_base().loc, first.loc)
+        np.testing.assert_array_equal(other.get_posterior(result.params).log_prob(drawn), posterior.log_prob(drawn))
 
 
 def test_neutra_with_a_learned_base():
     """The base's density is masked: chains target the posterior whatever the base's parameters."""
-    guide = AutoFlow(bimodal, small, base=MixtureBase)
+    guide = AutoFlow(bimodal, tiny, base=MixtureBase)
     params = train(bimodal, guide, 5).params
     model = NeuTraReparam(guide, params).reparam(bimodal)
     transform = guide.get_transform(params)
