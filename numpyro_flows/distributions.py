@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
@@ -15,6 +17,7 @@ from jax.scipy.special import logsumexp, ndtr
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
+from numpyro_flows.conditioners import MLP
 from numpyro_flows.transform_module import TransformModule
 
 
@@ -179,6 +182,44 @@ class MixtureBase(Base):
         return eqx.tree_at(lambda base: (base.logits, base.loc, base.log_scale), self, new)
 
 
+class ResampledBase(Base):
+    """Normals thinned by a learned acceptance probability: a :class:`Resampled` (Stimper et al. 2022).
+
+    Gives the base gaps and several modes, which no continuous map can make. Starts as the normal. For maximum
+    likelihood: its draws are not reparameterised, so that guides refuse it. Its normaliser is an estimate from the same
+    draws at every step, which a large network could fit: ``base.distribution(noise).normaliser`` is one from others.
+
+    :param dim: size of a draw.
+    :param hidden_dims: widths of the acceptance network's hidden layers.
+    :param num_tries: draws of the normal after which the last one is taken.
+    :param num_draws: normal draws by which the normaliser is estimated, a network pass over them for each density.
+    """
+
+    acceptance: MLP
+    num_tries: int = eqx.field(static=True)
+    num_draws: int = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dims: Sequence[int] = (32, 32),
+        num_tries: int = 100,
+        num_draws: int = 4096,
+        *,
+        key: Array,
+    ):
+        check_resampling(num_tries, num_draws)
+        self.acceptance, self.num_tries = MLP(dim, hidden_dims, 1, key=key), num_tries
+        self.num_draws, self.dim = num_draws, dim
+
+    def distribution(self, noise: Array | None = None) -> Resampled:
+        if noise is None:
+            dtype = self.acceptance.layers[0].weight.dtype
+            noise = jnp.asarray(_fixed_noise(self.num_draws, self.dim), dtype)
+        return Resampled(self.acceptance, noise, self.num_tries)
+
+
 class DiagonalMixture(dist.Distribution):
     """A mixture of normals with diagonal covariances.
 
@@ -217,6 +258,73 @@ class DiagonalMixture(dist.Distribution):
         uniform, slope = _conditional_cdfs(x, self.logits, self.loc, self.scale)
         moved = uniform - lax.stop_gradient(uniform)  # zero, but for its gradient
         return x - solve_triangular(lax.stop_gradient(slope), moved[..., None], lower=True)[..., 0]
+
+
+class Resampled(dist.Distribution):
+    """Normals, each accepted with probability ``a(x)`` or drawn anew; the last of ``num_tries`` tries is always taken.
+
+    The density is ``N(x; 0, I) ((1 - t) a(x) / Z + t)`` with ``t = (1 - Z)^(num_tries - 1)`` (Bauer & Mnih 2019;
+    Stimper et al. 2022), exact but for ``Z = E[a(x)]``, which is estimated. A draw carries no gradient and takes
+    ``1 / Z`` network passes on average.
+
+    :param acceptance: network ``(..., dim) -> (..., 1)`` of the logit of ``a(x)``.
+    :param noise: normal draws ``(num_draws, dim)`` that estimate ``Z``.
+    :param num_tries: most tries.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector  # type: ignore[assignment]
+    has_rsample = False  # type: ignore[assignment]
+    pytree_data_fields = ("acceptance", "noise")
+    pytree_aux_fields = ("num_tries",)
+
+    def __init__(self, acceptance: MLP, noise: Array, num_tries: int, *, validate_args: bool | None = None):
+        self.acceptance, self.noise, self.num_tries = acceptance, noise, num_tries
+        super().__init__((), jnp.shape(noise)[-1:], validate_args=validate_args)
+
+    @property
+    def normaliser(self) -> tuple[Array, Array]:
+        """The estimate of ``Z``, and its standard error."""
+        accepted = jax.nn.sigmoid(self._logit(self.noise))
+        return accepted.mean(), accepted.std(ddof=1) / len(accepted) ** 0.5
+
+    def _logit(self, x: Array) -> Array:
+        return self.acceptance(x)[..., 0]
+
+    @validate_sample
+    def log_prob(self, value: Array) -> Array:
+        logit = self._logit(self.noise)
+        log_z, log_rest = (logsumexp(jax.nn.log_sigmoid(h)) - math.log(len(logit)) for h in (logit, -logit))
+        log_last = (self.num_tries - 1) * log_rest
+        log_early = jnp.log(-jnp.expm1(log_last)) - log_z
+        log_share = jnp.logaddexp(jax.nn.log_sigmoid(self._logit(value)) + log_early, log_last)
+        log_normal = -0.5 * jnp.square(value).sum(-1) - 0.5 * value.shape[-1] * math.log(2 * math.pi)
+        return log_normal + log_share
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        shape, dtype = (*sample_shape, *self.event_shape), self.noise.dtype
+
+        def attempt(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            tries, pending, x, key = state
+            key, x_key, u_key = jax.random.split(key, 3)
+            refused = pending & (jax.random.uniform(u_key, shape[:-1], dtype) >= jax.nn.sigmoid(self._logit(x)))
+            fresh = jax.random.normal(x_key, shape, dtype)
+            return tries + 1, refused, jnp.where(refused[..., None], fresh, x), key
+
+        key, x_key = jax.random.split(key)
+        state = jnp.ones((), int), jnp.ones(shape[:-1], bool), jax.random.normal(x_key, shape, dtype), key
+        return lax.while_loop(lambda s: (s[0] < self.num_tries) & s[1].any(), attempt, lax.stop_gradient(state))[2]
+
+
+def check_resampling(num_tries: int, num_draws: int) -> None:
+    """Raises a ``ValueError`` that names the option with which nothing can be resampled."""
+    for name, value in (("num_tries", num_tries), ("num_draws", num_draws)):
+        if value < 2:
+            raise ValueError(f"ResampledBase: {name} must be at least 2, but got {value}.")
+
+
+def _fixed_noise(num_draws: int, dim: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((num_draws, dim))
 
 
 def _share_out(num_components: int, log_mass: Array) -> tuple[Array, Array, Array]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn import functional as F
 
+from pyroflows.conditioners import MLP
 from pyroflows.transform_module import Conditioned, TransformModule
 
 
@@ -166,6 +170,30 @@ class MixtureBase(Base):
         return self
 
 
+class ResampledBase(Base):
+    """Normals thinned by a learned acceptance probability: a :class:`Resampled` (Stimper et al. 2022).
+
+    Gives the base gaps and several modes, which no continuous map can make. Starts as the normal. For maximum
+    likelihood: its draws are not reparameterised, so that guides refuse it. Its normaliser is an estimate from the same
+    draws at every step, which a large network could fit: ``base.distribution(noise).normaliser`` is one from others.
+
+    :param dim: size of a draw.
+    :param hidden_dims: widths of the acceptance network's hidden layers.
+    :param num_tries: draws of the normal after which the last one is taken.
+    :param num_draws: normal draws by which the normaliser is estimated, a network pass over them for each density.
+    """
+
+    def __init__(self, dim: int, hidden_dims: Sequence[int] = (32, 32), num_tries: int = 100, num_draws: int = 4096):
+        super().__init__()
+        check_resampling(num_tries, num_draws)
+        self.acceptance, self.num_tries = MLP(dim, hidden_dims, 1), num_tries
+        noise = torch.as_tensor(_fixed_noise(num_draws, dim), dtype=torch.get_default_dtype())
+        self.register_buffer("noise", noise, persistent=False)
+
+    def distribution(self, noise: Tensor | None = None) -> Resampled:
+        return Resampled(self.acceptance, self.noise if noise is None else noise, self.num_tries)
+
+
 class DiagonalMixture(dist.TorchDistribution):
     """A mixture of normals with diagonal covariances.
 
@@ -212,6 +240,76 @@ class DiagonalMixture(dist.TorchDistribution):
         uniform, slope = _conditional_cdfs(x, self.logits, self.loc, self.scale)
         moved = (uniform - uniform.detach()).unsqueeze(-1)  # zero, but for its gradient
         return x - torch.linalg.solve_triangular(slope.detach(), moved, upper=False).squeeze(-1)
+
+
+class Resampled(dist.TorchDistribution):
+    """Normals, each accepted with probability ``a(x)`` or drawn anew; the last of ``num_tries`` tries is always taken.
+
+    The density is ``N(x; 0, I) ((1 - t) a(x) / Z + t)`` with ``t = (1 - Z)^(num_tries - 1)`` (Bauer & Mnih 2019;
+    Stimper et al. 2022), exact but for ``Z = E[a(x)]``, which is estimated. A draw carries no gradient and takes
+    ``1 / Z`` network passes on average.
+
+    :param acceptance: network ``(..., dim) -> (..., 1)`` of the logit of ``a(x)``.
+    :param noise: normal draws ``(num_draws, dim)`` that estimate ``Z``.
+    :param num_tries: most tries.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(self, acceptance: nn.Module, noise: Tensor, num_tries: int, *, validate_args: bool | None = None):
+        self.acceptance, self.noise, self.num_tries = acceptance, noise, num_tries
+        super().__init__(torch.Size(), noise.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        new = type(self)(self.acceptance, self.noise, self.num_tries, validate_args=False)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    @property
+    def normaliser(self) -> tuple[Tensor, Tensor]:
+        """The estimate of ``Z``, and its standard error."""
+        accepted = self._logit(self.noise).sigmoid()
+        return accepted.mean(), accepted.std() / len(accepted) ** 0.5
+
+    def _logit(self, x: Tensor) -> Tensor:
+        return self.acceptance(x).squeeze(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        logit = self._logit(self.noise)
+        log_z, log_rest = (F.logsigmoid(h).logsumexp(0) - math.log(len(logit)) for h in (logit, -logit))
+        log_last = (self.num_tries - 1) * log_rest
+        log_early = torch.log(-torch.expm1(log_last)) - log_z
+        log_share = torch.logaddexp(F.logsigmoid(self._logit(value)) + log_early, log_last)
+        log_normal = -0.5 * value.square().sum(-1) - 0.5 * value.shape[-1] * math.log(2 * math.pi)
+        return (log_normal + log_share).expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape=()) -> Tensor:
+        shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
+        x = torch.randn(shape, dtype=self.noise.dtype, device=self.noise.device).reshape(-1, shape[-1])
+        pending = torch.arange(len(x), device=x.device)
+        for _ in range(self.num_tries - 1):
+            refused = torch.rand_like(x[pending, 0]) >= self._logit(x[pending]).sigmoid()
+            pending = pending[refused]
+            if not len(pending):
+                break
+            x[pending] = torch.randn_like(x[pending])
+        return x.reshape(shape)
+
+
+def check_resampling(num_tries: int, num_draws: int) -> None:
+    """Raises a ``ValueError`` that names the option with which nothing can be resampled."""
+    for name, value in (("num_tries", num_tries), ("num_draws", num_draws)):
+        if value < 2:
+            raise ValueError(f"ResampledBase: {name} must be at least 2, but got {value}.")
+
+
+def _fixed_noise(num_draws: int, dim: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((num_draws, dim))
 
 
 def _share_out(num_components: int, log_mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
