@@ -314,3 +314,39 @@ def test_guides_refuse_a_base_whose_draws_carry_no_gradient(backend):
     for option in ("num_tries", "num_draws"):
         with pytest.raises(ValueError, match=option):
             backend.pkg.distributions.ResampledBase(2, **{option: 1}, **keyed(backend))
+
+
+def test_the_path_gradient_of_a_learned_base_vanishes_at_an_exact_fit(backend):
+    """Its parameters are held fixed in the density of the draws, in every one of which the terms are then equal."""
+    elbo = importlib.import_module(f"{backend.pkg.__name__}.elbo")
+    flow = backend.pkg.Compose([backend.pkg.transforms.ElementwiseAffine(2)])
+    for name in ("loc_scale_student", "mixture"):
+        base, exact = (bases(backend, 2)[name] for _ in range(2))
+        log_density = exact.distribution().log_prob
+        if backend.name == "torch":
+            x, score = base.draw(50)
+            terms = elbo.elbo_terms(flow.double(), base, log_density, x, path=True)[0]
+            loss = terms.sum() + (0 if score is None else elbo.score_gradient(terms, score))
+            grads = backend.torch.autograd.grad(loss, list(base.parameters()), allow_unused=True)
+            grads = [backend.numpy(g) for g in grads if g is not None]
+        else:
+
+            def loss(base, log_density=log_density):
+                x, score = base.draw(backend.jax.random.key(0), 50)
+                terms = elbo.elbo_terms(flow, base, log_density, x, path=True)[0]
+                return terms.sum() + (0 if score is None else elbo.score_gradient(terms, score))
+
+            grads = backend.jax.tree.leaves(backend.eqx.filter_grad(loss)(base))
+        for gradient in grads:
+            np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+def test_a_resampled_base_is_the_same_in_both_packages():
+    densities, x = [], np.random.default_rng(0).normal(size=(7, 2))
+    for backend in map(backends.get, ("torch", "jax")):
+        base = backend.pkg.distributions.ResampledBase(2, (4,), 5, 100, **keyed(backend))
+        state, rng = backend.state(base), np.random.default_rng(1)
+        base = base.double() if backend.name == "torch" else base
+        base = backend.with_state(base, {name: rng.normal(size=value.shape) for name, value in state.items()})
+        densities.append(backend.numpy(base.distribution().log_prob(backend.array(x))))
+    np.testing.assert_allclose(*densities, atol=1e-5)
