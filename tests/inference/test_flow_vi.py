@@ -287,6 +287,21 @@ def test_a_mixture_base_finds_both_modes_and_their_masses(fitter):
     assert posterior.history.skipped == 0
 
 
+def test_a_mixture_base_learns_the_masses(fitter):
+    """From a start at equal ones: no draw lies in the gap, where an implicit gradient would have to find them."""
+
+    class Equal(fitter.pkg.distributions.MixtureBase):
+        def at_modes(self, log_mass, loc, scale):
+            return super().at_modes(0 * log_mass, loc, scale)
+
+    flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+    base = functools.partial(Equal, num_components=2)
+    options = {"num_steps": 250, "num_particles": 64, "learning_rate": 1e-2, "path_gradient": False}
+    posterior = fitter.run("bimodal", flow=flow, base=base, num_starts=6, **options)
+    logits = np.asarray(posterior._base.logits)
+    assert np.exp(logits.max()) / np.exp(logits).sum() == pytest.approx(0.7, abs=0.03)
+
+
 def test_a_learned_base_saved_and_loaded(fitter, tmp_path):
     posterior, path = bimodal(fitter), tmp_path / "posterior.safetensors"
     posterior.save(path)
