@@ -183,6 +183,8 @@ class ResampledBase(Base):
     :param num_draws: normal draws by which the normaliser is estimated, a network pass over them for each density.
     """
 
+    noise: Tensor
+
     def __init__(self, dim: int, hidden_dims: Sequence[int] = (32, 32), num_tries: int = 100, num_draws: int = 4096):
         super().__init__()
         check_resampling(num_tries, num_draws)

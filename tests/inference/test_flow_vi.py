@@ -287,6 +287,26 @@ def test_a_mixture_base_finds_both_modes_and_their_masses(fitter):
     assert posterior.history.skipped == 0
 
 
+def test_the_gaussian_around_modes(fitter):
+    module = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
+    rng = np.random.default_rng(0)
+    roots = [np.linalg.cholesky(np.cov(rng.normal(size=(3, 9)))) for _ in range(3)]
+    locs = [np.zeros(3), np.full(3, 20.0), np.full(3, -20.0)]
+    modes = [module.Start(loc, root, elbo, 0) for loc, root, elbo in zip(locs, roots, (-5.0, -6.0, -13.0), strict=True)]
+    again = modes[1]._replace(loc=modes[1].loc + roots[1][:, 0], elbo=-6.1)
+    kept = module._distinct([modes[1], again, modes[2], modes[0]])
+    assert [mode.elbo for mode in kept] == [-5.0, -6.0]  # the third has too little mass, the other is a repetition
+    loc, scale_tril, log_mass, inner, scales = module.gaussian_around(kept)
+    mass = np.exp(log_mass) / np.exp(log_mass).sum()
+    np.testing.assert_allclose(mass[1] / mass[0], np.exp(-1))
+    np.testing.assert_allclose(inner @ scale_tril.T + loc, locs[:2], atol=1e-9)
+    np.testing.assert_allclose(mass @ inner, 0, atol=1e-9)
+    np.testing.assert_allclose(mass @ (inner**2 + scales**2), 1, rtol=1e-9)
+    loc, scale_tril, _, inner, scales = module.gaussian_around(modes[:1])  # a single mode is the start itself
+    np.testing.assert_allclose(scale_tril, roots[0], atol=1e-12)
+    np.testing.assert_allclose(scales, 1), np.testing.assert_allclose(inner, 0)
+
+
 def test_a_mixture_base_learns_the_masses(fitter):
     """From a start at equal ones: no draw lies in the gap, where an implicit gradient would have to find them."""
 
