@@ -185,7 +185,7 @@ class MixtureBase(Base):
 class ResampledBase(Base):
     """Normals thinned by a learned acceptance probability: a :class:`Resampled` (Stimper et al. 2022).
 
-    Gives the base gaps and several modes, which no continuous map can make. Starts as the normal. For maximum
+    Gives the base gaps and modes, which a flow could only approach. Starts as the normal. For maximum
     likelihood: its draws are not reparameterised, so that guides refuse it. Its normaliser is an estimate from the same
     draws at every step, which a large network could fit: ``base.distribution(noise).normaliser`` is one from others.
 
@@ -264,8 +264,8 @@ class Resampled(dist.Distribution):
     """Normals, each accepted with probability ``a(x)`` or drawn anew; the last of ``num_tries`` tries is always taken.
 
     The density is ``N(x; 0, I) ((1 - t) a(x) / Z + t)`` with ``t = (1 - Z)^(num_tries - 1)`` (Bauer & Mnih 2019;
-    Stimper et al. 2022), exact but for ``Z = E[a(x)]``, which is estimated. A draw carries no gradient and takes
-    ``1 / Z`` network passes on average.
+    Stimper et al. 2022), exact but for ``Z = E[a(x)]``, which is estimated. Draws carry no gradient, and are
+    tried together until the last of them is accepted: one network pass over all of them a try.
 
     :param acceptance: network ``(..., dim) -> (..., 1)`` of the logit of ``a(x)``.
     :param noise: normal draws ``(num_draws, dim)`` that estimate ``Z``.

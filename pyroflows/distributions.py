@@ -173,7 +173,7 @@ class MixtureBase(Base):
 class ResampledBase(Base):
     """Normals thinned by a learned acceptance probability: a :class:`Resampled` (Stimper et al. 2022).
 
-    Gives the base gaps and several modes, which no continuous map can make. Starts as the normal. For maximum
+    Gives the base gaps and modes, which a flow could only approach. Starts as the normal. For maximum
     likelihood: its draws are not reparameterised, so that guides refuse it. Its normaliser is an estimate from the same
     draws at every step, which a large network could fit: ``base.distribution(noise).normaliser`` is one from others.
 
