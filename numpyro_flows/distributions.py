@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
@@ -15,6 +17,7 @@ from jax.scipy.special import logsumexp, ndtr
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
+from numpyro_flows.conditioners import MLP
 from numpyro_flows.transform_module import TransformModule
 
 
@@ -41,7 +44,7 @@ class FlowDistribution(dist.TransformedDistribution):
                 f"FlowDistribution: transform must be a TransformModule, but got {type(transform).__name__}. "
                 "Use numpyro.distributions.TransformedDistribution for NumPyro's own transforms."
             )
-        base = base.distribution() if isinstance(base, Base) else base
+        base = distribution_of(base)
         super().__init__(base, [transform], validate_args=validate_args)
 
     @property
@@ -78,7 +81,7 @@ class ConditionalFlowDistribution(eqx.Module):
 
     def condition(self, context: Array) -> FlowDistribution:
         """The density given a context ``(..., context_dim)``, whose batch axes become those of the distribution."""
-        base = self.base.distribution() if isinstance(self.base, Base) else self.base
+        base = distribution_of(self.base)
         batch = jnp.broadcast_shapes(base.batch_shape, context.shape[:-1])
         return FlowDistribution(base.expand(batch), self.transform.condition(context))
 
@@ -96,19 +99,41 @@ class Base(eqx.Module):
         """The distribution at the present parameters."""
         raise NotImplementedError
 
+    def draw(self, key: Array, n: int) -> tuple[Array, Array | None]:
+        """Draws ``(n, dim)``, and their log-density as a function of what they carry no gradient of, if anything.
+
+        For ``elbo.score_gradient``, where a draw's derivative by some parameter is a bad estimator.
+        """
+        return self.distribution().sample(key, (n,)), None
+
+    def at_modes(self, log_mass: Array, loc: Array, scale: Array) -> Base:
+        """The base placed on modes found in its own coordinates, as a copy; itself, unless a base knows how.
+
+        :param log_mass: logarithms of the modes' masses ``(num_modes,)``, up to a constant.
+        :param loc: the modes ``(num_modes, dim)``.
+        :param scale: their scales ``(num_modes, dim)``.
+        """
+        return self
+
+
+def distribution_of(base: dist.Distribution | Base) -> dist.Distribution:
+    """The distribution itself, or that of a :class:`Base` at its present parameters."""
+    return base.distribution() if isinstance(base, Base) else base
+
 
 class LocScaleBase(Base):
     """Independent normals, or Student-t's, of learned location and scale; standard at the start.
 
     :param dim: size of a draw.
     :param df: degrees of freedom (not learned), ``None`` for normals.
+    :param key: not used: nothing is drawn.
     """
 
     loc: Array
     log_scale: Array
     df: float | None = eqx.field(static=True)
 
-    def __init__(self, dim: int, df: float | None = None):
+    def __init__(self, dim: int, df: float | None = None, *, key: Array | None = None):
         self.df = df
         self.loc, self.log_scale = jnp.zeros(dim), jnp.zeros(dim)
 
@@ -142,13 +167,66 @@ class MixtureBase(Base):
     def distribution(self) -> dist.Distribution:
         return DiagonalMixture(self.logits, self.loc, jnp.exp(self.log_scale))
 
+    def draw(self, key: Array, n: int) -> tuple[Array, Array]:
+        k_key, x_key = jax.random.split(key)
+        k = jax.random.categorical(k_key, self.logits, shape=(n,))
+        scale = jnp.exp(self.log_scale)
+        x = self.loc[k] + scale[k] * jax.random.normal(x_key, (n, self.loc.shape[-1]), self.loc.dtype)
+        loc, scale, fixed = lax.stop_gradient((self.loc, scale, x))
+        return x, DiagonalMixture(self.logits, loc, scale).log_prob(fixed)
+
+    def at_modes(self, log_mass: Array, loc: Array, scale: Array) -> MixtureBase:
+        """The components shared out among the modes, of which each gets its mass; those of least mass may get none."""
+        mode, logits, offset = _share_out(len(self.logits), log_mass)
+        new = logits, loc[mode] + offset * scale[mode] * self.loc, jnp.log(scale[mode])
+        return eqx.tree_at(lambda base: (base.logits, base.loc, base.log_scale), self, new)
+
+
+class ResampledBase(Base):
+    """Normals thinned by a learned acceptance probability: a :class:`Resampled` (Stimper et al. 2022).
+
+    Gives the base gaps and modes, which a flow could only approach. Starts as the normal. For maximum
+    likelihood: its draws are not reparameterised, so that guides refuse it. Its normaliser is an estimate from the same
+    draws at every step, which a large network could fit: ``base.distribution(noise).normaliser`` is one from others.
+
+    :param dim: size of a draw.
+    :param hidden_dims: widths of the acceptance network's hidden layers.
+    :param num_tries: draws of the normal after which the last one is taken.
+    :param num_draws: normal draws by which the normaliser is estimated, a network pass over them for each density.
+    """
+
+    acceptance: MLP
+    num_tries: int = eqx.field(static=True)
+    num_draws: int = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dims: Sequence[int] = (32, 32),
+        num_tries: int = 100,
+        num_draws: int = 4096,
+        *,
+        key: Array,
+    ):
+        check_resampling(num_tries, num_draws)
+        self.acceptance, self.num_tries = MLP(dim, hidden_dims, 1, key=key), num_tries
+        self.num_draws, self.dim = num_draws, dim
+
+    def distribution(self, noise: Array | None = None) -> Resampled:
+        if noise is None:
+            dtype = self.acceptance.layers[0].weight.dtype
+            noise = jnp.asarray(_fixed_noise(self.num_draws, self.dim), dtype)
+        return Resampled(self.acceptance, noise, self.num_tries)
+
 
 class DiagonalMixture(dist.Distribution):
     """A mixture of normals with diagonal covariances.
 
     Draws carry the gradient of every parameter, weights included, by implicit reparameterisation (Figurnov et al.
     2018, eq. 5, through the multivariate distributional transform): exact to first order; not to second. The price is a
-    triangular solve a draw, ``O(num_components * dim^2)``.
+    triangular solve a draw, ``O(num_components * dim^2)``. Between components far apart, the gradient of the weights is
+    that of the rare draws from the gap: then it is better estimated as ``MixtureBase.draw`` does for ``FlowVI``.
 
     :param logits: unnormalised log-weights ``(num_components,)``.
     :param loc: locations ``(num_components, dim)``.
@@ -182,6 +260,83 @@ class DiagonalMixture(dist.Distribution):
         return x - solve_triangular(lax.stop_gradient(slope), moved[..., None], lower=True)[..., 0]
 
 
+class Resampled(dist.Distribution):
+    """Normals, each accepted with probability ``a(x)`` or drawn anew; the last of ``num_tries`` tries is always taken.
+
+    The density is ``N(x; 0, I) ((1 - t) a(x) / Z + t)`` with ``t = (1 - Z)^(num_tries - 1)`` (Bauer & Mnih 2019;
+    Stimper et al. 2022), exact but for ``Z = E[a(x)]``, which is estimated. Draws carry no gradient, and are
+    tried together until the last of them is accepted: one network pass over all of them a try.
+
+    :param acceptance: network ``(..., dim) -> (..., 1)`` of the logit of ``a(x)``.
+    :param noise: normal draws ``(num_draws, dim)`` that estimate ``Z``.
+    :param num_tries: most tries.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector  # type: ignore[assignment]
+    has_rsample = False  # type: ignore[assignment]
+    pytree_data_fields = ("acceptance", "noise")
+    pytree_aux_fields = ("num_tries",)
+
+    def __init__(self, acceptance: MLP, noise: Array, num_tries: int, *, validate_args: bool | None = None):
+        self.acceptance, self.noise, self.num_tries = acceptance, noise, num_tries
+        super().__init__((), jnp.shape(noise)[-1:], validate_args=validate_args)
+
+    @property
+    def normaliser(self) -> tuple[Array, Array]:
+        """The estimate of ``Z``, and its standard error."""
+        accepted = jax.nn.sigmoid(self._logit(self.noise))
+        return accepted.mean(), accepted.std(ddof=1) / len(accepted) ** 0.5
+
+    def _logit(self, x: Array) -> Array:
+        return self.acceptance(x)[..., 0]
+
+    @validate_sample
+    def log_prob(self, value: Array) -> Array:
+        logit = self._logit(self.noise)
+        log_z, log_rest = (logsumexp(jax.nn.log_sigmoid(h)) - math.log(len(logit)) for h in (logit, -logit))
+        log_last = (self.num_tries - 1) * log_rest
+        log_early = jnp.log(-jnp.expm1(log_last)) - log_z
+        log_share = jnp.logaddexp(jax.nn.log_sigmoid(self._logit(value)) + log_early, log_last)
+        log_normal = -0.5 * jnp.square(value).sum(-1) - 0.5 * value.shape[-1] * math.log(2 * math.pi)
+        return log_normal + log_share
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        shape, dtype = (*sample_shape, *self.event_shape), self.noise.dtype
+
+        def attempt(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            tries, pending, x, key = state
+            key, x_key, u_key = jax.random.split(key, 3)
+            refused = pending & (jax.random.uniform(u_key, shape[:-1], dtype) >= jax.nn.sigmoid(self._logit(x)))
+            fresh = jax.random.normal(x_key, shape, dtype)
+            return tries + 1, refused, jnp.where(refused[..., None], fresh, x), key
+
+        key, x_key = jax.random.split(key)
+        state = jnp.ones((), int), jnp.ones(shape[:-1], bool), jax.random.normal(x_key, shape, dtype), key
+        return lax.while_loop(lambda s: (s[0] < self.num_tries) & s[1].any(), attempt, lax.stop_gradient(state))[2]
+
+
+def check_resampling(num_tries: int, num_draws: int) -> None:
+    """Raises a ``ValueError`` that names the option with which nothing can be resampled."""
+    for name, value in (("num_tries", num_tries), ("num_draws", num_draws)):
+        if value < 2:
+            raise ValueError(f"ResampledBase: {name} must be at least 2, but got {value}.")
+
+
+def _fixed_noise(num_draws: int, dim: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((num_draws, dim))
+
+
+def _share_out(num_components: int, log_mass: Array) -> tuple[Array, Array, Array]:
+    """Mode of each component, its log-weight, and whether it is not the mode's first one ``(num_components, 1)``."""
+    order = jnp.argsort(-log_mass)[:num_components]
+    place = jnp.arange(num_components)
+    index = place % len(order)
+    shares = jnp.bincount(index, length=len(order)).astype(log_mass.dtype)
+    log_mass = jax.nn.log_softmax(log_mass[order]) - jnp.log(shares)
+    return order[index], log_mass[index], (place >= len(order)).astype(log_mass.dtype)[:, None]
+
+
 def _normal_terms(x: Array, loc: Array, scale: Array) -> tuple[Array, Array]:
     """Standardised values and log-densities ``(..., num_components, dim)``."""
     u = (x[..., None, :] - loc) / scale
@@ -198,3 +353,6 @@ def _conditional_cdfs(x: Array, logits: Array, loc: Array, scale: Array) -> tupl
     slope = (weights * jnp.exp(log_density)).sum(-2)
     lower = jnp.swapaxes(weights * (below - cdf[..., None, :]), -1, -2) @ (-u / scale)
     return cdf, jnp.tril(lower, -1) + slope[..., None] * jnp.eye(slope.shape[-1], dtype=x.dtype)
+
+
+BASES = {base.__name__: base for base in (LocScaleBase, MixtureBase)}  # which a file can describe

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array, lax
 
+from numpyro_flows.distributions import Base, distribution_of
 from numpyro_flows.transform_module import Compose, Repeat, TransformModule
 from numpyro_flows.transforms import Continuous
 
@@ -17,7 +18,7 @@ _LARGEST_WEIGHT = 8.0  # of an importance weight, in means
 
 def elbo_terms(
     transform: TransformModule,
-    base: dist.Distribution,
+    base: dist.Distribution | Base,
     log_density: Callable[[Array], Array],
     x: Array,
     *,
@@ -26,7 +27,7 @@ def elbo_terms(
     """``log p(u) - log q(u)`` at ``u = transform(x)``; its mean over ``x ~ base`` is the ELBO.
 
     :param transform: the flow from the base to the unconstrained latents.
-    :param base: the distribution of ``x``.
+    :param base: the distribution of ``x``, or a :class:`Base`, whose parameters are trained too.
     :param log_density: log-density of a batch ``(n, dim) -> (n,)``.
     :param x: base draws ``(n, dim)``.
     :param path: holds the parameters fixed in ``log q``, so that the gradient flows through the draws alone: still
@@ -36,13 +37,14 @@ def elbo_terms(
     """
     u, log_det = transform.forward_and_log_det(x)
     if path:
-        log_q = _log_prob(lax.stop_gradient(transform), base, u)
+        fixed_base = lax.stop_gradient(base) if isinstance(base, Base) else base
+        log_q = _log_prob(lax.stop_gradient(transform), fixed_base, u)
     else:
-        log_q = base.log_prob(x) - log_det
+        log_q = distribution_of(base).log_prob(x) - log_det
     return log_density(u) - log_q, u
 
 
-def forward_kl(transform: TransformModule, base: dist.Distribution, u: Array, log_ratios: Array) -> Array:
+def forward_kl(transform: TransformModule, base: dist.Distribution | Base, u: Array, log_ratios: Array) -> Array:
     """A loss whose gradient estimates that of ``KL(p || q)``, by truncated self-normalised importance weights.
 
     The ELBO says little about the tails of ``q``; this says that ``q`` must not be small where ``p`` is not, which is
@@ -56,6 +58,18 @@ def forward_kl(transform: TransformModule, base: dist.Distribution, u: Array, lo
     log_q = _log_prob(transform, base, lax.stop_gradient(u))
     weights = jnp.minimum(jax.nn.softmax(lax.stop_gradient(log_ratios)), _LARGEST_WEIGHT / len(log_q))
     return log_q.mean() - (weights * log_q).sum() / weights.sum()
+
+
+def score_gradient(terms: Array, log_density: Array) -> Array:
+    """A loss whose gradient is the negative ELBO's by the parameters of ``log_density``, with the mean as a baseline.
+
+    Its variance vanishes as the terms become equal.
+
+    :param terms: ``log p(u) - log q(u)`` ``(n,)``, held fixed.
+    :param log_density: of the base's draws ``(n,)``, as ``Base.draw`` returns it.
+    """
+    centred = lax.stop_gradient(terms - terms.mean())
+    return -(centred * log_density).sum() / max(len(log_density) - 1, 1)
 
 
 def flow_matching(
@@ -91,6 +105,6 @@ def velocity_of(flow: TransformModule) -> Continuous:
     return flow
 
 
-def _log_prob(transform: TransformModule, base: dist.Distribution, u: Array) -> Array:
+def _log_prob(transform: TransformModule, base: dist.Distribution | Base, u: Array) -> Array:
     x, log_det = transform.inverse_and_log_det(u)
-    return base.log_prob(x) + log_det
+    return distribution_of(base).log_prob(x) + log_det

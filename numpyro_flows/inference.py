@@ -17,15 +17,18 @@ from numpyro.infer.initialization import init_to_uniform
 from tqdm import tqdm
 
 from numpyro_flows import flows
-from numpyro_flows.elbo import elbo_terms, forward_kl
+from numpyro_flows.distributions import Base
+from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient
 from numpyro_flows.guides import AutoFlow
-from numpyro_flows.initialization import Start, find_start
+from numpyro_flows.guides.auto_flow import check_base
+from numpyro_flows.initialization import Start, find_start, gaussian_around
 from numpyro_flows.log_density import LogDensity, prototype_trace
 from numpyro_flows.posterior import FlowPosterior, History
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
+_BASE_DF = float(20)  # the default, told by its identity from a 20 that the user gives
 _NEARLY_EXACT = 0.02  # nats of KL divergence, below which a fit that no longer improves may end before its budget
 
 
@@ -52,6 +55,9 @@ class FlowVI:
     :param base_df: degrees of freedom of the Student-t base, ``None`` for a normal one. Its heavier tails keep
         importance weights bounded; the price is a few thousandths of a nat a dimension, and that a positive latent,
         the exponential of one with such tails, has moments after importance resampling only.
+    :param base: factory ``base(dim, key=key) -> Base`` of a base that is learned along with the flow, in place of
+        ``base_df``. A ``MixtureBase`` serves posteriors of several modes: it starts on those which the search finds
+        (give ``num_starts`` enough of them), and the location and scale around them all.
     :param path_gradient: whether phase 3 is as described; if not, it goes on with the plain ELBO. Unless given: where
         the flow's inverse, of which both need a pass, takes no more network passes than its forward direction.
     :param num_starts: points from which the search walks.
@@ -67,16 +73,20 @@ class FlowVI:
         num_steps: int = 5000,
         num_particles: int = 256,
         learning_rate: float = 2e-3,
-        base_df: float | None = 20.0,
+        base_df: float | None = _BASE_DF,
+        base: Callable[..., Base] | None = None,
         path_gradient: bool | None = None,
         num_starts: int = 4,
         init_loc_fn: Callable = init_to_uniform,
         progress_bar: bool = True,
     ):
         check_options(num_steps, num_particles, learning_rate, num_starts)
+        if base is not None and base_df is _BASE_DF:
+            base_df = None
+        check_base(base, base_df, "FlowVI")
         self.model, self.flow = model, flow
         self.num_steps, self.num_particles, self.learning_rate = num_steps, num_particles, learning_rate
-        self.base_df, self.path_gradient = base_df, path_gradient
+        self.base_df, self.base, self.path_gradient = base_df, base, path_gradient
         self.num_starts, self.init_loc_fn, self.progress_bar = num_starts, init_loc_fn, progress_bar
 
     def run(self, rng_key: Array, *args: Any, **kwargs: Any) -> FlowPosterior:
@@ -87,7 +97,14 @@ class FlowVI:
         """
         begin = time.perf_counter()
         setup_key, start_key, fit_key, draw_key = jax.random.split(rng_key, 4)
-        guide = AutoFlow(self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=self.base_df, full_rank=True)
+        guide = AutoFlow(
+            self.model,
+            self.flow,
+            init_loc_fn=self.init_loc_fn,
+            base_df=self.base_df,
+            base=self.base,
+            full_rank=True,
+        )
         with handlers.seed(rng_seed=setup_key):
             guide._setup_prototype(*args, **kwargs)
         learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
@@ -98,13 +115,19 @@ class FlowVI:
             )
         log_density = guide.log_density(*args, **kwargs)
         start = self._find_start(guide, log_density, start_key)
-        guide.start_at(jnp.asarray(start.loc), jnp.asarray(start.scale_tril))
-        transform, history = self._ascend(guide, log_density, fit_key)
+        loc, scale_tril = start.loc, start.scale_tril
+        if guide.learned_base is not None:
+            loc, scale_tril, *modes = gaussian_around(start.modes)
+            guide.learned_base = guide.learned_base.at_modes(*(jnp.asarray(a, guide.init_loc.dtype) for a in modes))
+        guide.start_at(jnp.asarray(loc), jnp.asarray(scale_tril))
+        transform, base, history = self._ascend(guide, log_density, fit_key)
         history = history._replace(
             gradients=start.gradients + self.num_particles * len(history.elbo),
             seconds=time.perf_counter() - begin,
         )
         params = {f"{guide.prefix}_flow$params": parameters(transform)}
+        if base is not None:
+            params[f"{guide.prefix}_base$params"] = parameters(base)
         return FlowPosterior(guide, params, log_density, history, rng_key=draw_key)
 
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> Start:
@@ -128,12 +151,14 @@ class FlowVI:
             np.random.default_rng(int(jax.random.randint(key, (), 0, 2**31 - 1))),
         )
 
-    def _ascend(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> tuple[TransformModule, History]:
+    def _ascend(
+        self, guide: AutoFlow, log_density: LogDensity, key: Array
+    ) -> tuple[TransformModule, Base | None, History]:
         """Phases 2 and 3, in the coordinates of the start."""
         assert guide.transform is not None
         *inner, outer = guide.transform.layers
-        params, static = eqx.partition(Compose(inner), eqx.is_inexact_array)
-        base, n = guide.get_base_dist(), self.num_particles
+        params, static = eqx.partition((Compose(inner), guide.learned_base), eqx.is_inexact_array)
+        fixed_base, n = guide.get_base_dist(), self.num_particles
         scale_log_det = outer.forward_and_log_det(jnp.zeros_like(guide.init_loc))[1]
         use_path = self.path_gradient
         if use_path is None:
@@ -143,18 +168,21 @@ class FlowVI:
         def whitened(z):
             return jax.vmap(log_density)(outer.forward_and_log_det(z)[0]) + scale_log_det
 
-        def loss(params, x, path):
-            transform = eqx.combine(params, static)
+        def loss(params, key, path):
+            transform, learned = eqx.combine(params, static)
+            base = fixed_base if learned is None else learned
+            x, log_density_of_base = (base.sample(key, (n,)), None) if learned is None else learned.draw(key, n)
             terms, z = elbo_terms(transform, base, whitened, x, path=path)
             tails = forward_kl(transform, base, z, terms) if path else 0.0
-            return tails - terms.mean(), (terms.mean(), 0.5 * terms.var())
+            score = 0.0 if log_density_of_base is None else score_gradient(terms, log_density_of_base)
+            return tails + score - terms.mean(), (terms.mean(), 0.5 * terms.var())
 
         adam = optax.scale_by_adam()
 
         def step(path, state, step_size_and_key):
             params, moments, skipped = state
             step_size, key = step_size_and_key
-            gradient, progress = jax.grad(loss, has_aux=True)(params, base.sample(key, (n,)), path)
+            gradient, progress = jax.grad(loss, has_aux=True)(params, key, path)
             finite = jnp.isfinite(optax.tree.norm(gradient))
             update, new_moments = adam.update(gradient, moments)
             new_params = jax.tree.map(lambda p, u: p - step_size * u, params, update)
@@ -181,7 +209,7 @@ class FlowVI:
                     trace += np.asarray(elbos, float).tolist()
                     divergence += np.asarray(divergences, float).tolist()
                     if int(state[2]) == len(trace):
-                        raise RuntimeError(self._nothing_finite(log_density, outer, base, key))
+                        raise RuntimeError(self._nothing_finite(log_density, outer, fixed_base, key))
                     recent = float(np.nanmean(trace[-_WINDOW:]))
                     if recent > best[0]:
                         best = recent, state[0]
@@ -193,7 +221,8 @@ class FlowVI:
         final = state[0] if schedule.finished or not trace else best[1]
         skipped = int(state[2])
         history = History(np.asarray(trace), skipped, schedule.stationary, interrupted)
-        return Compose([eqx.combine(final, static), outer]), history
+        transform, learned = eqx.combine(final, static)
+        return Compose([transform, outer]), learned, history
 
     def _nothing_finite(self, log_density: LogDensity, outer: TransformModule, base: Any, key: Array) -> str:
         u = outer.forward_and_log_det(base.sample(key, (64,)))[0]

@@ -15,6 +15,8 @@ from jax import Array, lax
 from jax.scipy.special import logsumexp
 
 from numpyro_flows import _arviz, serialization
+from numpyro_flows.distributions import BASES
+from numpyro_flows.flows import FLOWS
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.transform_module import parameters
@@ -78,6 +80,7 @@ class FlowPosterior:
         self.num_draws, self._key = num_draws, jax.random.key(0) if rng_key is None else rng_key
         self._distribution = guide.get_posterior(params)
         self._transform: Any = self._distribution.transform
+        self._base = guide.get_base(params)
         self._constrain = jax.jit(lambda u: lax.map(log_density.constrain, u, batch_size=_BATCH))
         self._score = jax.jit(lambda u: lax.map(log_density, u, batch_size=_BATCH))
         self._unconstrain = jax.jit(lambda s: lax.map(log_density.unconstrain, s, batch_size=_BATCH))
@@ -234,23 +237,29 @@ class FlowPosterior:
         arguments = {"args": list(self.log_density.args), "kwargs": self.log_density.kwargs}
         metadata = {
             "arguments": serialization.pack(arguments, tensors, "model"),
-            "flow": serialization.describe_flow(self.guide.flow),
+            "flow": serialization.describe(self.guide.flow, FLOWS),
+            "base": serialization.describe(self.guide.base, BASES) if self.guide.base else None,
             "guide": {"base_df": self.guide.base_df, "full_rank": self.guide.full_rank},
             "scale_is_matrix": isinstance(self._transform.layers[-1], TriangularAffine),
             "num_draws": self.num_draws,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
         }
-        weights = serialization.state_dict(self._transform)
-        tensors.update({f"transform.{name}": value for name, value in weights.items()})
+        for prefix, module in (("transform", self._transform), ("base", self._base)):
+            weights = {} if module is None else serialization.state_dict(module)
+            tensors.update({f"{prefix}.{name}": value for name, value in weights.items()})
         serialization.save(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | Path, model: Callable, flow: Callable | None = None) -> FlowPosterior:
+    def load(
+        cls, path: str | Path, model: Callable, flow: Callable | None = None, base: Callable | None = None
+    ) -> FlowPosterior:
         """Reads a posterior back.
 
         :param path: what :meth:`save` wrote.
         :param model: the model it was fitted to.
         :param flow: the guide's flow factory, needed if it was not one of ``flows`` or a ``partial`` of one.
+        :param base: the factory of its learned base, needed if it was not one of ``distributions`` or a ``partial`` of
+            one.
         :raises ValueError: if the file is not a posterior's, or the weights do not fit the model and the flow.
         """
         tensors, metadata = serialization.load(path)
@@ -258,15 +267,26 @@ class FlowPosterior:
             raise ValueError(f"load: {str(path)!r} holds no posterior.")
         if flow is None and metadata["flow"] is None:
             raise ValueError("load: the posterior's flow was not one of flows.*: pass its factory as flow=.")
-        factory = flow or serialization.build_flow(metadata["flow"])
+        factory = flow or serialization.build(metadata["flow"], FLOWS)
+        if base is None and metadata.get("base") is not None:
+            base = serialization.build(metadata["base"], BASES)
+        if base is None and any(name.startswith("base.") for name in tensors):
+            raise ValueError("load: the posterior's base was not one of distributions.*: pass its factory as base=.")
         arguments = serialization.unpack(metadata["arguments"], tensors)
         args, kwargs = tuple(arguments["args"]), arguments["kwargs"]
-        guide = AutoFlow(model, factory, **metadata["guide"])
+        guide = AutoFlow(model, factory, base=base, **metadata["guide"])
         log_density = guide.log_density(*args, **kwargs)
         if metadata["scale_is_matrix"]:
             guide.start_at(guide.init_loc, jnp.eye(guide.latent_dim))
-        weights = {n.removeprefix("transform."): t for n, t in tensors.items() if n.startswith("transform.")}
-        transform = serialization.load_state_dict(guide.transform, weights)  # type: ignore[arg-type]
+        weights = {
+            part: {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")}
+            for part in ("transform", "base")
+        }
+        assert guide.transform is not None
+        transform = serialization.load_state_dict(guide.transform, weights["transform"])
         params = {f"{guide.prefix}_flow$params": parameters(transform)}
+        if guide.learned_base is not None:
+            learned_base = serialization.load_state_dict(guide.learned_base, weights["base"])
+            params[f"{guide.prefix}_base$params"] = parameters(learned_base)
         history = History(**{**metadata["history"], "elbo": np.asarray(tensors["history.elbo"])})
         return cls(guide, params, log_density, history, num_draws=metadata["num_draws"])

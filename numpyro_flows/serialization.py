@@ -9,9 +9,9 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -20,28 +20,28 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from numpyro_flows import flows
-from numpyro_flows.transform_module import Repeat, TransformModule
+from numpyro_flows.transform_module import Repeat
 
 _FORMAT = "pyroflows-1"
+_Module = TypeVar("_Module", bound=eqx.Module)
 
 
-def state_dict(transform: TransformModule) -> dict[str, np.ndarray]:
+def state_dict(module: eqx.Module) -> dict[str, np.ndarray]:
     """All parameters by their dotted names; those of repeated layers one by one, as ``layers.{i}. ...``."""
-    return {name: np.asarray(read(transform)) for name, read, _ in _walk(transform)}
+    return {name: np.asarray(read(module)) for name, read, _ in _walk(module)}
 
 
-def load_state_dict(transform: TransformModule, state: dict[str, Any]) -> TransformModule:
-    """Returns ``transform`` with the parameters of ``state`` (a :func:`state_dict`), in its own dtype.
+def load_state_dict(module: _Module, state: dict[str, Any]) -> _Module:
+    """Returns ``module`` with the parameters of ``state`` (a :func:`state_dict`), in its own dtype.
 
     :raises ValueError: listing the names that are missing, unknown or of another shape.
     """
-    entries = {name: (read, write) for name, read, write in _walk(transform)}
-    shapes = {name: np.shape(read(transform)) for name, (read, _) in entries.items()}
+    entries = {name: (read, write) for name, read, write in _walk(module)}
+    shapes = {name: np.shape(read(module)) for name, (read, _) in entries.items()}
     check_state(shapes, {name: np.shape(value) for name, value in state.items()})
     for name, (_, write) in entries.items():
-        transform = write(transform, state[name])
-    return transform
+        module = write(module, state[name])
+    return module
 
 
 def _walk(module: Any) -> Iterator[tuple[str, Callable[[Any], Any], Callable[[Any, Any], Any]]]:
@@ -118,19 +118,19 @@ def check_state(expected: dict[str, tuple], given: dict[str, tuple]) -> None:
         if tuple(expected[name]) != tuple(given[name]):
             problems.append(f"{name} of shape {tuple(given[name])}, expected {tuple(expected[name])}")
     if problems:
-        raise ValueError("state: the weights do not fit this transform: " + "; ".join(problems) + ".")
+        raise ValueError("state: the weights do not fit this module: " + "; ".join(problems) + ".")
 
 
 # -- what a posterior's file holds besides weights ---------------------------------------------------------------------
-def describe_flow(flow: Callable) -> dict[str, Any] | None:
-    """Name and keyword arguments of a factory out of ``flows`` (or a ``partial`` of one); ``None`` for any other."""
+def describe(factory: Callable, known: Mapping[str, Callable]) -> dict[str, Any] | None:
+    """Name and keyword arguments of a factory out of ``known`` (or a ``partial`` of one); ``None`` for any other."""
     keywords: dict[str, Any] = {}
-    while isinstance(flow, functools.partial):
-        if flow.args:
+    while isinstance(factory, functools.partial):
+        if factory.args:
             return None
-        keywords, flow = {**flow.keywords, **keywords}, flow.func
-    name = getattr(flow, "__name__", None)
-    if flows.FLOWS.get(str(name)) is not flow:
+        keywords, factory = {**factory.keywords, **keywords}, factory.func
+    name = getattr(factory, "__name__", None)
+    if known.get(str(name)) is not factory:
         return None
     try:
         json.dumps(keywords)
@@ -139,9 +139,9 @@ def describe_flow(flow: Callable) -> dict[str, Any] | None:
     return {"name": name, "keywords": keywords}
 
 
-def build_flow(description: dict[str, Any]) -> Callable:
-    """The factory that :func:`describe_flow` described."""
-    return functools.partial(flows.FLOWS[description["name"]], **description["keywords"])
+def build(description: dict[str, Any], known: Mapping[str, Callable]) -> Callable:
+    """The factory that :func:`describe` described."""
+    return functools.partial(known[description["name"]], **description["keywords"])
 
 
 def pack(value: Any, tensors: dict[str, Any], prefix: str) -> Any:

@@ -7,7 +7,7 @@ Calling, ``.inv``, ``log_abs_det_jacobian``, NumPyro's intermediates, compositio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,6 +16,8 @@ import numpyro
 from jax import Array, lax
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
+
+_Module = TypeVar("_Module", bound=eqx.Module)
 
 
 class _EquinoxPytree:
@@ -257,9 +259,10 @@ class Repeat(TransformModule):
         return eqx.tree_at(lambda r: r.layers, self, layers), y, log_det
 
 
-def flow_module(name: str, transform: TransformModule) -> TransformModule:
+def flow_module(name: str, transform: _Module) -> _Module:
     """Registers the parameters of ``transform`` as the NumPyro param site ``{name}$params``, a dict of arrays.
 
+    :param transform: a transform, or any other equinox module, such as a learned base.
     :returns: the transform with the parameters of the current substitution (of ``SVI``, ``handlers.substitute``, ...).
     """
     params, static = eqx.partition(transform, eqx.is_inexact_array)
@@ -268,7 +271,7 @@ def flow_module(name: str, transform: TransformModule) -> TransformModule:
     return eqx.combine(jax.tree.unflatten(jax.tree.structure(params), leaves), static)
 
 
-def parameters(transform: TransformModule) -> dict[str, Array]:
+def parameters(transform: eqx.Module) -> dict[str, Array]:
     """The trainable arrays by their dotted names, layers of a :class:`Repeat` stacked: what the param site holds."""
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(transform, eqx.is_inexact_array))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyroflows.distributions import Base, ConditionalFlowDistribution, FlowDistribution
+from pyroflows.distributions import Base, ConditionalFlowDistribution, FlowDistribution, distribution_of
 from pyroflows.elbo import flow_matching, velocity_of
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import ElementwiseAffine
@@ -87,12 +87,11 @@ def fit_density(
 
     def log_prob(rows: Tensor) -> Tensor:
         x, log_det = flow.inverse_and_log_det(data[rows], None if context is None else context[rows])
-        return (base.distribution() if isinstance(base, Base) else base).log_prob(x) + log_det
+        return distribution_of(base).log_prob(x) + log_det
 
     def loss(rows: Tensor) -> Tensor:
         if objective == "flow_matching":
-            now = base.distribution() if isinstance(base, Base) else base
-            return flow_matching(flow, now, data[rows], None if context is None else context[rows])
+            return flow_matching(flow, distribution_of(base), data[rows], None if context is None else context[rows])
         return offset - log_prob(rows).mean()
 
     @torch.no_grad()

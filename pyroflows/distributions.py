@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn import functional as F
 
+from pyroflows.conditioners import MLP
 from pyroflows.transform_module import Conditioned, TransformModule
 
 
@@ -35,7 +39,7 @@ class FlowDistribution(dist.TransformedDistribution):
                 f"FlowDistribution: transform must be a TransformModule, but got {type(transform).__name__}. "
                 "Use pyro.distributions.TransformedDistribution for Pyro's own transforms."
             )
-        base = base.distribution() if isinstance(base, Base) else base
+        base = distribution_of(base)
         super().__init__(base, [transform], validate_args=validate_args)
 
     @property
@@ -71,7 +75,7 @@ class ConditionalFlowDistribution:
 
     def condition(self, context: Tensor) -> FlowDistribution:
         """The density given a context ``(..., context_dim)``, whose batch axes become those of the distribution."""
-        base = self.base.distribution() if isinstance(self.base, Base) else self.base
+        base = distribution_of(self.base)
         batch = torch.broadcast_shapes(base.batch_shape, context.shape[:-1])
         return FlowDistribution(base.expand(batch), self.transform.condition(context))
 
@@ -88,6 +92,27 @@ class Base(nn.Module):
     def distribution(self) -> dist.TorchDistribution:
         """The distribution at the present parameters."""
         raise NotImplementedError
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """Draws ``(n, dim)``, and their log-density as a function of what they carry no gradient of, if anything.
+
+        For ``elbo.score_gradient``, where a draw's derivative by some parameter is a bad estimator.
+        """
+        return self.distribution().rsample((n,)), None
+
+    def at_modes(self, log_mass: Tensor, loc: Tensor, scale: Tensor) -> Base:
+        """The base placed on modes found in its own coordinates, in place; itself, unless a base knows how.
+
+        :param log_mass: logarithms of the modes' masses ``(num_modes,)``, up to a constant.
+        :param loc: the modes ``(num_modes, dim)``.
+        :param scale: their scales ``(num_modes, dim)``.
+        """
+        return self
+
+
+def distribution_of(base: dist.TorchDistribution | Base) -> dist.TorchDistribution:
+    """The distribution itself, or that of a :class:`Base` at its present parameters."""
+    return base.distribution() if isinstance(base, Base) else base
 
 
 class LocScaleBase(Base):
@@ -129,13 +154,55 @@ class MixtureBase(Base):
     def distribution(self) -> dist.TorchDistribution:
         return DiagonalMixture(self.logits, self.loc, self.log_scale.exp())
 
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        k = torch.distributions.Categorical(logits=self.logits).sample((n,))
+        scale = self.log_scale.exp()
+        x = self.loc[k] + scale[k] * torch.randn_like(self.loc[k])
+        return x, DiagonalMixture(self.logits, self.loc.detach(), scale.detach()).log_prob(x.detach())
+
+    @torch.no_grad()
+    def at_modes(self, log_mass: Tensor, loc: Tensor, scale: Tensor) -> MixtureBase:
+        """The components shared out among the modes, of which each gets its mass; those of least mass may get none."""
+        mode, logits, offset = _share_out(len(self.logits), log_mass)
+        self.loc.copy_(loc[mode] + offset * scale[mode] * self.loc)
+        self.log_scale.copy_(scale[mode].log())
+        self.logits.copy_(logits)
+        return self
+
+
+class ResampledBase(Base):
+    """Normals thinned by a learned acceptance probability: a :class:`Resampled` (Stimper et al. 2022).
+
+    Gives the base gaps and modes, which a flow could only approach. Starts as the normal. For maximum
+    likelihood: its draws are not reparameterised, so that guides refuse it. Its normaliser is an estimate from the same
+    draws at every step, which a large network could fit: ``base.distribution(noise).normaliser`` is one from others.
+
+    :param dim: size of a draw.
+    :param hidden_dims: widths of the acceptance network's hidden layers.
+    :param num_tries: draws of the normal after which the last one is taken.
+    :param num_draws: normal draws by which the normaliser is estimated, a network pass over them for each density.
+    """
+
+    noise: Tensor
+
+    def __init__(self, dim: int, hidden_dims: Sequence[int] = (32, 32), num_tries: int = 100, num_draws: int = 4096):
+        super().__init__()
+        check_resampling(num_tries, num_draws)
+        self.acceptance, self.num_tries = MLP(dim, hidden_dims, 1), num_tries
+        noise = torch.as_tensor(_fixed_noise(num_draws, dim), dtype=torch.get_default_dtype())
+        self.register_buffer("noise", noise, persistent=False)
+
+    def distribution(self, noise: Tensor | None = None) -> Resampled:
+        return Resampled(self.acceptance, self.noise if noise is None else noise, self.num_tries)
+
 
 class DiagonalMixture(dist.TorchDistribution):
     """A mixture of normals with diagonal covariances.
 
     Draws carry the gradient of every parameter, weights included, by implicit reparameterisation (Figurnov et al.
     2018, eq. 5, through the multivariate distributional transform): exact to first order; not to second. The price is a
-    triangular solve a draw, ``O(num_components * dim^2)``.
+    triangular solve a draw, ``O(num_components * dim^2)``. Between components far apart, the gradient of the weights is
+    that of the rare draws from the gap: then it is better estimated as ``MixtureBase.draw`` does for ``FlowVI``.
 
     :param logits: unnormalised log-weights ``(num_components,)``.
     :param loc: locations ``(num_components, dim)``.
@@ -177,6 +244,86 @@ class DiagonalMixture(dist.TorchDistribution):
         return x - torch.linalg.solve_triangular(slope.detach(), moved, upper=False).squeeze(-1)
 
 
+class Resampled(dist.TorchDistribution):
+    """Normals, each accepted with probability ``a(x)`` or drawn anew; the last of ``num_tries`` tries is always taken.
+
+    The density is ``N(x; 0, I) ((1 - t) a(x) / Z + t)`` with ``t = (1 - Z)^(num_tries - 1)`` (Bauer & Mnih 2019;
+    Stimper et al. 2022), exact but for ``Z = E[a(x)]``, which is estimated. A draw carries no gradient and takes
+    ``1 / Z`` network passes on average.
+
+    :param acceptance: network ``(..., dim) -> (..., 1)`` of the logit of ``a(x)``.
+    :param noise: normal draws ``(num_draws, dim)`` that estimate ``Z``.
+    :param num_tries: most tries.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(self, acceptance: nn.Module, noise: Tensor, num_tries: int, *, validate_args: bool | None = None):
+        self.acceptance, self.noise, self.num_tries = acceptance, noise, num_tries
+        super().__init__(torch.Size(), noise.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        new = type(self)(self.acceptance, self.noise, self.num_tries, validate_args=False)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    @property
+    def normaliser(self) -> tuple[Tensor, Tensor]:
+        """The estimate of ``Z``, and its standard error."""
+        accepted = self._logit(self.noise).sigmoid()
+        return accepted.mean(), accepted.std() / len(accepted) ** 0.5
+
+    def _logit(self, x: Tensor) -> Tensor:
+        return self.acceptance(x).squeeze(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        logit = self._logit(self.noise)
+        log_z, log_rest = (F.logsigmoid(h).logsumexp(0) - math.log(len(logit)) for h in (logit, -logit))
+        log_last = (self.num_tries - 1) * log_rest
+        log_early = torch.log(-torch.expm1(log_last)) - log_z
+        log_share = torch.logaddexp(F.logsigmoid(self._logit(value)) + log_early, log_last)
+        log_normal = -0.5 * value.square().sum(-1) - 0.5 * value.shape[-1] * math.log(2 * math.pi)
+        return (log_normal + log_share).expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape=()) -> Tensor:
+        shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
+        x = torch.randn(shape, dtype=self.noise.dtype, device=self.noise.device).reshape(-1, shape[-1])
+        pending = torch.arange(len(x), device=x.device)
+        for _ in range(self.num_tries - 1):
+            refused = torch.rand_like(x[pending, 0]) >= self._logit(x[pending]).sigmoid()
+            pending = pending[refused]
+            if not len(pending):
+                break
+            x[pending] = torch.randn_like(x[pending])
+        return x.reshape(shape)
+
+
+def check_resampling(num_tries: int, num_draws: int) -> None:
+    """Raises a ``ValueError`` that names the option with which nothing can be resampled."""
+    for name, value in (("num_tries", num_tries), ("num_draws", num_draws)):
+        if value < 2:
+            raise ValueError(f"ResampledBase: {name} must be at least 2, but got {value}.")
+
+
+def _fixed_noise(num_draws: int, dim: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((num_draws, dim))
+
+
+def _share_out(num_components: int, log_mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mode of each component, its log-weight, and whether it is not the mode's first one ``(num_components, 1)``."""
+    order = log_mass.argsort(descending=True)[:num_components]
+    place = torch.arange(num_components, device=log_mass.device)
+    index = place % len(order)
+    shares = torch.bincount(index, minlength=len(order)).to(log_mass)
+    log_mass = torch.log_softmax(log_mass[order], 0) - shares.log()
+    return order[index], log_mass[index], (place >= len(order)).to(log_mass).unsqueeze(-1)
+
+
 def _normal_terms(x: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Standardised values and log-densities ``(..., num_components, dim)``."""
     u = (x.unsqueeze(-2) - loc) / scale
@@ -193,3 +340,6 @@ def _conditional_cdfs(x: Tensor, logits: Tensor, loc: Tensor, scale: Tensor) -> 
     slope = (weights * log_density.exp()).sum(-2)
     lower = (weights * (below - cdf.unsqueeze(-2))).mT @ (-u / scale)
     return cdf, lower.tril(-1) + torch.diag_embed(slope)
+
+
+BASES = {base.__name__: base for base in (LocScaleBase, MixtureBase)}  # which a file can describe

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyroflows.distributions import Base, distribution_of
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import Continuous
 
@@ -17,7 +18,7 @@ _LARGEST_WEIGHT = 8.0  # of an importance weight, in means
 
 def elbo_terms(
     transform: TransformModule,
-    base: dist.TorchDistribution,
+    base: dist.TorchDistribution | Base,
     log_density: Callable[[Tensor], Tensor],
     x: Tensor,
     *,
@@ -26,7 +27,7 @@ def elbo_terms(
     """``log p(u) - log q(u)`` at ``u = transform(x)``; its mean over ``x ~ base`` is the ELBO.
 
     :param transform: the flow from the base to the unconstrained latents.
-    :param base: the distribution of ``x``.
+    :param base: the distribution of ``x``, or a :class:`Base`, whose parameters are trained too.
     :param log_density: log-density of a batch ``(n, dim) -> (n,)``.
     :param x: base draws ``(n, dim)``.
     :param path: holds the parameters fixed in ``log q``, so that the gradient flows through the draws alone: still
@@ -36,14 +37,16 @@ def elbo_terms(
     """
     u, log_det = transform.forward_and_log_det(x)
     if path:
-        with _held_fixed(transform):
+        with _held_fixed(transform, *([base] if isinstance(base, Base) else [])):
             log_q = _log_prob(transform, base, u)
     else:
-        log_q = base.log_prob(x) - log_det
+        log_q = distribution_of(base).log_prob(x) - log_det
     return log_density(u) - log_q, u
 
 
-def forward_kl(transform: TransformModule, base: dist.TorchDistribution, u: Tensor, log_ratios: Tensor) -> Tensor:
+def forward_kl(
+    transform: TransformModule, base: dist.TorchDistribution | Base, u: Tensor, log_ratios: Tensor
+) -> Tensor:
     """A loss whose gradient estimates that of ``KL(p || q)``, by truncated self-normalised importance weights.
 
     The ELBO says little about the tails of ``q``; this says that ``q`` must not be small where ``p`` is not, which is
@@ -57,6 +60,18 @@ def forward_kl(transform: TransformModule, base: dist.TorchDistribution, u: Tens
     log_q = _log_prob(transform, base, u.detach())
     weights = torch.softmax(log_ratios.detach(), 0).clamp_max(_LARGEST_WEIGHT / len(log_q))
     return log_q.mean() - (weights * log_q).sum() / weights.sum()
+
+
+def score_gradient(terms: Tensor, log_density: Tensor) -> Tensor:
+    """A loss whose gradient is the negative ELBO's by the parameters of ``log_density``, with the mean as a baseline.
+
+    Its variance vanishes as the terms become equal.
+
+    :param terms: ``log p(u) - log q(u)`` ``(n,)``, held fixed.
+    :param log_density: of the base's draws ``(n,)``, as ``Base.draw`` returns it.
+    """
+    centred = terms.detach() - terms.detach().mean()
+    return -(centred * log_density).sum() / max(len(log_density) - 1, 1)
 
 
 def flow_matching(
@@ -89,15 +104,15 @@ def velocity_of(flow: TransformModule) -> Continuous:
     return flow
 
 
-def _log_prob(transform: TransformModule, base: dist.TorchDistribution, u: Tensor) -> Tensor:
+def _log_prob(transform: TransformModule, base: dist.TorchDistribution | Base, u: Tensor) -> Tensor:
     x, log_det = transform.inverse_and_log_det(u)
-    return base.log_prob(x) + log_det
+    return distribution_of(base).log_prob(x) + log_det
 
 
 @contextmanager
-def _held_fixed(transform: TransformModule) -> Iterator[None]:
+def _held_fixed(*modules: nn.Module) -> Iterator[None]:
     """Parameters are constants in the graph that is built inside."""
-    trainable = [p for p in transform.parameters() if p.requires_grad]
+    trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
     try:
         for p in trainable:
             p.requires_grad_(False)

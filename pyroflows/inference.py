@@ -13,15 +13,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroflows import flows
-from pyroflows.elbo import elbo_terms, forward_kl
+from pyroflows.distributions import Base, distribution_of
+from pyroflows.elbo import elbo_terms, forward_kl, score_gradient
 from pyroflows.guides import AutoFlow
-from pyroflows.initialization import Start, find_start
+from pyroflows.guides.auto_flow import check_base
+from pyroflows.initialization import Start, find_start, gaussian_around
 from pyroflows.log_density import LogDensity, prototype_trace
 from pyroflows.posterior import FlowPosterior, History
 from pyroflows.transform_module import Compose, TransformModule
 
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
+_BASE_DF = float(20)  # the default, told by its identity from a 20 that the user gives
 _NEARLY_EXACT = 0.02  # nats of KL divergence, below which a fit that no longer improves may end before its budget
 
 
@@ -48,6 +51,9 @@ class FlowVI:
     :param base_df: degrees of freedom of the Student-t base, ``None`` for a normal one. Its heavier tails keep
         importance weights bounded; the price is a few thousandths of a nat a dimension, and that a positive latent,
         the exponential of one with such tails, has moments after importance resampling only.
+    :param base: factory ``base(dim) -> Base`` of a base that is learned along with the flow, in place of
+        ``base_df``. A ``MixtureBase`` serves posteriors of several modes: it starts on those which the search finds
+        (give ``num_starts`` enough of them), and the location and scale around them all.
     :param path_gradient: whether phase 3 is as described; if not, it goes on with the plain ELBO. Unless given: where
         the flow's inverse, of which both need a pass, takes no more network passes than its forward direction.
     :param num_starts: points from which the search walks.
@@ -63,16 +69,20 @@ class FlowVI:
         num_steps: int = 5000,
         num_particles: int = 256,
         learning_rate: float = 2e-3,
-        base_df: float | None = 20.0,
+        base_df: float | None = _BASE_DF,
+        base: Callable[..., Base] | None = None,
         path_gradient: bool | None = None,
         num_starts: int = 4,
         init_loc_fn: Callable = init_to_uniform,
         progress_bar: bool = True,
     ):
         check_options(num_steps, num_particles, learning_rate, num_starts)
+        if base is not None and base_df is _BASE_DF:
+            base_df = None
+        check_base(base, base_df, "FlowVI")
         self.model, self.flow = model, flow
         self.num_steps, self.num_particles, self.learning_rate = num_steps, num_particles, learning_rate
-        self.base_df, self.path_gradient = base_df, path_gradient
+        self.base_df, self.base, self.path_gradient = base_df, base, path_gradient
         self.num_starts, self.init_loc_fn, self.progress_bar = num_starts, init_loc_fn, progress_bar
 
     def run(self, *args: Any, **kwargs: Any) -> FlowPosterior:
@@ -84,7 +94,14 @@ class FlowVI:
         :raises RuntimeError: if no start has a finite ELBO, or every gradient is not finite.
         """
         begin = time.perf_counter()
-        guide = AutoFlow(self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=self.base_df, full_rank=True)
+        guide = AutoFlow(
+            self.model,
+            self.flow,
+            init_loc_fn=self.init_loc_fn,
+            base_df=self.base_df,
+            base=self.base,
+            full_rank=True,
+        )
         guide._setup_prototype(*args, **kwargs)
         if guide.model_params:
             raise ValueError(
@@ -93,8 +110,11 @@ class FlowVI:
             )
         log_density = guide.log_density(*args, **kwargs)
         start = self._find_start(guide, log_density)
-        like = log_density.prototype
-        guide.start_at(torch.as_tensor(start.loc).to(like), torch.as_tensor(start.scale_tril).to(like))
+        learned, loc, scale_tril = guide._modules.get("learned_base"), start.loc, start.scale_tril
+        if learned is not None:
+            loc, scale_tril, *modes = gaussian_around(start.modes)
+            learned.at_modes(*(torch.as_tensor(a).to(log_density.prototype) for a in modes))  # type: ignore[operator]
+        guide.start_at(*(torch.as_tensor(a).to(log_density.prototype) for a in (loc, scale_tril)))
         history = self._ascend(guide, log_density)
         history = history._replace(
             gradients=start.gradients + self.num_particles * len(history.elbo),
@@ -136,7 +156,8 @@ class FlowVI:
         *inner_layers, outer = guide.transform.layers  # type: ignore[union-attr]
         inner: TransformModule = Compose(inner_layers)  # type: ignore[arg-type]
         outer.requires_grad_(False)
-        base, n = guide.get_base_dist(), self.num_particles
+        learned: Any = guide._modules.get("learned_base")
+        base, n = guide.get_base_dist() if learned is None else learned, self.num_particles
         scale_log_det = outer.forward_and_log_det(torch.zeros_like(log_density.prototype))[1]  # type: ignore[operator]
         use_path = self.path_gradient
         if use_path is None:
@@ -146,15 +167,18 @@ class FlowVI:
         def whitened(z: Tensor) -> Tensor:
             return log_density(outer.forward_and_log_det(z)[0]) + scale_log_det  # type: ignore[operator]
 
-        parameters = list(inner.parameters())
+        parameters = [*inner.parameters(), *(() if learned is None else learned.parameters())]
         adam = torch.optim.Adam(parameters, fused=True)
 
         def step(step_size: float, path: bool) -> tuple[Tensor, Tensor, bool]:
-            terms, z = elbo_terms(inner, base, whitened, base.sample((n,)), path=path)
+            x, log_density_of_base = (base.sample((n,)), None) if learned is None else learned.draw(n)
+            terms, z = elbo_terms(inner, base, whitened, x, path=path)
             loss = -terms.mean()
+            if log_density_of_base is not None:
+                loss = loss + score_gradient(terms, log_density_of_base)
             if path:
                 loss = loss + forward_kl(inner, base, z, terms)
-            gradients = torch.autograd.grad(loss, parameters)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
             if finite:
                 for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -199,7 +223,7 @@ class FlowVI:
 
     @torch.no_grad()
     def _nothing_finite(self, log_density: LogDensity, outer: Any, base: Any) -> str:
-        sites = log_density.site_log_probs(outer.forward_and_log_det(base.sample((64,)))[0])
+        sites = log_density.site_log_probs(outer.forward_and_log_det(distribution_of(base).sample((64,)))[0])
         shares = {name: float((~torch.isfinite(value)).double().mean()) for name, value in sites.items()}
         bad = {name: f"{share:.0%} of draws" for name, share in shares.items() if share} or "none (the gradient is)"
         return (

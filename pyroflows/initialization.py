@@ -25,6 +25,7 @@ class Start(NamedTuple):
     scale_tril: np.ndarray  # (dim, dim)
     elbo: float
     gradients: int  # gradient evaluations that the search took, a Hessian counted as dim of them
+    modes: tuple[Start, ...] = ()  # the best of each path, without repetitions, from the best down
 
 
 def find_start(
@@ -46,17 +47,18 @@ def find_start(
     dim = len(starts[0])
     noise = rng.standard_normal((_NUM_DRAWS, dim))
     entropy = 0.5 * (noise**2).sum(-1).mean() + 0.5 * dim * np.log(2 * np.pi)
-    best, gradients = Start(starts[0], np.eye(dim), -np.inf, 0), 0
+    best_of_paths: list[Start] = []
+    gradients = 0
 
     def consider(loc: np.ndarray, scale_tril: np.ndarray) -> None:
-        nonlocal best
         with np.errstate(all="ignore"):
             values = log_density(loc + noise @ scale_tril.T)
             elbo = float(values.mean() + entropy + np.log(np.diagonal(scale_tril)).sum())
-        if np.isfinite(elbo) and elbo > best.elbo:
-            best = Start(loc, scale_tril, elbo, 0)
+        if np.isfinite(elbo) and elbo > best_of_paths[-1].elbo:
+            best_of_paths[-1] = Start(loc, scale_tril, elbo, 0)
 
     for start in starts:
+        best_of_paths.append(Start(start, np.eye(dim), -np.inf, 0))
         for scale in (0.1, 1.0):
             consider(start, scale * np.eye(dim))
         path, evaluations = _ascend(value_and_grad, start)
@@ -74,12 +76,42 @@ def find_start(
             if scale_tril is not None:
                 consider(point, scale_tril)
                 consider(point + scale_tril @ (scale_tril.T @ gradient), scale_tril)
+    best = max(best_of_paths, key=lambda start: start.elbo)
     if not np.isfinite(best.elbo):
         raise RuntimeError(
             "FlowVI: no start with a finite ELBO was found. Standardise the data, use tighter priors, or pass "
             "init_loc_fn= with a point of high density."
         )
-    return best._replace(gradients=gradients)
+    return best._replace(gradients=gradients, modes=_distinct(best_of_paths))
+
+
+def _distinct(starts: list[Start]) -> tuple[Start, ...]:
+    """Those of more than a thousandth of the best one's mass, outside the bulk of every better one."""
+    kept: list[Start] = []
+    for start in sorted(starts, key=lambda start: -start.elbo):
+        radius = 1 + 2 * len(start.loc) ** 0.5
+        away = [np.linalg.norm(np.linalg.solve(other.scale_tril, start.loc - other.loc)) > radius for other in kept]
+        if all(away) and start.elbo > (kept[0].elbo if kept else -np.inf) - np.log(1000):
+            kept.append(start)
+    return tuple(kept)
+
+
+def gaussian_around(modes: Sequence[Start]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The Gaussian of the mean and covariance of a mixture of modes, and these in its coordinates.
+
+    :param modes: Gaussians, of masses proportional to the exponentials of their ELBOs.
+    :returns: location ``(dim,)`` and Cholesky factor ``(dim, dim)`` of the Gaussian; the modes' log-masses
+        ``(num_modes,)``, and locations and scales ``(num_modes, dim)`` in coordinates where the Gaussian is standard.
+    """
+    log_mass = np.array([mode.elbo for mode in modes]) - modes[0].elbo
+    mass = np.exp(log_mass) / np.exp(log_mass).sum()
+    locs, scales = np.stack([mode.loc for mode in modes]), np.stack([mode.scale_tril for mode in modes])
+    loc = mass @ locs
+    apart = locs - loc
+    covariance = np.einsum("k,kij,klj->il", mass, scales, scales) + np.einsum("k,ki,kl->il", mass, apart, apart)
+    scale_tril = np.linalg.cholesky(covariance)
+    whitened = np.linalg.solve(scale_tril, scales)
+    return loc, scale_tril, log_mass, np.linalg.solve(scale_tril, apart.T).T, np.linalg.norm(whitened, axis=-1)
 
 
 def _ascend(

@@ -14,7 +14,8 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from pyroflows import _arviz, serialization
-from pyroflows.distributions import FlowDistribution
+from pyroflows.distributions import BASES, FlowDistribution
+from pyroflows.flows import FLOWS
 from pyroflows.guides import AutoFlow
 from pyroflows.log_density import LogDensity
 from pyroflows.transforms import TriangularAffine
@@ -64,7 +65,9 @@ class FlowPosterior:
     def __init__(self, guide: AutoFlow, log_density: LogDensity, history: History, *, num_draws: int = 10_000):
         self.guide, self.log_density, self.history, self.num_draws = guide, log_density, history, num_draws
         self._transform: Any = guide.get_transform()
-        self._distribution = FlowDistribution(guide.get_base_dist(), self._transform)
+        self._base = guide.get_base()
+        base = guide.get_base_dist() if self._base is None else self._base
+        self._distribution = FlowDistribution(base, self._transform)
         self._seed = int(torch.randint(2**31 - 1, ()))  # of the diagnostics' draws, which are made when first needed
 
     # -- draws and density -----------------------------------------------------------------------------------------
@@ -228,23 +231,29 @@ class FlowPosterior:
         arguments = {"args": list(self.log_density.args), "kwargs": self.log_density.kwargs}
         metadata = {
             "arguments": serialization.pack(arguments, tensors, "model"),
-            "flow": serialization.describe_flow(self.guide.flow),
+            "flow": serialization.describe(self.guide.flow, FLOWS),
+            "base": serialization.describe(self.guide.base, BASES) if self.guide.base else None,
             "guide": {"base_df": self.guide.base_df, "full_rank": self.guide.full_rank},
             "scale_is_matrix": isinstance(self._transform.layers[-1], TriangularAffine),
             "num_draws": self.num_draws,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
         }
-        weights = serialization.state_dict(self._transform)
-        tensors.update({f"transform.{name}": value for name, value in weights.items()})
+        for prefix, module in (("transform", self._transform), ("base", self._base)):
+            weights = {} if module is None else serialization.state_dict(module)
+            tensors.update({f"{prefix}.{name}": value for name, value in weights.items()})
         serialization.save(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | Path, model: Callable, flow: Callable | None = None) -> FlowPosterior:
+    def load(
+        cls, path: str | Path, model: Callable, flow: Callable | None = None, base: Callable | None = None
+    ) -> FlowPosterior:
         """Reads a posterior back.
 
         :param path: what :meth:`save` wrote.
         :param model: the model it was fitted to.
         :param flow: the guide's flow factory, needed if it was not one of ``flows`` or a ``partial`` of one.
+        :param base: the factory of its learned base, needed if it was not one of ``distributions`` or a ``partial`` of
+            one.
         :raises ValueError: if the file is not a posterior's, or the weights do not fit the model and the flow.
         """
         tensors, metadata = serialization.load(path)
@@ -252,14 +261,23 @@ class FlowPosterior:
             raise ValueError(f"load: {str(path)!r} holds no posterior.")
         if flow is None and metadata["flow"] is None:
             raise ValueError("load: the posterior's flow was not one of flows.*: pass its factory as flow=.")
-        factory = flow or serialization.build_flow(metadata["flow"])
+        factory = flow or serialization.build(metadata["flow"], FLOWS)
+        if base is None and metadata.get("base") is not None:
+            base = serialization.build(metadata["base"], BASES)
+        if base is None and any(name.startswith("base.") for name in tensors):
+            raise ValueError("load: the posterior's base was not one of distributions.*: pass its factory as base=.")
         arguments = serialization.unpack(metadata["arguments"], tensors)
         args, kwargs = tuple(arguments["args"]), arguments["kwargs"]
-        guide = AutoFlow(model, factory, **metadata["guide"])
+        guide = AutoFlow(model, factory, base=base, **metadata["guide"])
         log_density = guide.log_density(*args, **kwargs)
         if metadata["scale_is_matrix"]:
             guide.start_at(guide.init_loc, torch.eye(guide.latent_dim))
-        weights = {n.removeprefix("transform."): t for n, t in tensors.items() if n.startswith("transform.")}
-        serialization.load_state_dict(guide.transform, weights)  # type: ignore[arg-type]
+        weights = {
+            part: {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")}
+            for part in ("transform", "base")
+        }
+        serialization.load_state_dict(guide._modules["transform"], weights["transform"])  # type: ignore[arg-type]
+        if base is not None:
+            serialization.load_state_dict(guide._modules["learned_base"], weights["base"])  # type: ignore[arg-type]
         history = History(**{**metadata["history"], "elbo": np.asarray(tensors["history.elbo"])})
         return cls(guide, log_density, history, num_draws=metadata["num_draws"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,25 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-
-from pyroflows import flows
-from pyroflows.transform_module import TransformModule
+from torch import Tensor, nn
 
 _FORMAT = "pyroflows-1"
 
 
-def state_dict(transform: TransformModule) -> dict[str, Tensor]:
+def state_dict(module: nn.Module) -> dict[str, Tensor]:
     """All parameters by their dotted names."""
-    return {name: value.detach() for name, value in transform.state_dict().items()}
+    return {name: value.detach() for name, value in module.state_dict().items()}
 
 
-def load_state_dict(transform: TransformModule, state: dict[str, Any]) -> TransformModule:
-    """Copies the parameters of ``state`` (a :func:`state_dict`) into ``transform``, in its own dtype, and returns it.
+def load_state_dict(module: nn.Module, state: dict[str, Any]) -> nn.Module:
+    """Copies the parameters of ``state`` (a :func:`state_dict`) into ``module``, in its own dtype, and returns it.
 
     :raises ValueError: listing the names that are missing, unknown or of another shape.
     """
-    expected = {name: tuple(value.shape) for name, value in transform.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     check_state(expected, {name: tuple(value.shape) for name, value in state.items()})
-    transform.load_state_dict({name: torch.as_tensor(value) for name, value in state.items()})
-    return transform
+    module.load_state_dict({name: torch.as_tensor(value) for name, value in state.items()})
+    return module
 
 
 def save(path: str | Path, tensors: dict[str, Any], metadata: dict[str, Any]) -> None:
@@ -72,19 +69,19 @@ def check_state(expected: dict[str, tuple], given: dict[str, tuple]) -> None:
         if tuple(expected[name]) != tuple(given[name]):
             problems.append(f"{name} of shape {tuple(given[name])}, expected {tuple(expected[name])}")
     if problems:
-        raise ValueError("state: the weights do not fit this transform: " + "; ".join(problems) + ".")
+        raise ValueError("state: the weights do not fit this module: " + "; ".join(problems) + ".")
 
 
 # -- what a posterior's file holds besides weights ---------------------------------------------------------------------
-def describe_flow(flow: Callable) -> dict[str, Any] | None:
-    """Name and keyword arguments of a factory out of ``flows`` (or a ``partial`` of one); ``None`` for any other."""
+def describe(factory: Callable, known: Mapping[str, Callable]) -> dict[str, Any] | None:
+    """Name and keyword arguments of a factory out of ``known`` (or a ``partial`` of one); ``None`` for any other."""
     keywords: dict[str, Any] = {}
-    while isinstance(flow, functools.partial):
-        if flow.args:
+    while isinstance(factory, functools.partial):
+        if factory.args:
             return None
-        keywords, flow = {**flow.keywords, **keywords}, flow.func
-    name = getattr(flow, "__name__", None)
-    if flows.FLOWS.get(str(name)) is not flow:
+        keywords, factory = {**factory.keywords, **keywords}, factory.func
+    name = getattr(factory, "__name__", None)
+    if known.get(str(name)) is not factory:
         return None
     try:
         json.dumps(keywords)
@@ -93,9 +90,9 @@ def describe_flow(flow: Callable) -> dict[str, Any] | None:
     return {"name": name, "keywords": keywords}
 
 
-def build_flow(description: dict[str, Any]) -> Callable:
-    """The factory that :func:`describe_flow` described."""
-    return functools.partial(flows.FLOWS[description["name"]], **description["keywords"])
+def build(description: dict[str, Any], known: Mapping[str, Callable]) -> Callable:
+    """The factory that :func:`describe` described."""
+    return functools.partial(known[description["name"]], **description["keywords"])
 
 
 def pack(value: Any, tensors: dict[str, Any], prefix: str) -> Any:

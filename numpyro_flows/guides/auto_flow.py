@@ -17,7 +17,7 @@ from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
 
 from numpyro_flows import flows
-from numpyro_flows.distributions import FlowDistribution
+from numpyro_flows.distributions import Base, FlowDistribution
 from numpyro_flows.log_density import LogDensity, check_latents, prototype_trace
 from numpyro_flows.transform_module import Compose, TransformModule, flow_module
 from numpyro_flows.transforms import ElementwiseAffine, TriangularAffine
@@ -31,7 +31,7 @@ class AutoFlow(AutoContinuous):
     A drop-in ``AutoContinuous``: it works in NumPyro's ``SVI``, ``Predictive``, ``NeuTraReparam``, with any support
     that ``biject_to`` knows, and from one latent dimension on. The flow starts at the identity, so the guide
     starts as the normal of ``init_loc_fn`` and ``init_scale``. Its parameters are the one param site
-    ``{prefix}_flow$params``.
+    ``{prefix}_flow$params``; those of a learned base are ``{prefix}_base$params``.
 
     :param model: NumPyro model with continuous latents.
     :param flow: factory ``flow(dim, key=key) -> TransformModule``, such as ``flows.nsf`` or
@@ -41,6 +41,8 @@ class AutoFlow(AutoContinuous):
     :param init_scale: first scale on the unconstrained space: a positive number, a vector ``(latent_dim,)``, or a lower
         Cholesky factor ``(latent_dim, latent_dim)`` (then the scale map is of full rank).
     :param base_df: degrees of freedom of a Student-t base, for heavier tails; ``None`` for a normal base.
+    :param base: factory ``base(dim, key=key) -> Base`` of a base that is learned along with the flow, such as
+        ``functools.partial(distributions.MixtureBase, num_components=4)`` for several modes; in place of ``base_df``.
     :param full_rank: puts a trainable full-rank affine map between the flow and the location and scale.
     :raises ValueError: at the first call, for a model with discrete latents, none, latents in a subsampled plate, or
         a log-density that is not finite at the start (naming the sites).
@@ -55,6 +57,7 @@ class AutoFlow(AutoContinuous):
         init_loc_fn: Callable = init_to_uniform,
         init_scale: float | Array = 0.1,
         base_df: float | None = None,
+        base: Callable[..., Base] | None = None,
         full_rank: bool = False,
     ):
         if not callable(flow) or isinstance(flow, TransformModule):
@@ -63,9 +66,12 @@ class AutoFlow(AutoContinuous):
                 "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a built flow."
             )
         check_guide_scale(init_scale, base_df)
+        check_base(base, base_df, "AutoFlow")
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
         self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
+        self.base = base
         self.transform: Compose | None = None
+        self.learned_base: Base | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         owner = type(self).__name__
@@ -85,8 +91,12 @@ class AutoFlow(AutoContinuous):
             dtype = self._init_latent.dtype
             flow = self.flow(self.latent_dim, key=jax.random.fold_in(key, 1))
             whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
-            whole = jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, whole)
-            self.transform = Compose([*whole, self._location_and_scale(self._init_latent, self._init_scale)])
+            self.transform = Compose(
+                [*_cast(whole, dtype), self._location_and_scale(self._init_latent, self._init_scale)]
+            )
+            if self.base is not None:
+                base = check_built_base(self.base(self.latent_dim, key=jax.random.fold_in(key, 2)))
+                self.learned_base = _cast(base, dtype)
 
     def _location_and_scale(self, loc: Array, scale: float | Array) -> TransformModule:
         loc, scale = (jnp.asarray(a, self._init_latent.dtype) for a in (loc, scale))
@@ -129,14 +139,34 @@ class AutoFlow(AutoContinuous):
                 self._setup_prototype(*args, **kwargs)
         return LogDensity(self.model, args, kwargs, self.latent_dim, self._unpack_latent)
 
-    def get_base_dist(self) -> dist.Distribution:
-        """The flow's base ``(latent_dim,)``: standard normal, or Student-t with ``base_df`` degrees of freedom."""
+    def get_base_dist(self, params: dict[str, Any] | None = None) -> dist.Distribution:
+        """The flow's base ``(latent_dim,)``: standard normal, Student-t of ``base_df`` degrees of freedom, or learned.
+
+        :param params: as ``SVI`` returns them. A learned base stands at its first parameters without them, which is
+            what ``NeuTraReparam`` does: it masks the base's density, and takes no more than a start from it.
+        """
+        learned = self.get_base(params)
+        if learned is not None:
+            return learned.distribution()
         loc = jnp.zeros(self.latent_dim, self._init_latent.dtype)
         return (dist.Normal(loc, 1.0) if self.base_df is None else dist.StudentT(self.base_df, loc, 1.0)).to_event(1)
 
+    def get_base(self, params: dict[str, Any] | None = None) -> Base | None:
+        """The learned base at ``params``, or at its first ones; ``None`` if the base is not learned."""
+        if self.learned_base is None or params is None:
+            return self.learned_base
+        with handlers.block(), handlers.substitute(data=params):
+            return self._registered_base()
+
+    def _registered_base(self) -> Base:
+        assert self.learned_base is not None
+        return flow_module(f"{self.prefix}_base", self.learned_base)
+
     def _get_posterior(self) -> FlowDistribution:
-        transform = flow_module(f"{self.prefix}_flow", self.transform)  # type: ignore[arg-type]
-        return FlowDistribution(self.get_base_dist(), transform)
+        assert self.transform is not None
+        transform = flow_module(f"{self.prefix}_flow", self.transform)
+        base = self.get_base_dist() if self.learned_base is None else self._registered_base()
+        return FlowDistribution(base, transform)
 
     def get_transform(self, params: dict[str, Any]) -> TransformModule:
         """The map from the base to the unconstrained latents at ``params``."""
@@ -144,7 +174,7 @@ class AutoFlow(AutoContinuous):
 
     def get_posterior(self, params: dict[str, Any]) -> FlowDistribution:
         """The guide's distribution of the unconstrained latents at ``params``."""
-        return FlowDistribution(self.get_base_dist(), self.get_transform(params))
+        return handlers.substitute(self._get_posterior, params)()
 
     def quantiles(
         self, params: dict[str, Any], quantiles: Any, *, rng_key: Array | None = None, num_samples: int = 10_000
@@ -188,3 +218,34 @@ def check_guide_scale(init_scale: Any, base_df: float | None) -> None:
         )
     if base_df is not None and not base_df > 0:
         raise ValueError(f"AutoFlow: base_df must be positive, or None for a normal base, but got {base_df}.")
+
+
+def check_base(base: Any, base_df: float | None, owner: str) -> None:
+    """Raises an error unless ``base`` is a factory, or none."""
+    if base is None:
+        return
+    if not callable(base) or isinstance(base, Base):
+        raise TypeError(
+            f"{owner}: base must be a factory 'dim, *, key -> Base', but got {type(base).__name__}. "
+            "Pass MixtureBase, or functools.partial(MixtureBase, num_components=4), not a built base."
+        )
+    if base_df is not None:
+        raise ValueError(f"{owner}: base and base_df={base_df} both give the flow's base: pass one of them.")
+
+
+def check_built_base(base: Any) -> Base:
+    """Raises an error unless what a factory built is a :class:`Base` whose draws carry gradients."""
+    if not isinstance(base, Base):
+        raise TypeError(
+            f"AutoFlow: base must be a factory of a distributions.Base, but it built {type(base).__name__}."
+        )
+    if not base.distribution().has_rsample:
+        raise ValueError(
+            f"AutoFlow: draws of {type(base).__name__} are not reparameterised, so a guide cannot be trained with it: "
+            "it serves maximum likelihood (fit_density). Use MixtureBase or LocScaleBase."
+        )
+    return base
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, tree)

@@ -11,12 +11,12 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyroflows import flows
-from pyroflows.distributions import FlowDistribution
+from pyroflows.distributions import Base, FlowDistribution
 from pyroflows.log_density import LogDensity, check_latents, prototype_trace
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import ElementwiseAffine, TriangularAffine
@@ -42,6 +42,8 @@ class AutoFlow(AutoContinuous):
     :param init_scale: first scale on the unconstrained space: a positive number, a vector ``(latent_dim,)``, or a lower
         Cholesky factor ``(latent_dim, latent_dim)`` (then the scale map is of full rank).
     :param base_df: degrees of freedom of a Student-t base, for heavier tails; ``None`` for a normal base.
+    :param base: factory ``base(dim) -> Base`` of a base that is learned along with the flow, such as
+        ``functools.partial(distributions.MixtureBase, num_components=4)`` for several modes; in place of ``base_df``.
     :param full_rank: puts a trainable full-rank affine map between the flow and the location and scale.
     :raises ValueError: at the first call, for a model with discrete latents, none, latents in a subsampled plate, or
         a log-density that is not finite at the start (naming the sites).
@@ -55,6 +57,7 @@ class AutoFlow(AutoContinuous):
         init_loc_fn: Callable = init_to_median,
         init_scale: float | Tensor = 0.1,
         base_df: float | None = None,
+        base: Callable[..., Base] | None = None,
         full_rank: bool = False,
     ):
         if not callable(flow) or isinstance(flow, TransformModule):
@@ -63,10 +66,13 @@ class AutoFlow(AutoContinuous):
                 "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a built flow."
             )
         check_guide_scale(init_scale, base_df)
+        check_base(base, base_df, "AutoFlow")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._raw_model, self._init_loc_fn = (model,), init_loc_fn
         self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
+        self.base = base
         self.transform: Compose | None = None
+        self.learned_base: Base | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with pyro.validation_enabled(False):  # what is out of its support shows in the density, with its site's name
@@ -80,6 +86,8 @@ class AutoFlow(AutoContinuous):
         flow = self.flow(self.latent_dim)
         whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
         self.transform = Compose([*whole, self._location_and_scale(loc, self._init_scale)]).to(loc)
+        if self.base is not None:
+            self.learned_base = check_built_base(self.base(self.latent_dim)).to(loc)
 
     def _location_and_scale(self, loc: Tensor, scale: float | Tensor) -> TransformModule:
         like = self._init_loc()
@@ -124,10 +132,21 @@ class AutoFlow(AutoContinuous):
         return LogDensity(self._raw_model[0], args, kwargs, self._unconstrained_shapes, self._init_loc())
 
     def get_base_dist(self) -> dist.TorchDistribution:
-        """The flow's base ``(latent_dim,)``: standard normal, or Student-t with ``base_df`` degrees of freedom."""
+        """The flow's base ``(latent_dim,)``: standard normal, Student-t of ``base_df`` degrees of freedom, or learned.
+
+        A learned one is held fixed at its present parameters, as :meth:`get_transform` is.
+        """
+        learned = self.get_base()
+        if learned is not None:
+            return learned.distribution()
         zeros = torch.zeros_like(self._init_loc())
         base = dist.Normal(zeros, 1.0) if self.base_df is None else dist.StudentT(self.base_df, zeros, 1.0)
         return base.to_event(1)
+
+    def get_base(self) -> Base | None:
+        """The learned base, as a copy with its parameters held fixed; ``None`` if the base is not learned."""
+        learned = self._modules.get("learned_base")
+        return None if learned is None else copy.deepcopy(learned).requires_grad_(False)  # type: ignore[return-value]
 
     def get_transform(self, *args: Any, **kwargs: Any) -> TransformModule:
         """The map from the base to the unconstrained latents, as a copy with its parameters held fixed.
@@ -142,15 +161,18 @@ class AutoFlow(AutoContinuous):
         """The guide's distribution of the unconstrained latents, with trainable parameters."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        transform = self._modules["transform"]
+        modules = {name: self._modules.get(name) for name in ("transform", "learned_base")}
+        modules = {name: module for name, module in modules.items() if module is not None}
         if not pyro.settings.get("module_local_params"):
-            self._register(transform)  # type: ignore[arg-type]
-        return FlowDistribution(self.get_base_dist(), transform)  # type: ignore[arg-type]
+            for name, module in modules.items():
+                self._register(name, module)  # type: ignore[arg-type]
+        base = modules["learned_base"] if "learned_base" in modules else self.get_base_dist()
+        return FlowDistribution(base, modules["transform"])  # type: ignore[arg-type]
 
-    def _register(self, transform: TransformModule) -> None:
+    def _register(self, attribute: str, module: nn.Module) -> None:
         """Puts this guide's own parameters into the param store."""
-        store, prefix = pyro.get_param_store(), f"{self._pyro_name}.transform"
-        for name, parameter in transform.named_parameters():
+        store, prefix = pyro.get_param_store(), f"{self._pyro_name}.{attribute}"
+        for name, parameter in module.named_parameters():
             full_name = pyro.params.param_with_module_name(prefix, name)
             stored = store._params.get(full_name)
             if stored is None or stored is parameter:
@@ -164,8 +186,8 @@ class AutoFlow(AutoContinuous):
                 with torch.no_grad():
                     parameter.copy_(stored)
             del store[full_name]
-        pyro.module(prefix, transform)
-        for parameter in transform.parameters():
+        pyro.module(prefix, module)
+        for parameter in module.parameters():
             _REGISTERED[parameter] = True
 
     @torch.no_grad()
@@ -203,3 +225,30 @@ def check_guide_scale(init_scale: Any, base_df: float | None) -> None:
         )
     if base_df is not None and not base_df > 0:
         raise ValueError(f"AutoFlow: base_df must be positive, or None for a normal base, but got {base_df}.")
+
+
+def check_base(base: Any, base_df: float | None, owner: str) -> None:
+    """Raises an error unless ``base`` is a factory, or none."""
+    if base is None:
+        return
+    if not callable(base) or isinstance(base, Base):
+        raise TypeError(
+            f"{owner}: base must be a factory 'dim -> Base', but got {type(base).__name__}. "
+            "Pass MixtureBase, or functools.partial(MixtureBase, num_components=4), not a built base."
+        )
+    if base_df is not None:
+        raise ValueError(f"{owner}: base and base_df={base_df} both give the flow's base: pass one of them.")
+
+
+def check_built_base(base: Any) -> Base:
+    """Raises an error unless what a factory built is a :class:`Base` whose draws carry gradients."""
+    if not isinstance(base, Base):
+        raise TypeError(
+            f"AutoFlow: base must be a factory of a distributions.Base, but it built {type(base).__name__}."
+        )
+    if not base.distribution().has_rsample:
+        raise ValueError(
+            f"AutoFlow: draws of {type(base).__name__} are not reparameterised, so a guide cannot be trained with it: "
+            "it serves maximum likelihood (fit_density). Use MixtureBase or LocScaleBase."
+        )
+    return base

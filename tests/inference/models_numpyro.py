@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from jax.scipy.special import logsumexp
 
 Y = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -80,3 +81,12 @@ def with_param():
 def sometimes_nan():
     z = numpyro.sample("z", dist.Normal(0.0, 1.0))
     numpyro.factor("trap", jnp.where(z > 3.0, jnp.sqrt(3.0 - z), 0.0))
+
+
+def bimodal():
+    """Two normals of masses 0.3 and 0.7, far apart; the log evidence is zero."""
+    prior = dist.Normal(0.0, 10.0).expand([2]).to_event(1)
+    z = numpyro.sample("z", prior)
+    loc, scale = jnp.array([[-3.0, -3.0], [3.0, 3.0]]), jnp.array([[0.5, 0.5], [0.3, 0.8]])
+    terms = dist.Normal(loc, scale).to_event(1).log_prob(z[..., None, :]) + jnp.log(jnp.array([0.3, 0.7]))
+    numpyro.factor("modes", logsumexp(terms, -1) - prior.log_prob(z))

@@ -1,5 +1,7 @@
 """AutoFlow in NumPyro's own machinery, and where NumPyro's own flow guides fail."""
 
+import copy
+import functools
 import pickle
 
 import numpy as np
@@ -26,13 +28,18 @@ from numpyro.infer import (  # noqa: E402
 from numpyro.infer.reparam import NeuTraReparam  # noqa: E402
 
 from numpyro_flows import AutoFlow, flows  # noqa: E402
-from tests.inference.models_numpyro import constrained, dependent_support, eight_schools  # noqa: E402
+from numpyro_flows.distributions import MixtureBase  # noqa: E402
+from tests.inference.models_numpyro import bimodal, constrained, dependent_support, eight_schools  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("jax")
 
 
 def small(dim, **kwargs):
     return flows.realnvp(dim, 2, (8, 8), **kwargs)
+
+
+def tiny(dim, **kwargs):
+    return flows.realnvp(dim, 1, (4,), **kwargs)
 
 
 def small_iaf(dim, **kwargs):
@@ -268,3 +275,37 @@ def test_flow_must_be_a_factory(arguments, message):
 def test_bad_scales_are_named(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         AutoFlow(eight_schools, **arguments)
+
+
+# -- a learned base
+def test_svi_trains_a_learned_base(no_warnings):
+    base = functools.partial(MixtureBase, num_components=3)
+    guide = AutoFlow(bimodal, tiny, base=base, init_scale=1.0)
+    result = train(bimodal, guide, 300)
+    assert result.losses[-50:].mean() < result.losses[:20].mean() - 1
+    assert set(result.params) == {"auto_flow$params", "auto_base$params"}
+    first, now = guide.get_base(), guide.get_base(result.params)
+    assert all((abs(getattr(now, n) - getattr(first, n)) > 1e-3).any() for n in ("logits", "loc", "log_scale"))
+    posterior = guide.get_posterior(result.params)
+    np.testing.assert_array_equal(posterior.base_dist.loc, now.loc)
+    np.testing.assert_array_equal(guide.get_base_dist(result.params).loc, now.loc)
+    draws = guide.sample_posterior(jax.random.key(0), result.params, sample_shape=(500,))["z"]
+    drawn = posterior.sample(jax.random.key(1), (500,))
+    np.testing.assert_allclose(draws.mean(0), drawn.mean(0), atol=1.0)
+    for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        np.testing.assert_array_equal(other.get_base().loc, first.loc)
+        np.testing.assert_array_equal(other.get_posterior(result.params).log_prob(drawn), posterior.log_prob(drawn))
+
+
+def test_neutra_with_a_learned_base():
+    """The base's density is masked: chains target the posterior whatever the base's parameters."""
+    guide = AutoFlow(bimodal, tiny, base=MixtureBase)
+    params = train(bimodal, guide, 5).params
+    model = NeuTraReparam(guide, params).reparam(bimodal)
+    transform = guide.get_transform(params)
+    z = jnp.array([0.4, -1.2])
+    trace = handlers.trace(handlers.substitute(handlers.seed(model, 0), {"auto_shared_latent": z})).get_trace()
+    assert not [name for name, site in trace.items() if site["type"] == "param"]
+    total = sum(site["fn"].log_prob(site["value"]) for site in trace.values() if site["type"] == "sample")
+    u, log_det = transform.forward_and_log_det(z)
+    np.testing.assert_allclose(total, guide.log_density()(u) + log_det, rtol=1e-5)

@@ -30,8 +30,9 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_value  # n
 from pyro.infer.reparam import NeuTraReparam  # noqa: E402
 
 from pyroflows import AutoFlow, flows  # noqa: E402
+from pyroflows.distributions import MixtureBase  # noqa: E402
 from pyroflows.log_density import LogDensity  # noqa: E402
-from tests.inference.models_pyro import SIGMA, Y, constrained, dependent_support, eight_schools  # noqa: E402
+from tests.inference.models_pyro import SIGMA, Y, bimodal, constrained, dependent_support, eight_schools  # noqa: E402
 
 pytestmark = [pytest.mark.xdist_group("torch"), pytest.mark.usefixtures("clean_param_store")]
 
@@ -334,3 +335,40 @@ def test_flow_must_be_a_factory(flow):
 def test_bad_scales_are_named(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         AutoFlow(eight_schools, **arguments)
+
+
+# -- a learned base
+def test_svi_trains_a_learned_base():
+    guide = AutoFlow(bimodal, small, base=functools.partial(MixtureBase, num_components=3), init_scale=1.0)
+    guide()
+    first = guide.get_base()
+    losses = train(bimodal, guide, 300)
+    assert losses[-50:].mean() < losses[:20].mean() - 1
+    now = guide.get_base()
+    stored = pyro.get_param_store()
+    for name in ("logits", "loc", "log_scale"):
+        assert (getattr(now, name) - getattr(first, name)).abs().max() > 1e-3, name
+        torch.testing.assert_close(stored[f"AutoFlow.learned_base$$${name}"].detach(), getattr(now, name))
+    assert len(stored) == len(list(guide.parameters())) and not now.loc.requires_grad
+    for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        medians = []
+        for g in (guide, other):
+            pyro.set_rng_seed(1)
+            medians.append(g.median()["z"])
+        torch.testing.assert_close(*medians)
+
+
+def test_neutra_with_a_learned_base():
+    """The base's density is masked: chains target the posterior whatever the base's parameters."""
+    guide = AutoFlow(bimodal, small, base=MixtureBase)
+    train(bimodal, guide, 5)
+    model = NeuTraReparam(guide).reparam(bimodal)
+    z = torch.tensor([0.4, -1.2])
+    conditioned = poutine.condition(model, {"z_shared_latent": z})
+    with pyro.validation_enabled(False):
+        total = poutine.trace(conditioned).get_trace().log_prob_sum()
+    u, log_det = guide.get_transform().forward_and_log_det(z)
+    torch.testing.assert_close(total, guide.log_density()(u[None])[0] + log_det, rtol=1e-4, atol=1e-4)
+    mcmc = MCMC(NUTS(model, max_tree_depth=3), num_samples=3, warmup_steps=3, disable_progbar=True)
+    mcmc.run()
+    assert not next(iter(mcmc.get_samples().values())).requires_grad

@@ -1,9 +1,11 @@
 """Densities from data: bases, maximum likelihood, flow matching, in both packages."""
 
+import importlib
 import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tests import backends
 from tests.benchmarks import known_densities as targets
@@ -227,3 +229,124 @@ def test_flow_matching_learns_a_mixture(backend):
     continuous = backend.pkg.elbo.velocity_of(density.transform.layers[0])
     errors = continuous.solver_error(backend.array(np.float32(np.random.default_rng(1).normal(size=(500, 2)))))
     assert max(float(e.max()) for e in errors) < 1e-2
+
+
+# -- learned bases under the ELBO, and resampled ones
+def test_the_elbo_gradient_of_a_mixture_base(backend):
+    """d/dtheta E[f(x)] by ``Base.draw`` and ``score_gradient``, against its closed form."""
+    elbo = importlib.import_module(f"{backend.pkg.__name__}.elbo")
+    base, n = bases(backend, 2)["mixture"], 40_000
+    names = ("logits", "loc", "log_scale")
+    logits, loc, log_scale = (np.float64(backend.numpy(getattr(base, name))) for name in names)
+
+    def loss(x, log_density):
+        f = 0.1 * x[:, 0] ** 2 + x[:, 1]
+        return elbo.score_gradient(f, log_density) - f.mean()
+
+    if backend.name == "torch":
+        backend.torch.manual_seed(0)
+        grads = backend.torch.autograd.grad(loss(*base.draw(n)), [getattr(base, name) for name in names])
+        grads = [-backend.numpy(g) for g in grads]
+    else:
+        by_base = backend.eqx.filter_grad(lambda b: loss(*b.draw(backend.jax.random.key(0), n)))(base)
+        grads = [-np.asarray(getattr(by_base, name)) for name in names]
+    weights = np.exp(logits) / np.exp(logits).sum()
+    means = 0.1 * (loc[:, 0] ** 2 + np.exp(2 * log_scale[:, 0])) + loc[:, 1]
+    np.testing.assert_allclose(grads[0], weights * (means - weights @ means), atol=0.03)
+    expected = weights[:, None] * np.stack([0.2 * loc[:, 0], 0 * loc[:, 0] + 1], -1)
+    np.testing.assert_allclose(grads[1], expected, atol=0.03)
+    expected = weights[:, None] * np.stack([0.2 * np.exp(2 * log_scale[:, 0]), 0 * loc[:, 0]], -1)
+    np.testing.assert_allclose(grads[2], expected, atol=0.03)
+
+
+def test_a_mixture_base_shares_its_components_out_among_modes(backend):
+    base = bases(backend, 2)["mixture"]
+    modes = [np.log([0.1, 0.6, 0.3]), 10.0 * np.arange(6).reshape(3, 2), np.full((3, 2), 0.1)]
+    placed = base.at_modes(*map(backend.array, modes))
+    np.testing.assert_allclose(np.sort(np.exp(backend.numpy(placed.logits))), [0.1, 0.3, 0.6], rtol=1e-6)
+    placed = bases(backend, 2)["mixture"].at_modes(*(backend.array(m[1:]) for m in modes))
+    weights, loc = np.exp(backend.numpy(placed.logits)), backend.numpy(placed.loc)
+    np.testing.assert_allclose(weights, [1 / 3, 1 / 3, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(loc, [[20, 30], [40, 50], [20, 30]], atol=1)
+    assert not np.allclose(loc[0], loc[2])
+
+
+@pytest.mark.parametrize("num_tries", [3, 100])
+def test_a_resampled_base_integrates_to_one_and_is_that_of_its_draws(backend, num_tries):
+    module = backend.pkg.distributions
+    base = module.ResampledBase(1, (8,), num_tries, **keyed(backend))
+    base = base.double() if backend.name == "torch" else base
+    rng, state = np.random.default_rng(5), backend.state(base)
+    grid, step = np.linspace(-9, 9, 3601, retstep=True)
+    points = backend.array(grid[:, None])
+    np.testing.assert_allclose(backend.numpy(base.distribution().log_prob(points)), stats.norm.logpdf(grid), atol=1e-5)
+    base = backend.with_state(base, {name: 2 * rng.normal(size=value.shape) for name, value in state.items()})
+    distribution = base.distribution()
+    value, error = (float(backend.numpy(part)) for part in distribution.normaliser)
+    density = np.exp(np.float64(backend.numpy(distribution.log_prob(points))))
+    assert 0.02 < value < 0.9 and 0 < error < 0.01
+    assert np.abs(density - stats.norm.pdf(grid)).max() > 0.1
+    assert density.sum() * step == pytest.approx(1, abs=4 * error / value)
+    if backend.name == "torch":
+        backend.torch.manual_seed(0)
+        draws = backend.numpy(distribution.sample((20_000,)))
+    else:
+        draws = np.asarray(distribution.sample(backend.jax.random.key(0), (20_000,)))
+    at = [-1.5, -0.5, 0.0, 0.5, 1.5]
+    expected = np.interp(at, grid + step / 2, density.cumsum() * step)
+    np.testing.assert_allclose((draws < at).mean(0), expected, atol=2 / 20_000**0.5 + 4 * error / value)
+
+
+def test_maximum_likelihood_trains_a_resampled_base(backend):
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.choice([-1.0, 1.0], (2000, 2)) + 0.2 * rng.normal(size=(2000, 2)))
+    base = backend.pkg.distributions.ResampledBase(2, (16,), num_draws=512, **keyed(backend))
+    density, history = fit(backend, flow_of(backend, "realnvp", 2, 1, (4,)), x, base=base, learning_rate=1e-2)
+    assert history.losses[-50:].mean() < history.losses[:20].mean() - 0.3
+    assert tuple(density.base_dist.event_shape) == (2,)
+
+
+def test_guides_refuse_a_base_whose_draws_carry_no_gradient(backend):
+    models = importlib.import_module(f"tests.inference.models_{'pyro' if backend.name == 'torch' else 'numpyro'}")
+    guide = backend.pkg.AutoFlow(models.bimodal, base=backend.pkg.distributions.ResampledBase)
+    with pytest.raises(ValueError, match="draws of ResampledBase are not reparameterised"):
+        guide.log_density()
+    for option in ("num_tries", "num_draws"):
+        with pytest.raises(ValueError, match=option):
+            backend.pkg.distributions.ResampledBase(2, **{option: 1}, **keyed(backend))
+
+
+def test_the_path_gradient_of_a_learned_base_vanishes_at_an_exact_fit(backend):
+    """Its parameters are held fixed in the density of the draws, in every one of which the terms are then equal."""
+    elbo = importlib.import_module(f"{backend.pkg.__name__}.elbo")
+    flow = backend.pkg.Compose([backend.pkg.transforms.ElementwiseAffine(2)])
+    for name in ("loc_scale_student", "mixture"):
+        base, exact = (bases(backend, 2)[name] for _ in range(2))
+        log_density = exact.distribution().log_prob
+        if backend.name == "torch":
+            x, score = base.draw(50)
+            terms = elbo.elbo_terms(flow.double(), base, log_density, x, path=True)[0]
+            loss = terms.sum() + (0 if score is None else elbo.score_gradient(terms, score))
+            grads = backend.torch.autograd.grad(loss, list(base.parameters()), allow_unused=True)
+            grads = [backend.numpy(g) for g in grads if g is not None]
+        else:
+
+            def loss(base, log_density=log_density):
+                x, score = base.draw(backend.jax.random.key(0), 50)
+                terms = elbo.elbo_terms(flow, base, log_density, x, path=True)[0]
+                return terms.sum() + (0 if score is None else elbo.score_gradient(terms, score))
+
+            grads = backend.jax.tree.leaves(backend.eqx.filter_grad(loss)(base))
+        for gradient in grads:
+            np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+def test_a_resampled_base_is_the_same_in_both_packages():
+    densities, x = [], np.random.default_rng(0).normal(size=(7, 2))
+    for backend in map(backends.get, ("torch", "jax")):
+        base = backend.pkg.distributions.ResampledBase(2, (4,), 5, 100, **keyed(backend))
+        state, rng = backend.state(base), np.random.default_rng(1)
+        base = base.double() if backend.name == "torch" else base
+        base = backend.with_state(base, {name: rng.normal(size=value.shape) for name, value in state.items()})
+        densities.append(backend.numpy(base.distribution().log_prob(backend.array(x))))
+    np.testing.assert_allclose(*densities, atol=1e-5)

@@ -1,5 +1,6 @@
 """FlowVI and FlowPosterior against closed forms and known answers, with default settings, in both packages."""
 
+import functools
 import importlib
 import io
 import math
@@ -265,3 +266,99 @@ def test_other_flows_serve_as_well(fitter, flow):
     posterior = fitter.run("conjugate", fitter.array(DATA), flow=getattr(fitter.pkg.flows, flow), num_steps=300)
     evidence = stats.multivariate_normal.logpdf(DATA, cov=np.eye(20) + 4.0)
     assert posterior._log_evidence().value == pytest.approx(evidence, abs=0.02)
+
+
+# -- a learned base
+def bimodal(fitter):
+    if "bimodal" not in fitter.fits:
+        flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+        base = functools.partial(fitter.pkg.distributions.MixtureBase, num_components=4)
+        fitter.fits["bimodal"] = fitter.run("bimodal", flow=flow, base=base, num_steps=400, num_starts=6)
+    return fitter.fits["bimodal"]
+
+
+def test_a_mixture_base_finds_both_modes_and_their_masses(fitter):
+    posterior = bimodal(fitter)
+    draws = fitter.sample(posterior, 20_000)["z"]
+    assert (draws[:, 0] > 0).mean() == pytest.approx(0.7, abs=0.02)
+    assert (np.sign(draws[:, 0]) == np.sign(draws[:, 1])).mean() > 0.99
+    assert -0.03 < posterior.elbo.value < 4 * posterior.elbo.standard_error
+    assert posterior._log_evidence().value == pytest.approx(0, abs=0.02)
+    assert posterior.history.skipped == 0
+
+
+def test_the_gaussian_around_modes(fitter):
+    module = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
+    rng = np.random.default_rng(0)
+    roots = [np.linalg.cholesky(np.cov(rng.normal(size=(3, 9)))) for _ in range(3)]
+    locs = [np.zeros(3), np.full(3, 20.0), np.full(3, -20.0)]
+    modes = [module.Start(loc, root, elbo, 0) for loc, root, elbo in zip(locs, roots, (-5.0, -6.0, -13.0), strict=True)]
+    again = modes[1]._replace(loc=modes[1].loc + roots[1][:, 0], elbo=-6.1)
+    kept = module._distinct([modes[1], again, modes[2], modes[0]])
+    assert [mode.elbo for mode in kept] == [-5.0, -6.0]  # the third has too little mass, the other is a repetition
+    loc, scale_tril, log_mass, inner, scales = module.gaussian_around(kept)
+    mass = np.exp(log_mass) / np.exp(log_mass).sum()
+    np.testing.assert_allclose(mass[1] / mass[0], np.exp(-1))
+    np.testing.assert_allclose(inner @ scale_tril.T + loc, locs[:2], atol=1e-9)
+    np.testing.assert_allclose(mass @ inner, 0, atol=1e-9)
+    np.testing.assert_allclose(mass @ (inner**2 + scales**2), 1, rtol=1e-9)
+    loc, scale_tril, _, inner, scales = module.gaussian_around(modes[:1])  # a single mode is the start itself
+    np.testing.assert_allclose(scale_tril, roots[0], atol=1e-12)
+    np.testing.assert_allclose(scales, 1), np.testing.assert_allclose(inner, 0)
+
+
+def test_a_mixture_base_learns_the_masses(fitter):
+    """From a start at equal ones: no draw lies in the gap, where an implicit gradient would have to find them."""
+
+    class Equal(fitter.pkg.distributions.MixtureBase):
+        def at_modes(self, log_mass, loc, scale):
+            return super().at_modes(0 * log_mass, loc, scale)
+
+    flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+    base = functools.partial(Equal, num_components=2)
+    options = {"num_steps": 250, "num_particles": 64, "learning_rate": 1e-2, "path_gradient": False}
+    posterior = fitter.run("bimodal", flow=flow, base=base, num_starts=6, **options)
+    logits = np.asarray(posterior._base.logits)
+    assert np.exp(logits.max()) / np.exp(logits).sum() == pytest.approx(0.7, abs=0.03)
+
+
+def test_a_learned_base_saved_and_loaded(fitter, tmp_path):
+    posterior, path = bimodal(fitter), tmp_path / "posterior.safetensors"
+    posterior.save(path)
+    for base in (None, functools.partial(fitter.pkg.distributions.MixtureBase, num_components=4)):
+        loaded = type(posterior).load(path, fitter.models.bimodal, base=base)
+        a, b = (fitter.sample(p, 10)["z"] for p in (posterior, loaded))
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    with pytest.raises(ValueError, match="logits of shape"):
+        type(posterior).load(path, fitter.models.bimodal, base=fitter.pkg.distributions.MixtureBase)
+    posterior.guide.base, factory = lambda *args, **kwargs: None, posterior.guide.base
+    posterior.save(path)
+    posterior.guide.base = factory
+    with pytest.raises(ValueError, match="pass its factory as base="):
+        type(posterior).load(path, fitter.models.bimodal)
+    loaded = type(posterior).load(path, fitter.models.bimodal, base=factory)
+    np.testing.assert_allclose(fitter.sample(loaded, 10)["z"], a, rtol=1e-12)
+
+
+def test_other_bases_and_their_gradients_without_an_inverse(fitter):
+    """A base that does not know modes, and the plain ELBO throughout."""
+    base = fitter.pkg.distributions.LocScaleBase
+    flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=1, hidden_dims=(4,))
+    options = {"flow": flow, "base": base, "num_steps": 200, "num_particles": 64, "path_gradient": False}
+    posterior = fitter.run("conjugate", fitter.array(DATA), **options)
+    assert posterior.guide.get_base_dist().event_shape == (1,)
+    evidence = stats.multivariate_normal.logpdf(DATA, cov=np.eye(20) + 4.0)
+    assert posterior._log_evidence().value == pytest.approx(evidence, abs=0.02)
+
+
+def test_bases_that_cannot_serve_are_named(fitter):
+    mixture = fitter.pkg.distributions.MixtureBase
+    with pytest.raises(ValueError, match="base and base_df=20.0"):
+        fitter.pkg.FlowVI(fitter.models.funnel, base=mixture, base_df=20.0)
+    with pytest.raises(ValueError, match="base and base_df=3.0"):
+        fitter.pkg.AutoFlow(fitter.models.funnel, base=mixture, base_df=3.0)
+    for base in (3, fitter.pkg.distributions.LocScaleBase(2)):
+        with pytest.raises(TypeError, match="base must be a factory"):
+            fitter.pkg.AutoFlow(fitter.models.funnel, base=base)
+    with pytest.raises(TypeError, match="factory of a distributions.Base"):
+        fitter.run("bimodal", base=lambda dim, key=None: 3)
