@@ -100,7 +100,7 @@ class BlockAutoregressive(TransformModule):
         h = x[..., None]
         log_slopes = jnp.zeros_like(h)  # of every unit by the element that owns it
         for below, diagonal, unit in self._layers(x, context):
-            mixed = h.reshape(*h.shape[:-2], -1) @ below.T
+            mixed = h.reshape(*h.shape[:-2], below.shape[1]) @ below.T
             h, log_slopes = _apply(mixed.reshape(*mixed.shape[:-1], *diagonal.shape[:2]), diagonal, unit, h, log_slopes)
         y = h[..., 0]
         return y[..., ::-1] if self.reverse else y, log_slopes.sum((-1, -2))
@@ -127,7 +127,9 @@ class BlockAutoregressive(TransformModule):
 
             v = monotone_root(lambda v: chain(v)[:2], y[..., i], owner="BlockAutoregressive")
             _, slope, inputs = chain(v)
-            columns = [below.reshape(below.shape[0], self.dim, -1)[:, i] for below, _, _ in layers]
+            columns = [
+                below.reshape(below.shape[0], self.dim, below.shape[1] // self.dim)[:, i] for below, _, _ in layers
+            ]
             mixed = [m + (h @ c.T).reshape(m.shape) for m, c, h in zip(mixed, columns, inputs, strict=True)]
             return mixed, x.at[..., i].set(v), log_det - slope
 

@@ -91,7 +91,7 @@ class DeepDenseSigmoidal(Univariate):
 
 def _rows(matrix: Array, columns: int) -> Array:
     """``(..., rows * columns, n)`` as ``(..., rows, columns, n)``."""
-    return matrix.reshape(*matrix.shape[:-2], -1, columns, matrix.shape[-1])
+    return matrix.reshape(*matrix.shape[:-2], matrix.shape[-2] // columns, columns, matrix.shape[-1])
 
 
 class DeepSigmoidal(DeepDenseSigmoidal):
