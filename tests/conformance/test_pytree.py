@@ -78,18 +78,24 @@ def test_optax_trains_it_on_data():
 def test_numpyro_protocol(make):
     f = flow(make=make)
     assert isinstance(f, TransformModule) and f == f and f != flow(1, make) and hash(f) == hash(f)
-    narrow = dist.Normal(jnp.zeros(3), 0.5).to_event(1)  # draws that are angles in [-pi, pi) too
-    q = dist.TransformedDistribution(narrow, [f])
-    y, intermediates = q.sample_with_intermediates(jax.random.key(0), (4,))
-    assert jnp.allclose(q.log_prob(y, intermediates), q.log_prob(y), atol=1e-6)
-    fused = FlowDistribution(narrow, f)
-    assert jnp.allclose(fused.log_prob(y), q.log_prob(y), atol=1e-6)
-    value, log_prob = fused.sample_and_log_prob(jax.random.key(0), (4,))
-    assert jnp.allclose(value, y) and jnp.allclose(log_prob, q.log_prob(y), atol=1e-6)
-    composed = ComposeTransform([f, f.inv])
-    assert jnp.allclose(composed(y), y, atol=1e-6)
-    assert jnp.allclose(composed.log_abs_det_jacobian(y, composed(y)), 0, atol=1e-6)
     assert eqx.tree_equal(f.inv.inv, f)
+
+    @eqx.filter_jit
+    def through_numpyro(f, key):
+        narrow = dist.Normal(jnp.zeros(3), 0.5).to_event(1)  # draws that are angles in [-pi, pi) too
+        q, fused = dist.TransformedDistribution(narrow, [f]), FlowDistribution(narrow, f)
+        y, intermediates = q.sample_with_intermediates(key, (4,))
+        composed = ComposeTransform([f, f.inv])
+        return {
+            "y": (y, fused.sample_and_log_prob(key, (4,))[0], composed(y)),
+            "log_prob": (q.log_prob(y), q.log_prob(y, intermediates), fused.log_prob(y)),
+            "sampled": (q.log_prob(y), fused.sample_and_log_prob(key, (4,))[1]),
+            "zero": (jnp.zeros(4), composed.log_abs_det_jacobian(y, composed(y))),
+        }
+
+    for name, (expected, *others) in through_numpyro(f, jax.random.key(0)).items():
+        for other in others:
+            assert jnp.allclose(other, expected, atol=1e-6), name
 
 
 def test_own_sample_is_scored_without_a_network_pass(monkeypatch):
