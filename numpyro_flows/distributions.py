@@ -86,9 +86,12 @@ class ConditionalFlowDistribution(eqx.Module):
         return FlowDistribution(base.expand(batch), self.transform.condition(context))
 
 
-def standard_base(dim: int, df: float | None = None) -> dist.Distribution:
-    """Independent standard normals ``(dim,)``, or Student-t's with ``df`` degrees of freedom."""
-    zeros = jnp.zeros(dim)
+def standard_base(dim: int, df: float | None = None, like: Array | None = None) -> dist.Distribution:
+    """Independent standard normals ``(dim,)``, or Student-t's with ``df`` degrees of freedom.
+
+    :param like: an array whose dtype the draws have; jax's default unless given.
+    """
+    zeros = jnp.zeros(dim, None if like is None else like.dtype)
     return (dist.Normal(zeros, 1.0) if df is None else dist.StudentT(df, zeros, 1.0)).to_event(1)
 
 

@@ -113,7 +113,7 @@ def triangular_fixed_point(function: Callable[[Array], Array], start: Array, max
     """Solves ``x = f(x)`` where ``f_i`` depends on the elements before the ``i``-th only.
 
     Every sweep ``x <- f(x)`` makes one more element exact, so ``max_steps`` of them fix as many elements exactly; the
-    sweeps end sooner where nothing moves by more than rounding, as nearly always (Song et al. 2021, Accelerating
+    sweeps end sooner where nothing moves by more than rounding, as in many dimensions (Song et al. 2021, Accelerating
     feedforward computation via parallel nonlinear equation solving). Gradients come from the implicit function
     theorem; the linear system with the Jacobian is triangular too and is solved by the same sweeps. Derivatives of any
     order work, but for reverse mode over reverse mode inside ``lax.scan``, which jax refuses (take ``jax.hessian``).

@@ -80,9 +80,12 @@ class ConditionalFlowDistribution:
         return FlowDistribution(base.expand(batch), self.transform.condition(context))
 
 
-def standard_base(dim: int, df: float | None = None) -> dist.TorchDistribution:
-    """Independent standard normals ``(dim,)``, or Student-t's with ``df`` degrees of freedom."""
-    zeros = torch.zeros(dim)
+def standard_base(dim: int, df: float | None = None, like: Tensor | None = None) -> dist.TorchDistribution:
+    """Independent standard normals ``(dim,)``, or Student-t's with ``df`` degrees of freedom.
+
+    :param like: a tensor whose dtype and device the draws have; torch's defaults unless given.
+    """
+    zeros = torch.zeros(dim) if like is None else like.new_zeros(dim)
     return (dist.Normal(zeros, 1.0) if df is None else dist.StudentT(df, zeros, 1.0)).to_event(1)
 
 

@@ -47,7 +47,8 @@ def monotone_root(
                 f"{owner}: the numerical inverse did not converge for {int(bad.sum())} of {bad.numel()} elements "
                 f"(y between {float(y[bad].min()):.3g} and {float(y[bad].max()):.3g}). Are the parameters finite?"
             )
-    for _ in range(2):  # the first order of the gradient comes from the last step, the second from both
+    # the first order of the gradient comes from the last step, the second from both
+    for _ in range(2 if torch.is_grad_enabled() else 1):
         value, log_slope = function(x)
         x = x - (value - y) * torch.exp(-log_slope)
     return x

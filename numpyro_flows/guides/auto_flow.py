@@ -17,7 +17,7 @@ from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
 
 from numpyro_flows import flows
-from numpyro_flows.distributions import Base, FlowDistribution
+from numpyro_flows.distributions import Base, FlowDistribution, standard_base
 from numpyro_flows.log_density import LogDensity, check_latents, prototype_trace
 from numpyro_flows.transform_module import Compose, TransformModule, flow_module
 from numpyro_flows.transforms import ElementwiseAffine, TriangularAffine
@@ -148,8 +148,7 @@ class AutoFlow(AutoContinuous):
         learned = self.get_base(params)
         if learned is not None:
             return learned.distribution()
-        loc = jnp.zeros(self.latent_dim, self._init_latent.dtype)
-        return (dist.Normal(loc, 1.0) if self.base_df is None else dist.StudentT(self.base_df, loc, 1.0)).to_event(1)
+        return standard_base(self.latent_dim, self.base_df, like=self._init_latent)
 
     def get_base(self, params: dict[str, Any] | None = None) -> Base | None:
         """The learned base at ``params``, or at its first ones; ``None`` if the base is not learned."""

@@ -16,7 +16,7 @@ from torch.distributions import biject_to
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyroflows import flows
-from pyroflows.distributions import Base, FlowDistribution
+from pyroflows.distributions import Base, FlowDistribution, standard_base
 from pyroflows.log_density import LogDensity, check_latents, prototype_trace
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import ElementwiseAffine, TriangularAffine
@@ -139,9 +139,7 @@ class AutoFlow(AutoContinuous):
         learned = self.get_base()
         if learned is not None:
             return learned.distribution()
-        zeros = torch.zeros_like(self._init_loc())
-        base = dist.Normal(zeros, 1.0) if self.base_df is None else dist.StudentT(self.base_df, zeros, 1.0)
-        return base.to_event(1)
+        return standard_base(self.latent_dim, self.base_df, like=self._init_loc())
 
     def get_base(self) -> Base | None:
         """The learned base, as a copy with its parameters held fixed; ``None`` if the base is not learned."""
