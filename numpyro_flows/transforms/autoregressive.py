@@ -18,7 +18,7 @@ class Autoregressive(TransformModule):
     """``y_i = g(x_i; theta_i(x_1 .. x_{i-1}, context))``: a triangular Jacobian.
 
     Forward takes one network pass. The inverse takes sweeps of one pass each, of which every one makes one more element
-    exact: ``dim`` at most, and in many dimensions far fewer, since they end where nothing moves any more; its gradient is
+    exact: ``dim`` at most, in many dimensions far fewer, since they end where nothing moves any more; its gradient is
     that of the implicit function. As written it is an IAF layer; :class:`~numpyro_flows.Inverse` turns it into a MAF
     layer.
 
