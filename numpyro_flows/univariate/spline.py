@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from numpyro_flows.univariate.base import Univariate, soft_clip
@@ -44,37 +49,11 @@ class Spline(Univariate):
     def num_params(self) -> int:
         return (3 + self.extras) * self.num_bins + num_outer(self.tails)
 
-    def _piece(self, u: Array, params: Array, inverse: bool) -> tuple[Array, ...]:
-        """The piece that holds ``u``: left knot (x0, y0), width, height, the slopes at both ends, the extras."""
+    def _blocks(self, params: Array) -> list[Array]:
+        """Raw widths, heights, slopes, and the extras, each with its bins along the second-to-last axis."""
         k = self.num_bins
-        slopes = k + num_outer(self.tails)
-
-        def sizes(raw):  # positive, of sum 2 * bound
-            weights = jax.nn.sigmoid(raw) + least_weight(k, self.min_size)
-            return weights * (2 * self.bound / weights.sum(-2, keepdims=True))
-
-        widths, heights = sizes(params[..., :k, :]), sizes(params[..., k : 2 * k, :])
-        log_slopes, extras = params[..., 2 * k : 2 * k + slopes, :], params[..., 2 * k + slopes :, :]
-        edges = jnp.cumsum((heights if inverse else widths)[..., :-1, :], -2) - self.bound
-        right = u[..., None, :] >= edges  # (..., num_bins - 1, n): which interior knots lie left of u
-        pad = [(0, 0)] * (right.ndim - 2)
-        left_of = jnp.pad(right, [*pad, (0, 1), (0, 0)])  # bins that end left of u
-        within = jnp.pad(right, [*pad, (1, 0), (0, 0)], constant_values=True) ^ left_of  # one-hot
-
-        def pick(table, mask):
-            return jnp.where(mask, table, 0).sum(-2)
-
-        x0, y0 = (pick(size, left_of) - self.bound for size in (widths, heights))
-        width, height = pick(widths, within), pick(heights, within)
-        # a raw slope of zero is slope one, which is also that of the two outer knots of linear tails
-        if self.tails == "linear":
-            ends = pick(log_slopes, within[..., 1:, :]), pick(log_slopes, within[..., :-1, :])
-        elif self.tails == "learnable":
-            ends = pick(log_slopes[..., :-1, :], within), pick(log_slopes[..., 1:, :], within)
-        else:
-            ends = pick(log_slopes, within), pick(jnp.roll(log_slopes, -1, -2), within)
-        more = [pick(extras[..., i * k : (i + 1) * k, :], within) for i in range(self.extras)]
-        return x0, y0, width, height, *(jnp.exp(soft_clip(raw, self.max_log_slope)) for raw in ends), *more
+        sizes = [k, k, k + num_outer(self.tails), *[k] * self.extras]
+        return jnp.split(params, np.cumsum(sizes)[:-1], -2)
 
     def _forward(self, u: Array, piece: tuple[Array, ...]) -> tuple[Array, Array]:
         """Value and log-slope within the piece."""
@@ -85,23 +64,110 @@ class Spline(Univariate):
         raise NotImplementedError
 
     def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:
+        return _apply(self, False, x, params)
+
+    def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
+        return _apply(self, True, y, params)
+
+    def _evaluate(self, inverse: bool, x: Array, start: list, size: list, picked: list) -> tuple[Array, Array]:
+        """Value and log-slope at ``x`` where its piece is known, the tails included."""
         u = jnp.clip(x, -self.bound, self.bound)  # the slope beyond the edge is that on the edge
-        piece = self._piece(u, params, inverse=False)
-        y, log_det = self._forward(u, piece)
+        slopes = [jnp.exp(soft_clip(raw, self.max_log_slope)) for raw in picked[:2]]
+        y, log_det = (self._inverse if inverse else self._forward)(u, (*start, *size, *slopes, *picked[2:]))
         # beyond the edge as it is by definition: a small piece's rounding would be felt there
         if self.tails == "linear":
             return y + (x - u), jnp.where(x == u, log_det, 0)
-        edge = jnp.where(u > 0, piece[5], piece[4])
+        edge = jnp.where(u > 0, slopes[1], slopes[0])
+        edge = 1 / edge if inverse else edge
         return y + (x - u) * edge, jnp.where(x == u, log_det, jnp.log(edge))
 
-    def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
-        u = jnp.clip(y, -self.bound, self.bound)
-        piece = self._piece(u, params, inverse=True)
-        x, log_det = self._inverse(u, piece)
-        if self.tails == "linear":
-            return x + (y - u), jnp.where(y == u, log_det, 0)
-        edge = jnp.where(u > 0, piece[5], piece[4])
-        return x + (y - u) / edge, jnp.where(y == u, log_det, -jnp.log(edge))
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _apply(spline: Spline, inverse: bool, x: Array, params: Array) -> tuple[Array, Array]:
+    found = _search(spline, inverse, jnp.clip(x, -spline.bound, spline.bound), params)
+    return spline._evaluate(inverse, x, found.start, found.size, found.picked)
+
+
+@_apply.defjvp
+def _apply_jvp(spline: Spline, inverse: bool, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    """A gradient keeps the derivatives by what describes the piece: two numbers for each, whatever the spline."""
+    search = partial(_search, spline, inverse)
+    (x, params), (dx, dparams) = primals, tangents
+    u = jnp.clip(x, -spline.bound, spline.bound)
+    found, dfound = jax.jvp(search, (u, params), (jnp.zeros_like(u), dparams))
+    piece, dpiece = ((x, *found[1:3], found.picked), (dx, *dfound[1:3], dfound.picked))
+    outputs, pull = jax.vjp(partial(spline._evaluate, inverse), *piece)
+    one, zero = jnp.ones_like(outputs[0]), jnp.zeros_like(outputs[0])
+
+    def along(direction: tuple[Array, Array]) -> Array:
+        terms = jax.tree.map(jnp.multiply, pull(direction), dpiece)
+        return sum(jax.tree.leaves(terms), start=zero)
+
+    return outputs, (along((one, zero)), along((zero, one)))
+
+
+class _Found(NamedTuple):
+    """What the search for a piece finds, all of the shape of ``u``; pairs are of x and of y."""
+
+    index: Array  # of the piece, as a float
+    start: list[Array]
+    size: list[Array]
+    total: list[Array]  # of the weights of which the sizes are shares
+    picked: list[Array]  # the raw slopes at both ends, the extras
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _search(spline: Spline, inverse: bool, u: Array, params: Array) -> _Found:
+    """Runs along the bins one by one: elementwise in ``u``, so that it compiles to one loop over memory."""
+    k, bound = spline.num_bins, spline.bound
+    widths, heights, slopes, *extras = ([b[..., i, :] for i in range(b.shape[-2])] for b in spline._blocks(params))
+    weights = [[jax.nn.sigmoid(raw) + least_weight(k, spline.min_size) for raw in rows] for rows in (widths, heights)]
+    total = [sum(rows[1:], start=rows[0]) for rows in weights]
+    sizes = [[w * (2 * bound / t) for w in rows] for rows, t in zip(weights, total, strict=True)]
+    zero = jnp.zeros_like(slopes[0])
+    # a raw slope of zero is slope one, which is also that of the two outer knots of linear tails
+    knots = {"linear": [zero, *slopes, zero], "learnable": slopes, "equal": [*slopes, slopes[0]]}[spline.tails]
+    tables = [*sizes, knots, knots[1:], *extras]
+
+    index, found = jnp.zeros_like(u), [table[0] for table in tables]
+    start, edge = [jnp.full_like(u, -bound)] * 2, [jnp.zeros_like(zero)] * 2
+    for i in range(1, k):
+        edge = [e + size[i - 1] for e, size in zip(edge, sizes, strict=True)]
+        beyond = u >= edge[inverse] - bound
+        index = jnp.where(beyond, i, index)
+        start = [jnp.where(beyond, e - bound, s) for e, s in zip(edge, start, strict=True)]
+        found = [jnp.where(beyond, table[i], f) for table, f in zip(tables, found, strict=True)]
+    like = jnp.broadcast_shapes(u.shape, zero.shape)
+    index, start, found, total = jax.tree.map(lambda a: jnp.broadcast_to(a, like), (index, start, found, total))
+    return _Found(index, start, found[:2], total, found[2:])
+
+
+@_search.defjvp
+def _search_jvp(spline: Spline, inverse: bool, primals: tuple, tangents: tuple) -> tuple[_Found, _Found]:
+    """Every quantity is a sum over bins with weights of 0 and 1, so the gradient is one elementwise pass over them."""
+    (u, params), (_, dparams) = primals, tangents
+    found = _search(spline, inverse, u, params)
+    blocks, dblocks = spline._blocks(params), spline._blocks(dparams)
+    index = found.index[..., None, :]
+
+    def total(values: Array, chosen: Callable[[Array], Array]) -> Array:
+        rows = jnp.arange(values.shape[-2], dtype=index.dtype)[:, None]
+        return jnp.where(chosen(rows), values, 0).sum(-2)
+
+    dstart, dsize, dtotal = [], [], []
+    for n in (0, 1):
+        weight = jax.nn.sigmoid(blocks[n])
+        dweight = weight * (1 - weight) * dblocks[n]
+        scale, every = 1 / found.total[n], jnp.broadcast_to(dweight.sum(-2), found.index.shape)
+        left, within = total(dweight, lambda j: j < index), total(dweight, lambda j: j == index)
+        dstart.append(scale * (2 * spline.bound * left - (found.start[n] + spline.bound) * every))
+        dsize.append(scale * (2 * spline.bound * within - found.size[n] * every))
+        dtotal.append(every)
+    first = index - 1 if spline.tails == "linear" else index
+    second = (first + 1) % spline.num_bins if spline.tails == "equal" else first + 1
+    picked = [total(dblocks[2], lambda j, end=end: j == end) for end in (first, second)]
+    picked += [total(block, lambda j: j == index) for block in dblocks[3:]]
+    return found, _Found(jnp.zeros_like(found.index), dstart, dsize, dtotal, picked)
 
 
 def num_outer(tails: str) -> int:

@@ -9,9 +9,10 @@ float32. Operations: ``forward`` (value and log-det, the direction of one pass),
 The libraries take turns in every round; a cell is the peer's least time over ours, so above 1 we are faster.
 Memory is the peak of what ``backward`` allocates. Torch runs eagerly, jax compiled. ``pip install '.[all,benchmark]'``.
 
-What peers cannot build alike: nflows and normflows alternate masks where we exchange blocks; Pyro's couplings get no
-permutation at all (less work than ours), its ``spline_coupling`` also maps the first block by a free spline (more
-work); FlowJAX adds a permutation per layer.
+Layers alternate as each library's own examples do: blocks exchanged (ours; normflows' affine couplings and
+autoregressive layers by ``Permute``), masks (zuko, nflows, normflows' splines), orders reversed (ours, zuko, nflows'
+autoregressive layers, Pyro's and NumPyro's by a permutation), a random permutation per layer (FlowJAX). Pyro's
+``spline_coupling`` also maps the first block by a free spline (more work).
 """
 
 from __future__ import annotations
@@ -167,7 +168,13 @@ def _nflows(make_layer: Callable[[Any, int, Any], Any]) -> Callable[[int], tuple
     return build
 
 
-def _normflows(make_layer: Callable[[Any, int, Any], Any], reverse: bool = False) -> Callable[[int], tuple]:
+def _reversing(transforms: Any, dim: int, layer: Any) -> Any:
+    return transforms.CompositeTransform([layer, transforms.ReversePermutation(dim)])
+
+
+def _normflows(
+    make_layer: Callable[[Any, int, Any], Any], reverse: bool = False, permute: bool = False
+) -> Callable[[int], tuple]:
     def build(dim: int) -> tuple:
         import normflows
         import torch
@@ -175,6 +182,8 @@ def _normflows(make_layer: Callable[[Any, int, Any], Any], reverse: bool = False
 
         masks = [(torch.arange(dim) + i) % 2 for i in range(LAYERS)]
         layers = nn.ModuleList(make_layer(normflows, dim, mask) for mask in masks)
+        if permute:
+            layers = nn.ModuleList(m for layer in layers for m in (layer, normflows.flows.Permute(dim, mode="swap")))
 
         def forward(x: Any) -> tuple:
             total = 0
@@ -200,7 +209,9 @@ def _pyro(make_layer: Callable[[Any, int], Any]) -> Callable[[int], tuple]:
         import torch
         from pyro.distributions import transforms
 
-        layers = torch.nn.ModuleList(make_layer(transforms, dim) for _ in range(LAYERS))
+        modules = torch.nn.ModuleList(make_layer(transforms, dim) for _ in range(LAYERS))
+        reverse = transforms.Permute(torch.arange(dim - 1, -1, -1))
+        layers = [layer for module in modules for layer in (module, reverse)]
 
         def forward(x: Any) -> tuple:
             total = 0
@@ -220,7 +231,7 @@ def _pyro(make_layer: Callable[[Any, int], Any]) -> Callable[[int], tuple]:
                 total = total - layer.log_abs_det_jacobian(y, after)
             return y, total
 
-        return layers, forward, inverse
+        return modules, forward, inverse
 
     return build
 
@@ -239,7 +250,7 @@ TORCH: dict[str, dict[str, Callable[[int], tuple]]] = {
         "pyroflows": _ours("realnvp"),
         "zuko": _zuko("coupling", "MonotonicAffineTransform", [(), ()]),
         "nflows": _nflows(lambda t, d, mask: t.AffineCouplingTransform(mask, _perceptron)),
-        "normflows": _normflows(lambda n, d, mask: n.flows.AffineCouplingBlock(_perceptron(d // 2, d))),
+        "normflows": _normflows(lambda n, d, mask: n.flows.AffineCouplingBlock(_perceptron(d // 2, d)), permute=True),
         "pyro": _pyro(lambda t, d: t.affine_coupling(d, list(HIDDEN))),
     },
     "nsf": {
@@ -258,20 +269,23 @@ TORCH: dict[str, dict[str, Callable[[int], tuple]]] = {
     "maf, iaf": {
         "pyroflows": _ours("iaf"),
         "zuko": _zuko("autoregressive", "MonotonicAffineTransform", [(), ()]),
-        "nflows": _nflows(lambda t, d, mask: t.MaskedAffineAutoregressiveTransform(d, **MADE)),
-        "normflows": _normflows(lambda n, d, mask: n.flows.MaskedAffineAutoregressive(d, **MADE)),
+        "nflows": _nflows(lambda t, d, mask: _reversing(t, d, t.MaskedAffineAutoregressiveTransform(d, **MADE))),
+        "normflows": _normflows(lambda n, d, mask: n.flows.MaskedAffineAutoregressive(d, **MADE), permute=True),
         "pyro": _pyro(lambda t, d: t.affine_autoregressive(d, list(HIDDEN))),
     },
     "nsf_ar": {
         "pyroflows": _ours("nsf_ar"),
         "zuko": _zuko("autoregressive", "MonotonicRQSTransform", RQS_SHAPES),
         "nflows": _nflows(
-            lambda t, d, mask: t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(d, **MADE, **SPLINE)
+            lambda t, d, mask: _reversing(
+                t, d, t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(d, **MADE, **SPLINE)
+            )
         ),
         "normflows": _normflows(
             lambda n, d, mask: n.flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive(
                 d, **MADE, **SPLINE
-            )
+            ),
+            permute=True,
         ),
         "pyro": _pyro(lambda t, d: t.spline_autoregressive(d, list(HIDDEN), count_bins=BINS, bound=BOUND)),
     },
@@ -379,14 +393,16 @@ def _numpyro(dim: int) -> tuple:
     import jax
     from jax.example_libraries import stax
     from numpyro.distributions.flows import InverseAutoregressiveTransform
-    from numpyro.distributions.transforms import ComposeTransform
+    from numpyro.distributions.transforms import ComposeTransform, PermuteTransform
     from numpyro.nn import AutoregressiveNN
 
     init, apply = AutoregressiveNN(dim, list(HIDDEN), nonlinearity=stax.Relu)
     params = [init(key, (dim,))[1] for key in jax.random.split(jax.random.key(0), LAYERS)]
 
     def stack(params: Any) -> ComposeTransform:
-        return ComposeTransform([InverseAutoregressiveTransform(lambda x, p=p: apply(p, x)) for p in params])
+        reverse = PermuteTransform(jax.numpy.arange(dim)[::-1])
+        layers = [InverseAutoregressiveTransform(lambda x, p=p: apply(p, x)) for p in params]
+        return ComposeTransform([part for layer in layers for part in (layer, reverse)])
 
     def forward(params: Any, x: Any) -> tuple:
         flow = stack(params)
@@ -418,22 +434,21 @@ JAX: dict[str, dict[str, Callable[[int], tuple]]] = {
 
 # -- timing ------------------------------------------------------------------------------------------------------------
 def race(calls: dict[str, Callable[[], Any]], budget: float) -> dict[str, float]:
-    """Least seconds a call: the libraries take turns until each has had ``budget`` seconds, two rounds at least."""
-    first = {}
-    for name, call in calls.items():
-        for _ in range(2):
-            start = time.perf_counter()
-            call()
-            first[name] = time.perf_counter() - start
-    least = dict(first)
-    repeats = {name: max(1, int(budget / 10 / max(t, 1e-6))) for name, t in first.items()}
-    rounds = min(10, max(2, int(budget / max(first.values()))))
-    for _ in range(rounds):
+    """Least seconds a call. The libraries take ten turns of a tenth of ``budget`` seconds each; one that has used its
+    budget has no more turns, so that a slow one does not hold up the others."""
+    least: dict[str, float] = {}
+    used = dict.fromkeys(calls, 0.0)
+    for turn in range(-2, 10):  # two single calls to warm up, of which a very slow one makes only the first
         for name, call in calls.items():
+            if turn > -2 and used[name] > budget:
+                continue
+            repeats = 1 if turn < 0 else max(1, int(budget / 10 / max(least[name], 1e-6)))
             start = time.perf_counter()
-            for _ in range(repeats[name]):
+            for _ in range(repeats):
                 call()
-            least[name] = min(least[name], (time.perf_counter() - start) / repeats[name])
+            seconds = time.perf_counter() - start
+            used[name] += seconds if turn >= 0 or seconds > budget else 0.0
+            least[name] = min(least[name], seconds / repeats) if turn > -1 else seconds
     return least
 
 
