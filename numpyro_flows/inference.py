@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -17,18 +18,20 @@ from numpyro.infer.initialization import init_to_uniform
 from tqdm import tqdm
 
 from numpyro_flows import flows
-from numpyro_flows.distributions import Base
+from numpyro_flows.distributions import Base, MixtureBase
 from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import check_base
-from numpyro_flows.initialization import Start, find_start, gaussian_around
+from numpyro_flows.initialization import Start, Target, distinct, find_start, gaussian_around, missed_mass
 from numpyro_flows.log_density import LogDensity, prototype_trace
-from numpyro_flows.posterior import FlowPosterior, History
+from numpyro_flows.posterior import MISSED_BAD, FlowPosterior, History
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _BASE_DF = float(20)  # the default, told by its identity from a 20 that the user gives
+_NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
+_WIDE = 4.0  # standard deviations of the start over which half of them spread
 _NEARLY_EXACT = 0.02  # nats of KL divergence, below which a fit that no longer improves may end before its budget
 
 
@@ -42,6 +45,11 @@ class FlowVI:
     3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the path gradient
        (Roeder et al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact, and with the
        forward KL divergence added to the loss, which makes the tails wide enough for importance weights.
+
+    4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
+       there are modes which the guide misses; its own draws cannot. If there are, and ``base`` and ``base_df`` are
+       left at their defaults, the fit is made once more with a ``MixtureBase`` that starts on all of them, and the
+       better one kept.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start``. The last is held fixed, so
     that the flow works on a posterior of about unit scale. Steps with a gradient that is not finite are skipped and
@@ -96,16 +104,37 @@ class FlowVI:
         :raises RuntimeError: if no start has a finite ELBO, or every gradient is not finite.
         """
         begin = time.perf_counter()
-        setup_key, start_key, fit_key, draw_key = jax.random.split(rng_key, 4)
-        guide = AutoFlow(
-            self.model,
-            self.flow,
-            init_loc_fn=self.init_loc_fn,
-            base_df=self.base_df,
-            base=self.base,
-            full_rank=True,
+        setup_key, start_key, fit_key, draw_key, probe_key = jax.random.split(rng_key, 5)
+        guide = self._guide(self.base_df, self.base, setup_key, args, kwargs)
+        log_density = guide.log_density(*args, **kwargs)
+        target = self._target(log_density)
+        start = self._find_start(guide, log_density, target, start_key)
+        posterior = self._fit(guide, log_density, start, fit_key, draw_key, start.gradients, begin)
+        if posterior.history.interrupted:
+            return posterior
+        missed, modes, gradients = self._look_elsewhere(posterior, target, start, probe_key)
+        history = posterior.history
+        posterior.history = history._replace(missed=missed, gradients=history.gradients + gradients)
+        if missed < MISSED_BAD or self.base is not None or self.base_df is not _BASE_DF or len(modes) < 2:
+            return posterior
+        mixture = partial(MixtureBase, num_components=len(modes))
+        guide = self._guide(None, mixture, setup_key, args, kwargs)
+        again = self._fit(
+            guide, log_density, start._replace(modes=modes), fit_key, draw_key, posterior.history.gradients, begin
         )
-        with handlers.seed(rng_seed=setup_key):
+        if not again.elbo.value > posterior.elbo.value:
+            return posterior
+        missed, _, gradients = self._look_elsewhere(again, target, start._replace(modes=modes), probe_key)
+        again.history = again.history._replace(missed=missed, gradients=again.history.gradients + gradients)
+        return again
+
+    def _guide(
+        self, base_df: float | None, base: Callable[..., Base] | None, key: Array, args: tuple, kwargs: dict
+    ) -> AutoFlow:
+        guide = AutoFlow(
+            self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=base_df, base=base, full_rank=True
+        )
+        with handlers.seed(rng_seed=key):
             guide._setup_prototype(*args, **kwargs)
         learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
         if learned:
@@ -113,8 +142,19 @@ class FlowVI:
                 f"FlowVI: the model has param site(s) {learned}, which a posterior does not cover. Give them priors, "
                 "or train them together with an AutoFlow guide by numpyro.infer.SVI."
             )
-        log_density = guide.log_density(*args, **kwargs)
-        start = self._find_start(guide, log_density, start_key)
+        return guide
+
+    def _fit(
+        self,
+        guide: AutoFlow,
+        log_density: LogDensity,
+        start: Start,
+        fit_key: Array,
+        draw_key: Array,
+        gradients: int,
+        begin: float,
+    ) -> FlowPosterior:
+        """Trains the guide from ``start``; ``gradients`` is what was spent before, ``begin`` when that was."""
         loc, scale_tril = start.loc, start.scale_tril
         if guide.learned_base is not None:
             loc, scale_tril, *modes = gaussian_around(start.modes)
@@ -122,34 +162,63 @@ class FlowVI:
         guide.start_at(jnp.asarray(loc), jnp.asarray(scale_tril))
         transform, base, history = self._ascend(guide, log_density, fit_key)
         history = history._replace(
-            gradients=start.gradients + self.num_particles * len(history.elbo),
-            seconds=time.perf_counter() - begin,
+            gradients=gradients + self.num_particles * len(history.elbo), seconds=time.perf_counter() - begin
         )
         params = {f"{guide.prefix}_flow$params": parameters(transform)}
         if base is not None:
             params[f"{guide.prefix}_base$params"] = parameters(base)
         return FlowPosterior(guide, params, log_density, history, rng_key=draw_key)
 
-    def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> Start:
-        unconstrain = jax.jit(lambda samples: log_density.unconstrain(samples)[0])
+    def _target(self, log_density: LogDensity) -> Target:
         batch = jax.jit(jax.vmap(log_density))
         value_and_grad = jax.jit(jax.value_and_grad(log_density))
         hessian = jax.jit(jax.hessian(log_density))
-        points = [np.asarray(guide.init_loc, float)]
-        for k in jax.random.split(key, self.num_starts - 1):
-            trace = prototype_trace(
-                handlers.seed(self.model, k), log_density.args, log_density.kwargs, self.init_loc_fn
-            )
-            point = np.asarray(unconstrain({n: trace[n]["value"] for n in log_density.site_names}), float)
-            if np.isfinite(value_and_grad(point)[0]) and not np.allclose(point, points[0]):
-                points.append(point)
-        return find_start(
+        return Target(
             lambda u: np.asarray(batch(u), float),
             lambda u: tuple(np.asarray(part, float) for part in value_and_grad(u)),  # type: ignore[arg-type, return-value]
             lambda u: np.asarray(hessian(u), float),
-            points,
-            np.random.default_rng(int(jax.random.randint(key, (), 0, 2**31 - 1))),
         )
+
+    def _points(self, log_density: LogDensity, target: Target, key: Array, n: int) -> list[np.ndarray]:
+        """Points of finite log-density by ``init_loc_fn``, at most ``n``."""
+        unconstrain = jax.jit(lambda samples: log_density.unconstrain(samples)[0])
+        points = []
+        for k in jax.random.split(key, n):
+            trace = prototype_trace(
+                handlers.seed(self.model, k), log_density.args, log_density.kwargs, self.init_loc_fn
+            )
+            points.append(np.asarray(unconstrain({n: trace[n]["value"] for n in log_density.site_names}), float))
+        return [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
+
+    def _find_start(self, guide: AutoFlow, log_density: LogDensity, target: Target, key: Array) -> Start:
+        points = [np.asarray(guide.init_loc, float)]
+        for point in self._points(log_density, target, key, self.num_starts - 1):
+            if not np.allclose(point, points[0]):
+                points.append(point)
+        return find_start(target, points, _numpy_rng(key))
+
+    def _look_elsewhere(
+        self, posterior: FlowPosterior, target: Target, start: Start, key: Array
+    ) -> tuple[float, tuple[Start, ...], int]:
+        """The posterior's share that the guide misses, the modes known, and the gradient evaluations of the search.
+
+        Walks uphill from more points by ``init_loc_fn``, and from as many spread widely around the start.
+        """
+        rng = _numpy_rng(key)
+        points = self._points(posterior.log_density, target, key, _NUM_PROBES)
+        wide = start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T
+        points += [point for point in wide if np.isfinite(target.value_and_grad(point)[0])]
+        found = find_start(target, points, rng, points_per_path=1) if points else start
+        modes = distinct([*start.modes, *found.modes])
+        log_guide = eqx.filter_jit(posterior._distribution.log_prob)
+        share = missed_mass(
+            modes,
+            target.log_density,
+            lambda u: np.asarray(log_guide(jnp.asarray(u, posterior.guide.init_loc.dtype)), float),
+            posterior._log_evidence().value,
+            rng,
+        )
+        return share, modes, found.gradients
 
     def _ascend(
         self, guide: AutoFlow, log_density: LogDensity, key: Array
@@ -233,6 +302,10 @@ class FlowVI:
             f"FlowVI: no step had a finite gradient. Sites whose log-density is not finite near the start: {bad}. "
             "Check the data and the priors of what these sites depend on."
         )
+
+
+def _numpy_rng(key: Array) -> np.random.Generator:
+    return np.random.default_rng(int(jax.random.randint(key, (), 0, 2**31 - 1)))
 
 
 class Schedule:

@@ -103,7 +103,7 @@ class MaskedMLP(MLP):
         super().__init__(num_features * dim, hidden_dims, num_params * dim, context_dim, activation)
         masks = autoregressive_masks(dim, hidden_dims, num_params, context_dim, num_features, ordering)
         for n, mask in enumerate(masks):
-            self.register_buffer(f"mask_{n}", torch.from_numpy(mask).to(self.layers[n].weight.dtype), persistent=False)
+            self.register_buffer(f"mask_{n}", torch.tensor(mask, dtype=torch.get_default_dtype()), persistent=False)
 
     def _weights(self) -> list[Tensor]:
         return [layer.weight * getattr(self, f"mask_{n}") for n, layer in enumerate(self.layers)]  # type: ignore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroflows import flows
-from pyroflows.distributions import Base, distribution_of
+from pyroflows.distributions import Base, MixtureBase, distribution_of
 from pyroflows.elbo import elbo_terms, forward_kl, score_gradient
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base
-from pyroflows.initialization import Start, find_start, gaussian_around
+from pyroflows.initialization import Start, Target, distinct, find_start, gaussian_around, missed_mass
 from pyroflows.log_density import LogDensity, prototype_trace
-from pyroflows.posterior import FlowPosterior, History
+from pyroflows.posterior import MISSED_BAD, FlowPosterior, History
 from pyroflows.transform_module import Compose, TransformModule
 
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _BASE_DF = float(20)  # the default, told by its identity from a 20 that the user gives
+_NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
+_WIDE = 4.0  # standard deviations of the start over which half of them spread
 _NEARLY_EXACT = 0.02  # nats of KL divergence, below which a fit that no longer improves may end before its budget
 
 
@@ -38,6 +41,11 @@ class FlowVI:
     3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the path gradient
        (Roeder et al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact, and with the
        forward KL divergence added to the loss, which makes the tails wide enough for importance weights.
+
+    4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
+       there are modes which the guide misses; its own draws cannot. If there are, and ``base`` and ``base_df`` are
+       left at their defaults, the fit is made once more with a ``MixtureBase`` that starts on all of them, and the
+       better one kept.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start``. The last is held fixed, so
     that the flow works on a posterior of about unit scale. Steps with a gradient that is not finite are skipped and
@@ -94,13 +102,30 @@ class FlowVI:
         :raises RuntimeError: if no start has a finite ELBO, or every gradient is not finite.
         """
         begin = time.perf_counter()
+        guide = self._guide(self.base_df, self.base, args, kwargs)
+        log_density = guide.log_density(*args, **kwargs)
+        target = self._target(log_density)
+        start = self._find_start(log_density, target)
+        posterior = self._fit(guide, log_density, start, start.gradients, begin)
+        if posterior.history.interrupted:
+            return posterior
+        missed, modes, gradients = self._look_elsewhere(posterior, target, start)
+        history = posterior.history
+        posterior.history = history._replace(missed=missed, gradients=history.gradients + gradients)
+        if missed < MISSED_BAD or self.base is not None or self.base_df is not _BASE_DF or len(modes) < 2:
+            return posterior
+        mixture = partial(MixtureBase, num_components=len(modes))
+        guide = self._guide(None, mixture, args, kwargs)
+        again = self._fit(guide, log_density, start._replace(modes=modes), posterior.history.gradients, begin)
+        if not again.elbo.value > posterior.elbo.value:
+            return posterior
+        missed, _, gradients = self._look_elsewhere(again, target, start._replace(modes=modes))
+        again.history = again.history._replace(missed=missed, gradients=again.history.gradients + gradients)
+        return again
+
+    def _guide(self, base_df: float | None, base: Callable[..., Base] | None, args: tuple, kwargs: dict) -> AutoFlow:
         guide = AutoFlow(
-            self.model,
-            self.flow,
-            init_loc_fn=self.init_loc_fn,
-            base_df=self.base_df,
-            base=self.base,
-            full_rank=True,
+            self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=base_df, base=base, full_rank=True
         )
         guide._setup_prototype(*args, **kwargs)
         if guide.model_params:
@@ -108,8 +133,12 @@ class FlowVI:
                 f"FlowVI: the model has param site(s) {guide.model_params}, which a posterior does not cover. Give "
                 "them priors, or train them together with an AutoFlow guide by pyro.infer.SVI."
             )
-        log_density = guide.log_density(*args, **kwargs)
-        start = self._find_start(guide, log_density)
+        return guide
+
+    def _fit(
+        self, guide: AutoFlow, log_density: LogDensity, start: Start, gradients: int, begin: float
+    ) -> FlowPosterior:
+        """Trains the guide from ``start``; ``gradients`` is what was spent before, ``begin`` when that was."""
         learned, loc, scale_tril = guide._modules.get("learned_base"), start.loc, start.scale_tril
         if learned is not None:
             loc, scale_tril, *modes = gaussian_around(start.modes)
@@ -117,39 +146,63 @@ class FlowVI:
         guide.start_at(*(torch.as_tensor(a).to(log_density.prototype) for a in (loc, scale_tril)))
         history = self._ascend(guide, log_density)
         history = history._replace(
-            gradients=start.gradients + self.num_particles * len(history.elbo),
-            seconds=time.perf_counter() - begin,
+            gradients=gradients + self.num_particles * len(history.elbo), seconds=time.perf_counter() - begin
         )
         return FlowPosterior(guide, log_density, history)
 
-    def _find_start(self, guide: AutoFlow, log_density: LogDensity) -> Start:
+    def _target(self, log_density: LogDensity) -> Target:
         like = log_density.prototype
 
-        def tensor(u: np.ndarray) -> Tensor:
-            return torch.as_tensor(u).to(like)
-
         def value_and_grad(u: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = log_density.value_and_grad(tensor(u))
+            value, gradient = log_density.value_and_grad(torch.as_tensor(u).to(like))
             return float(value), gradient.double().numpy(force=True)
 
+        @torch.no_grad()
         def batch(u: np.ndarray) -> np.ndarray:
-            with torch.no_grad():
-                return log_density(tensor(u)).double().numpy(force=True)
+            return log_density(torch.as_tensor(u).to(like)).double().numpy(force=True)
 
-        points = [like.double().numpy(force=True)]
-        for _ in range(self.num_starts - 1):
+        def hessian(u: np.ndarray) -> np.ndarray:
+            return log_density.hessian(torch.as_tensor(u).to(like)).double().numpy(force=True)
+
+        return Target(batch, value_and_grad, hessian)
+
+    def _points(self, log_density: LogDensity, target: Target, n: int) -> list[np.ndarray]:
+        """Points of finite log-density by ``init_loc_fn``, at most ``n``."""
+        points = []
+        for _ in range(n):
             trace = prototype_trace(self.model, log_density.args, log_density.kwargs, self.init_loc_fn)
             values = {name: trace.nodes[name]["value"][None] for name in log_density.site_names}
-            point = log_density.unconstrain(values)[0][0].double().numpy(force=True)
-            if np.isfinite(value_and_grad(point)[0]) and not np.allclose(point, points[0]):
+            points.append(log_density.unconstrain(values)[0][0].double().numpy(force=True))
+        return [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
+
+    def _find_start(self, log_density: LogDensity, target: Target) -> Start:
+        points = [log_density.prototype.double().numpy(force=True)]
+        for point in self._points(log_density, target, self.num_starts - 1):
+            if not np.allclose(point, points[0]):
                 points.append(point)
-        return find_start(
-            batch,
-            value_and_grad,
-            lambda u: log_density.hessian(tensor(u)).double().numpy(force=True),
-            points,
-            np.random.default_rng(int(torch.randint(2**31 - 1, ()))),
-        )
+        return find_start(target, points, _numpy_rng())
+
+    def _look_elsewhere(
+        self, posterior: FlowPosterior, target: Target, start: Start
+    ) -> tuple[float, tuple[Start, ...], int]:
+        """The posterior's share that the guide misses, the modes known, and the gradient evaluations of the search.
+
+        Walks uphill from more points by ``init_loc_fn``, and from as many spread widely around the start.
+        """
+        rng = _numpy_rng()
+        points = self._points(posterior.log_density, target, _NUM_PROBES)
+        wide = start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T
+        points += [point for point in wide if np.isfinite(target.value_and_grad(point)[0])]
+        found = find_start(target, points, rng, points_per_path=1) if points else start
+        modes = distinct([*start.modes, *found.modes])
+        like = posterior.log_density.prototype
+
+        @torch.no_grad()
+        def log_guide(u: np.ndarray) -> np.ndarray:
+            return posterior._distribution.log_prob(torch.as_tensor(u).to(like)).double().numpy(force=True)
+
+        share = missed_mass(modes, target.log_density, log_guide, posterior._log_evidence().value, rng)
+        return share, modes, found.gradients
 
     def _ascend(self, guide: AutoFlow, log_density: LogDensity) -> History:
         """Phases 2 and 3, in the coordinates of the start; trains the guide in place."""
@@ -230,6 +283,10 @@ class FlowVI:
             f"FlowVI: no step had a finite gradient. Sites whose log-density is not finite near the start: {bad}. "
             "Check the data and the priors of what these sites depend on."
         )
+
+
+def _numpy_rng() -> np.random.Generator:
+    return np.random.default_rng(int(torch.randint(2**31 - 1, ())))
 
 
 class Schedule:

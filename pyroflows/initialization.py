@@ -1,4 +1,4 @@
-"""Where a fit starts: the best Gaussian along the optimisation paths from several points.
+"""Where a fit starts, the best Gaussian along the optimisation paths from several points, and what it may have missed.
 
 The idea of Pathfinder (Zhang et al. 2022) with exact Hessians: L-BFGS walks uphill from each start; at points along the
 way the local Gaussian (the inverse Hessian's) is scored by its ELBO, and the best is kept. The mode itself is only
@@ -14,8 +14,16 @@ import numpy as np
 from scipy.optimize import minimize
 
 MAX_HESSIAN_DIM = 300  # beyond it a Hessian costs more than the steps it saves
-_POINTS_PER_PATH = 12
 _NUM_DRAWS = 300
+_MISSED = np.log(20.0)  # a guide misses what it gives less than a twentieth of the posterior's density
+
+
+class Target(NamedTuple):
+    """A model's log-density over the unconstrained space, in numpy."""
+
+    log_density: Callable[[np.ndarray], np.ndarray]  # of a batch, (n, dim) -> (n,)
+    value_and_grad: Callable[[np.ndarray], tuple[float, np.ndarray]]  # at one point (dim,)
+    hessian: Callable[[np.ndarray], np.ndarray]  # (dim, dim) at one point
 
 
 class Start(NamedTuple):
@@ -29,19 +37,14 @@ class Start(NamedTuple):
 
 
 def find_start(
-    log_density: Callable[[np.ndarray], np.ndarray],
-    value_and_grad: Callable[[np.ndarray], tuple[float, np.ndarray]],
-    hessian: Callable[[np.ndarray], np.ndarray],
-    starts: Sequence[np.ndarray],
-    rng: np.random.Generator,
+    target: Target, starts: Sequence[np.ndarray], rng: np.random.Generator, points_per_path: int = 12
 ) -> Start:
     """Returns the candidate with the highest ELBO.
 
-    :param log_density: log-density of a batch ``(n, dim) -> (n,)``.
-    :param value_and_grad: log-density and its gradient at one point ``(dim,)``.
-    :param hessian: Hessian ``(dim, dim)`` of the log-density at one point.
+    :param target: the log-density to walk on.
     :param starts: points ``(dim,)`` with a finite log-density to walk from.
     :param rng: source of the draws that score the candidates, the same for all of them.
+    :param points_per_path: points of a path whose Gaussians are candidates; 1 for its end alone.
     :raises RuntimeError: if no candidate has a finite ELBO.
     """
     dim = len(starts[0])
@@ -52,7 +55,7 @@ def find_start(
 
     def consider(loc: np.ndarray, scale_tril: np.ndarray) -> None:
         with np.errstate(all="ignore"):
-            values = log_density(loc + noise @ scale_tril.T)
+            values = target.log_density(loc + noise @ scale_tril.T)
             elbo = float(values.mean() + entropy + np.log(np.diagonal(scale_tril)).sum())
         if np.isfinite(elbo) and elbo > best_of_paths[-1].elbo:
             best_of_paths[-1] = Start(loc, scale_tril, elbo, 0)
@@ -61,18 +64,18 @@ def find_start(
         best_of_paths.append(Start(start, np.eye(dim), -np.inf, 0))
         for scale in (0.1, 1.0):
             consider(start, scale * np.eye(dim))
-        path, evaluations = _ascend(value_and_grad, start)
+        path, evaluations = _ascend(target.value_and_grad, start)
         gradients += evaluations
         # early points are the interesting ones of a funnel, late ones of everything else
-        chosen = np.unique(np.geomspace(1, len(path), _POINTS_PER_PATH).round().astype(int) - 1)
+        chosen = np.unique(np.geomspace(len(path), 1, points_per_path).round().astype(int) - 1)
         for index in chosen:
             point = path[index]
             if dim > MAX_HESSIAN_DIM:
                 for scale in (0.1, 1.0):
                     consider(point, scale * np.eye(dim))
                 continue
-            gradient, gradients = value_and_grad(point)[1], gradients + dim
-            scale_tril = _gaussian_scale(hessian(point))
+            gradient, gradients = target.value_and_grad(point)[1], gradients + dim
+            scale_tril = _gaussian_scale(target.hessian(point))
             if scale_tril is not None:
                 consider(point, scale_tril)
                 consider(point + scale_tril @ (scale_tril.T @ gradient), scale_tril)
@@ -82,10 +85,10 @@ def find_start(
             "FlowVI: no start with a finite ELBO was found. Standardise the data, use tighter priors, or pass "
             "init_loc_fn= with a point of high density."
         )
-    return best._replace(gradients=gradients, modes=_distinct(best_of_paths))
+    return best._replace(gradients=gradients, modes=distinct(best_of_paths))
 
 
-def _distinct(starts: list[Start]) -> tuple[Start, ...]:
+def distinct(starts: Sequence[Start]) -> tuple[Start, ...]:
     """Those of more than a thousandth of the best one's mass, outside the bulk of every better one."""
     kept: list[Start] = []
     for start in sorted(starts, key=lambda start: -start.elbo):
@@ -94,6 +97,46 @@ def _distinct(starts: list[Start]) -> tuple[Start, ...]:
         if all(away) and start.elbo > (kept[0].elbo if kept else -np.inf) - np.log(1000):
             kept.append(start)
     return tuple(kept)
+
+
+def missed_mass(
+    modes: Sequence[Start],
+    log_density: Callable[[np.ndarray], np.ndarray],
+    log_guide: Callable[[np.ndarray], np.ndarray],
+    log_evidence: float,
+    rng: np.random.Generator,
+    num_batches: int = 7,
+) -> float:
+    """Share of the posterior's mass which lies where a guide has nearly none, as far as Gaussians at the modes show it.
+
+    The mass, by importance sampling from the Gaussians, of the points where ``log q < log p - log Z - log 20``. The
+    guide's own draws can tell nothing of such places: its ELBO and Pareto k are those of a good fit.
+
+    :param modes: Gaussians to draw from, also far from the guide.
+    :param log_density: of the model, ``(n, dim) -> (n,)``, not normalised.
+    :param log_guide: of the guide, normalised.
+    :param log_evidence: of the model, by the guide's draws: that of the part which the guide covers.
+    :param num_batches: batches of draws from each Gaussian, of the size which the search for a start uses.
+    """
+    dim = len(modes[0].loc)
+    batches = [
+        mode.loc + rng.standard_normal((_NUM_DRAWS, dim)) @ mode.scale_tril.T
+        for mode in modes
+        for _ in range(num_batches)
+    ]
+    draws = np.concatenate(batches)
+    with np.errstate(all="ignore"):
+        each = []
+        for mode in modes:
+            z = np.linalg.solve(mode.scale_tril, (draws - mode.loc).T)
+            log_scale = np.log(np.diagonal(mode.scale_tril)).sum()
+            each.append(-0.5 * (z**2).sum(0) - 0.5 * dim * np.log(2 * np.pi) - log_scale)
+        log_proposal = np.logaddexp.reduce(each) - np.log(len(modes))
+        relative = np.concatenate([log_density(batch) for batch in batches]) - log_evidence
+        missed = relative - np.concatenate([log_guide(batch) for batch in batches]) > _MISSED
+        weights = np.exp(relative - log_proposal)
+    mass = float(np.where(missed & np.isfinite(weights), weights, 0.0).mean())
+    return mass / (1 + mass)
 
 
 def gaussian_around(modes: Sequence[Start]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ from pyroflows.log_density import LogDensity
 from pyroflows.transforms import TriangularAffine
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
+MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
 PARETO_K_GOOD = 0.7  # below it Pareto-smoothed importance sampling is reliable (Vehtari et al. 2024)
 
 
@@ -43,6 +44,7 @@ class History(NamedTuple):
     interrupted: bool = False
     gradients: int = 0  # gradient evaluations of the model, the search for a start included
     seconds: float = 0.0
+    missed: float = 0.0  # share of the posterior found where the guide has nearly no mass
 
 
 class Draws(NamedTuple):
@@ -175,6 +177,12 @@ class FlowPosterior:
         numbers = f"Pareto k {k:.2f}, ELBO {self.elbo}, {gap:.3f} below the log evidence {self._log_evidence()}"
         if self.history.interrupted:
             return f"Interrupted after {len(self.history.elbo)} steps: run again to the end ({numbers})."
+        if self.history.missed >= MISSED_BAD:
+            return (
+                f"Do not trust: about {self.history.missed:.0%} of the posterior lies in another mode, which the guide "
+                "misses. Fit it with base=partial(distributions.MixtureBase, num_components=4) and num_starts=16, or "
+                f"reparametrise ({numbers})."
+            )
         if not k < PARETO_K_GOOD:
             return f"Do not trust: the guide misses mass. Try a richer flow= or reparametrise ({numbers})."
         if gap < 0.05:

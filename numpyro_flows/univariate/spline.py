@@ -109,7 +109,7 @@ def _apply_jvp(spline: Spline, inverse: bool, primals: tuple, tangents: tuple) -
 class _Found(NamedTuple):
     """What the search for a piece finds, all of the shape of ``u``; pairs are of x and of y."""
 
-    index: Array  # of the piece, as a float
+    bin: Array  # of the piece, as a float
     start: list[Array]
     size: list[Array]
     total: list[Array]  # of the weights of which the sizes are shares
@@ -148,7 +148,7 @@ def _search_jvp(spline: Spline, inverse: bool, primals: tuple, tangents: tuple) 
     (u, params), (_, dparams) = primals, tangents
     found = _search(spline, inverse, u, params)
     blocks, dblocks = spline._blocks(params), spline._blocks(dparams)
-    index = found.index[..., None, :]
+    index = found.bin[..., None, :]
 
     def total(values: Array, chosen: Callable[[Array], Array]) -> Array:
         rows = jnp.arange(values.shape[-2], dtype=index.dtype)[:, None]
@@ -158,16 +158,16 @@ def _search_jvp(spline: Spline, inverse: bool, primals: tuple, tangents: tuple) 
     for n in (0, 1):
         weight = jax.nn.sigmoid(blocks[n])
         dweight = weight * (1 - weight) * dblocks[n]
-        scale, every = 1 / found.total[n], jnp.broadcast_to(dweight.sum(-2), found.index.shape)
+        scale, every = 1 / found.total[n], jnp.broadcast_to(dweight.sum(-2), found.bin.shape)
         left, within = total(dweight, lambda j: j < index), total(dweight, lambda j: j == index)
         dstart.append(scale * (2 * spline.bound * left - (found.start[n] + spline.bound) * every))
         dsize.append(scale * (2 * spline.bound * within - found.size[n] * every))
         dtotal.append(every)
     first = index - 1 if spline.tails == "linear" else index
     second = (first + 1) % spline.num_bins if spline.tails == "equal" else first + 1
-    picked = [total(dblocks[2], lambda j, end=end: j == end) for end in (first, second)]
+    picked = [total(dblocks[2], partial(jnp.equal, end)) for end in (first, second)]
     picked += [total(block, lambda j: j == index) for block in dblocks[3:]]
-    return found, _Found(jnp.zeros_like(found.index), dstart, dsize, dtotal, picked)
+    return found, _Found(jnp.zeros_like(found.bin), dstart, dsize, dtotal, picked)
 
 
 def num_outer(tails: str) -> int:

@@ -21,19 +21,30 @@ def context_for(case, n, with_context):
     return np.random.default_rng(1).normal(size=(n, CONTEXT_DIM)) if with_context else None
 
 
+def variant(case, dim, context, slow):
+    name = f"{case.name}-{dim}" + ("-context" if context else "")
+    return pytest.param(case, dim, context, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+def some(cases, *names):
+    """All the cases, of which only those named run by default."""
+    slow = {case.name: [] if case.name in names else [pytest.mark.slow] for case in cases}
+    return [pytest.param(case, id=case.name, marks=slow[case.name]) for case in cases]
+
+
+# a network with a context does all that one without does, and more
+WITH_CONTEXT = [variant(case, case.dim, True, slow=False) for case in CASES if case.context]
+WITHOUT = [variant(case, case.dim, False, slow=case.context) for case in CASES]
 VARIANTS = [
-    pytest.param(
-        case,
-        dim,
-        context,
-        id=f"{case.name}-{dim}" + ("-context" if context else ""),
-        # in few dimensions the conservation of mass tells as much, and layers tell more than stacks of them
-        marks=[pytest.mark.slow] if case.deep and dim < case.dim or dim == 2 else [],
-    )
-    for case in CASES
-    for dim, context in [*((d, False) for d in case.dims), (case.dim, True)]
-    if case.context or not context
+    *WITH_CONTEXT,
+    # in two dimensions the conservation of mass tells as much, and layers tell more than stacks of them
+    *(
+        variant(case, dim, False, slow=dim == 2 or case.deep and (dim < case.dim or case.context))
+        for case in CASES
+        for dim in case.dims
+    ),
 ]
+LAYERS = [case.name for case in CASES if not case.deep]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -69,7 +80,7 @@ def test_round_trip_and_log_det(backend, case, dim, with_context):
             assert (np.abs(log_det + opposite) <= tolerance + 1e-13 * condition).all(), (sd, inverse)
 
 
-@pytest.mark.parametrize("case, dim, with_context", [v for v in VARIANTS if v.values[1] == v.values[0].dim])
+@pytest.mark.parametrize("case, dim, with_context", [*WITH_CONTEXT, *WITHOUT])
 def test_gradients_against_finite_differences(backend, case, dim, with_context):
     rng = np.random.default_rng(3)
     x = rng.normal(size=(14, dim)) * 1.5
@@ -103,7 +114,7 @@ def test_forward_mode_agrees_with_reverse_mode(case):
         np.testing.assert_allclose(backend.pushed(flow, x, v, None, inverse), product, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", some(CASES, *LAYERS, "continuous", "realnvp", "iaf", "glow"))
 def test_second_derivatives_against_finite_differences(backend, case):
     rng = np.random.default_rng(4)
     x, v, w = (rng.normal(size=(4, case.dim)) for _ in range(3))
@@ -156,7 +167,7 @@ def test_copies_and_determinism(backend, case):
         np.testing.assert_array_equal(value, backend.state(backend.build(case, case.dim, seed=7))[name])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", some(CASES, *LAYERS, "continuous", "realnvp", "iaf", "glow"))
 def test_vmap_over_parameters(backend, case):
     flow, x = backend.build(case, case.dim), case.points(case.dim)
     states = [backends.perturbed(backend.state(flow), 0.3, case.deep, seed) for seed in range(3)]
@@ -223,7 +234,13 @@ def test_wrong_context_is_named(backend, case):
         backend.run(backend.build(case, case.dim, context=True), x, np.zeros((2, 4)))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.context], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    some(
+        [c for c in CASES if c.context],
+        *("coupling-affine", "autoregressive-spline", "planar-layer", "continuous", "realnvp", "maf", "glow"),
+    ),
+)
 def test_condition_binds_the_context(backend, case):
     flow = perturbed_flow(backend, case, case.dim, 0.3, context=True)
     x, context = case.points(case.dim), context_for(case, 14, True)

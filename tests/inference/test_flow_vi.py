@@ -93,7 +93,7 @@ def test_correlated_gaussian_of_ten_dimensions(fitter):
     rng = np.random.default_rng(1)
     root = rng.normal(size=(10, 10)) * np.geomspace(0.01, 10, 10)[:, None]
     covariance = root @ root.T + 1e-6 * np.eye(10)
-    posterior = fitter.fit("gaussian", fitter.array(covariance))
+    posterior = fitter.run("gaussian", fitter.array(covariance), num_steps=1500)
     draws = fitter.sample(posterior, 20_000)["z"]
     whitened = np.linalg.solve(np.linalg.cholesky(covariance), (draws - 1.0).T)
     np.testing.assert_allclose(whitened.mean(1), 0, atol=0.05)
@@ -102,6 +102,7 @@ def test_correlated_gaussian_of_ten_dimensions(fitter):
     assert posterior.log_evidence().value == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.slow
 def test_neals_funnel(fitter):
     posterior = fitter.fit("funnel")
     v = fitter.sample(posterior, 20_000)["v"]
@@ -294,7 +295,7 @@ def test_the_gaussian_around_modes(fitter):
     locs = [np.zeros(3), np.full(3, 20.0), np.full(3, -20.0)]
     modes = [module.Start(loc, root, elbo, 0) for loc, root, elbo in zip(locs, roots, (-5.0, -6.0, -13.0), strict=True)]
     again = modes[1]._replace(loc=modes[1].loc + roots[1][:, 0], elbo=-6.1)
-    kept = module._distinct([modes[1], again, modes[2], modes[0]])
+    kept = module.distinct([modes[1], again, modes[2], modes[0]])
     assert [mode.elbo for mode in kept] == [-5.0, -6.0]  # the third has too little mass, the other is a repetition
     loc, scale_tril, log_mass, inner, scales = module.gaussian_around(kept)
     mass = np.exp(log_mass) / np.exp(log_mass).sum()
@@ -305,6 +306,36 @@ def test_the_gaussian_around_modes(fitter):
     loc, scale_tril, _, inner, scales = module.gaussian_around(modes[:1])  # a single mode is the start itself
     np.testing.assert_allclose(scale_tril, roots[0], atol=1e-12)
     np.testing.assert_allclose(scales, 1), np.testing.assert_allclose(inner, 0)
+
+
+def test_the_mass_that_a_guide_misses(fitter):
+    module = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
+    normal, far = stats.multivariate_normal([0, 0]), stats.multivariate_normal([9, 0])
+    modes = [module.Start(np.array(loc, float), np.eye(2), 0.0, 0) for loc in ([0, 0], [9, 0])]
+
+    def log_density(u):
+        return 3.0 + np.logaddexp(np.log(0.8) + normal.logpdf(u), np.log(0.2) + far.logpdf(u))
+
+    def missed(log_guide, evidence):
+        return module.missed_mass(modes, log_density, log_guide, 3.0 + evidence, np.random.default_rng(0))
+
+    assert missed(normal.logpdf, np.log(0.8)) == pytest.approx(0.2, abs=0.005)
+    assert missed(far.logpdf, np.log(0.2)) == pytest.approx(0.8, abs=0.005)
+    assert missed(lambda u: log_density(u) - 3.0, 0.0) == 0
+
+
+def test_a_missed_mode_is_seen_and_fitted(fitter):
+    """One normal keeps one mode, with a perfect Pareto k: only a look elsewhere tells."""
+    flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+    forced = fitter.run("bimodal", flow=flow, num_steps=200, base_df=30.0)
+    kept = (fitter.sample(forced, 2000)["z"][:, 0] > 0).mean()
+    assert kept in (0, 1) and forced.pareto_k < 0.7
+    assert forced.history.missed == pytest.approx(0.3 if kept else 0.7, abs=0.03)
+    assert forced.verdict().startswith("Do not trust: about")
+    posterior = fitter.run("bimodal", flow=flow, num_steps=400)  # the base is left to FlowVI
+    assert (fitter.sample(posterior, 20_000)["z"][:, 0] > 0).mean() == pytest.approx(0.7, abs=0.02)
+    assert posterior.history.missed < 0.01 and not posterior.verdict().startswith("Do not trust: about")
+    assert -0.05 < posterior.elbo.value < 4 * posterior.elbo.standard_error
 
 
 def test_a_mixture_base_learns_the_masses(fitter):
