@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,25 +19,34 @@ import numpy as np
 from tests.benchmarks.models import POSTERIORS, available, flatten
 
 
-def fit_numpyro(posterior: Any, seed: int) -> tuple[Any, list[dict[str, np.ndarray]]]:
-    import jax
+def fitter(backend: str) -> Callable[[Any, int], Any]:
+    """Sets the backend to float64; returns ``fit(posterior, seed)``, which runs FlowVI with default settings."""
+    package = importlib.import_module({"numpyro": "numpyro_flows", "pyro": "pyroflows"}[backend])
+    ecosystem = importlib.import_module(backend)
+    if backend == "numpyro":
+        ecosystem.enable_x64()
+    else:
+        torch = importlib.import_module("torch")
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(1)
 
-    from numpyro_flows import FlowVI
+    def fit(posterior: Any, seed: int) -> Any:
+        vi = package.FlowVI(posterior.model, progress_bar=False)
+        if backend == "numpyro":
+            return vi.run(importlib.import_module("jax").random.key(seed), *posterior.args, **posterior.kwargs)
+        ecosystem.set_rng_seed(seed)
+        return vi.run(*posterior.args, **posterior.kwargs)
 
-    fitted = FlowVI(posterior.model, progress_bar=False).run(jax.random.key(seed), *posterior.args, **posterior.kwargs)
-    key = jax.random.key(seed + 1)
-    return fitted, [fitted.sample(key, (20_000,)), fitted.importance_resample(key, 20_000)]
+    return fit
 
 
-def fit_pyro(posterior: Any, seed: int) -> tuple[Any, list[dict[str, np.ndarray]]]:
-    import pyro
-
-    from pyroflows import FlowVI
-
-    pyro.set_rng_seed(seed)
-    fitted = FlowVI(posterior.model, progress_bar=False).run(*posterior.args, **posterior.kwargs)
-    draws = [fitted.sample((20_000,)), fitted.importance_resample(20_000)]
-    return fitted, [{name: x.numpy(force=True) for name, x in d.items()} for d in draws]
+def draws_of(backend: str, fitted: Any, seed: int, n: int = 20_000) -> list[dict[str, np.ndarray]]:
+    """Draws of the guide, and importance-resampled ones."""
+    key = (importlib.import_module("jax").random.key(seed + 1),) if backend == "numpyro" else ()
+    return [
+        {name: np.asarray(x) for name, x in d.items()}
+        for d in (fitted.sample(*key, (n,)), fitted.importance_resample(*key, n))
+    ]
 
 
 def errors(draws: dict[str, np.ndarray], posterior: Any) -> str:
@@ -56,14 +66,7 @@ def main() -> None:
     parser.add_argument("--max-dim", type=int, default=13)
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
-    if options.backend == "numpyro":
-        importlib.import_module("numpyro").enable_x64()
-        fit = fit_numpyro
-    else:
-        torch = importlib.import_module("torch")
-        torch.set_default_dtype(torch.float64)
-        torch.set_num_threads(1)
-        fit = fit_pyro
+    fit = fitter(options.backend)
     models = importlib.import_module(f"tests.benchmarks.models.{options.backend}_models")
     names = options.names or [name for name in POSTERIORS if name in available()]
     if not names:
@@ -76,7 +79,8 @@ def main() -> None:
         if posterior.dimension > options.max_dim:
             continue
         for seed in range(options.seeds):
-            fitted, draws = fit(posterior, seed)
+            fitted = fit(posterior, seed)
+            draws = draws_of(options.backend, fitted, seed)
             columns = [
                 name.split("-")[-1], posterior.dimension, seed, f"{fitted.elbo.value:.3f}", fitted._log_evidence(),
                 f"{fitted.pareto_k:.2f}", *(errors(d, posterior) for d in draws), fitted.history.gradients,
