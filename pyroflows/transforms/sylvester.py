@@ -85,6 +85,7 @@ class Sylvester(TransformModule):
             q, r = torch.linalg.qr(basis.mT)
             return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q).unsqueeze(-2)
         q = torch.eye(self.dim, self.rank, dtype=basis.dtype, device=basis.device)
+        q = q.expand(*basis.shape[:-2], self.dim, self.rank)  # the context's batch axes
         for v in basis.unbind(-2):
             v = v.unsqueeze(-1)
             q = q - (2 / v.square().sum(-2, keepdim=True)) * v * (v.mT @ q)
