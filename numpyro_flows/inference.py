@@ -22,7 +22,7 @@ from numpyro_flows.distributions import Base, MixtureBase
 from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import check_base
-from numpyro_flows.initialization import Start, Target, distinct, find_start, gaussian_around, missed_mass
+from numpyro_flows.initialization import Start, Target, distinct, find_modes, find_start, gaussian_around, missed_mass
 from numpyro_flows.log_density import LogDensity, prototype_trace
 from numpyro_flows.posterior import MISSED_BAD, FlowPosterior, History
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
@@ -45,7 +45,6 @@ class FlowVI:
     3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the path gradient
        (Roeder et al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact, and with the
        forward KL divergence added to the loss, which makes the tails wide enough for importance weights.
-
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
        there are modes which the guide misses; its own draws cannot. If there are, and ``base`` and ``base_df`` are
        left at their defaults, the fit is made once more with a ``MixtureBase`` that starts on all of them, and the
@@ -112,21 +111,19 @@ class FlowVI:
         posterior = self._fit(guide, log_density, start, fit_key, draw_key, start.gradients, begin)
         if posterior.history.interrupted:
             return posterior
-        missed, modes, gradients = self._look_elsewhere(posterior, target, start, probe_key)
-        history = posterior.history
-        posterior.history = history._replace(missed=missed, gradients=history.gradients + gradients)
-        if missed < MISSED_BAD or self.base is not None or self.base_df is not _BASE_DF or len(modes) < 2:
-            return posterior
-        mixture = partial(MixtureBase, num_components=len(modes))
-        guide = self._guide(None, mixture, setup_key, args, kwargs)
-        again = self._fit(
-            guide, log_density, start._replace(modes=modes), fit_key, draw_key, posterior.history.gradients, begin
-        )
-        if not again.elbo.value > posterior.elbo.value:
-            return posterior
-        missed, _, gradients = self._look_elsewhere(again, target, start._replace(modes=modes), probe_key)
-        again.history = again.history._replace(missed=missed, gradients=again.history.gradients + gradients)
-        return again
+        try:
+            modes = self._look_elsewhere(posterior, target, start, probe_key, begin)
+            seen = posterior.history.missed >= MISSED_BAD and len(modes) > 1
+            if seen and self.base is None and self.base_df is _BASE_DF:
+                start = start._replace(modes=modes)
+                guide = self._guide(None, partial(MixtureBase, num_components=len(modes)), setup_key, args, kwargs)
+                again = self._fit(guide, log_density, start, fit_key, draw_key, posterior.history.gradients, begin)
+                if again.elbo.value > posterior.elbo.value:
+                    posterior = again
+                    self._look_elsewhere(posterior, target, start, probe_key, begin)
+        except KeyboardInterrupt:
+            posterior.history = posterior.history._replace(interrupted=True)
+        return posterior
 
     def _guide(
         self, base_df: float | None, base: Callable[..., Base] | None, key: Array, args: tuple, kwargs: dict
@@ -187,7 +184,9 @@ class FlowVI:
             trace = prototype_trace(
                 handlers.seed(self.model, k), log_density.args, log_density.kwargs, self.init_loc_fn
             )
-            points.append(np.asarray(unconstrain({n: trace[n]["value"] for n in log_density.site_names}), float))
+            points.append(
+                np.asarray(unconstrain({name: trace[name]["value"] for name in log_density.site_names}), float)
+            )
         return [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
 
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, target: Target, key: Array) -> Start:
@@ -198,9 +197,9 @@ class FlowVI:
         return find_start(target, points, _numpy_rng(key))
 
     def _look_elsewhere(
-        self, posterior: FlowPosterior, target: Target, start: Start, key: Array
-    ) -> tuple[float, tuple[Start, ...], int]:
-        """The posterior's share that the guide misses, the modes known, and the gradient evaluations of the search.
+        self, posterior: FlowPosterior, target: Target, start: Start, key: Array, begin: float
+    ) -> tuple[Start, ...]:
+        """Notes in the history what share of the posterior the guide misses; returns the modes known.
 
         Walks uphill from more points by ``init_loc_fn``, and from as many spread widely around the start.
         """
@@ -208,17 +207,21 @@ class FlowVI:
         points = self._points(posterior.log_density, target, key, _NUM_PROBES)
         wide = start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T
         points += [point for point in wide if np.isfinite(target.value_and_grad(point)[0])]
-        found = find_start(target, points, rng, points_per_path=1) if points else start
-        modes = distinct([*start.modes, *found.modes])
+        found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
+        modes = distinct([*start.modes, *found])
         log_guide = eqx.filter_jit(posterior._distribution.log_prob)
-        share = missed_mass(
+        missed = missed_mass(
             modes,
             target.log_density,
             lambda u: np.asarray(log_guide(jnp.asarray(u, posterior.guide.init_loc.dtype)), float),
             posterior._log_evidence().value,
             rng,
         )
-        return share, modes, found.gradients
+        history = posterior.history
+        posterior.history = history._replace(
+            missed=missed, gradients=history.gradients + gradients, seconds=time.perf_counter() - begin
+        )
+        return modes
 
     def _ascend(
         self, guide: AutoFlow, log_density: LogDensity, key: Array

@@ -18,7 +18,7 @@ from pyroflows.distributions import Base, MixtureBase, distribution_of
 from pyroflows.elbo import elbo_terms, forward_kl, score_gradient
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base
-from pyroflows.initialization import Start, Target, distinct, find_start, gaussian_around, missed_mass
+from pyroflows.initialization import Start, Target, distinct, find_modes, find_start, gaussian_around, missed_mass
 from pyroflows.log_density import LogDensity, prototype_trace
 from pyroflows.posterior import MISSED_BAD, FlowPosterior, History
 from pyroflows.transform_module import Compose, TransformModule
@@ -41,7 +41,6 @@ class FlowVI:
     3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the path gradient
        (Roeder et al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact, and with the
        forward KL divergence added to the loss, which makes the tails wide enough for importance weights.
-
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
        there are modes which the guide misses; its own draws cannot. If there are, and ``base`` and ``base_df`` are
        left at their defaults, the fit is made once more with a ``MixtureBase`` that starts on all of them, and the
@@ -109,19 +108,19 @@ class FlowVI:
         posterior = self._fit(guide, log_density, start, start.gradients, begin)
         if posterior.history.interrupted:
             return posterior
-        missed, modes, gradients = self._look_elsewhere(posterior, target, start)
-        history = posterior.history
-        posterior.history = history._replace(missed=missed, gradients=history.gradients + gradients)
-        if missed < MISSED_BAD or self.base is not None or self.base_df is not _BASE_DF or len(modes) < 2:
-            return posterior
-        mixture = partial(MixtureBase, num_components=len(modes))
-        guide = self._guide(None, mixture, args, kwargs)
-        again = self._fit(guide, log_density, start._replace(modes=modes), posterior.history.gradients, begin)
-        if not again.elbo.value > posterior.elbo.value:
-            return posterior
-        missed, _, gradients = self._look_elsewhere(again, target, start._replace(modes=modes))
-        again.history = again.history._replace(missed=missed, gradients=again.history.gradients + gradients)
-        return again
+        try:
+            modes = self._look_elsewhere(posterior, target, start, begin)
+            seen = posterior.history.missed >= MISSED_BAD and len(modes) > 1
+            if seen and self.base is None and self.base_df is _BASE_DF:
+                start = start._replace(modes=modes)
+                guide = self._guide(None, partial(MixtureBase, num_components=len(modes)), args, kwargs)
+                again = self._fit(guide, log_density, start, posterior.history.gradients, begin)
+                if again.elbo.value > posterior.elbo.value:
+                    posterior = again
+                    self._look_elsewhere(posterior, target, start, begin)
+        except KeyboardInterrupt:
+            posterior.history = posterior.history._replace(interrupted=True)
+        return posterior
 
     def _guide(self, base_df: float | None, base: Callable[..., Base] | None, args: tuple, kwargs: dict) -> AutoFlow:
         guide = AutoFlow(
@@ -183,9 +182,9 @@ class FlowVI:
         return find_start(target, points, _numpy_rng())
 
     def _look_elsewhere(
-        self, posterior: FlowPosterior, target: Target, start: Start
-    ) -> tuple[float, tuple[Start, ...], int]:
-        """The posterior's share that the guide misses, the modes known, and the gradient evaluations of the search.
+        self, posterior: FlowPosterior, target: Target, start: Start, begin: float
+    ) -> tuple[Start, ...]:
+        """Notes in the history what share of the posterior the guide misses; returns the modes known.
 
         Walks uphill from more points by ``init_loc_fn``, and from as many spread widely around the start.
         """
@@ -193,16 +192,20 @@ class FlowVI:
         points = self._points(posterior.log_density, target, _NUM_PROBES)
         wide = start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T
         points += [point for point in wide if np.isfinite(target.value_and_grad(point)[0])]
-        found = find_start(target, points, rng, points_per_path=1) if points else start
-        modes = distinct([*start.modes, *found.modes])
+        found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
+        modes = distinct([*start.modes, *found])
         like = posterior.log_density.prototype
 
         @torch.no_grad()
         def log_guide(u: np.ndarray) -> np.ndarray:
             return posterior._distribution.log_prob(torch.as_tensor(u).to(like)).double().numpy(force=True)
 
-        share = missed_mass(modes, target.log_density, log_guide, posterior._log_evidence().value, rng)
-        return share, modes, found.gradients
+        missed = missed_mass(modes, target.log_density, log_guide, posterior._log_evidence().value, rng)
+        history = posterior.history
+        posterior.history = history._replace(
+            missed=missed, gradients=history.gradients + gradients, seconds=time.perf_counter() - begin
+        )
+        return modes
 
     def _ascend(self, guide: AutoFlow, log_density: LogDensity) -> History:
         """Phases 2 and 3, in the coordinates of the start; trains the guide in place."""

@@ -36,16 +36,29 @@ class Start(NamedTuple):
     modes: tuple[Start, ...] = ()  # the best of each path, without repetitions, from the best down
 
 
-def find_start(
+def find_start(target: Target, starts: Sequence[np.ndarray], rng: np.random.Generator) -> Start:
+    """Returns the candidate of :func:`find_modes` with the highest ELBO.
+
+    :raises RuntimeError: if no candidate has a finite ELBO.
+    """
+    modes, gradients = find_modes(target, starts, rng)
+    if not modes:
+        raise RuntimeError(
+            "FlowVI: no start with a finite ELBO was found. Standardise the data, use tighter priors, or pass "
+            "init_loc_fn= with a point of high density."
+        )
+    return modes[0]._replace(gradients=gradients, modes=modes)
+
+
+def find_modes(
     target: Target, starts: Sequence[np.ndarray], rng: np.random.Generator, points_per_path: int = 12
-) -> Start:
-    """Returns the candidate with the highest ELBO.
+) -> tuple[tuple[Start, ...], int]:
+    """Returns the Gaussians of highest ELBO, one a path and without repetitions, and the gradient evaluations.
 
     :param target: the log-density to walk on.
-    :param starts: points ``(dim,)`` with a finite log-density to walk from.
+    :param starts: points ``(dim,)`` with a finite log-density to walk from, at least one.
     :param rng: source of the draws that score the candidates, the same for all of them.
     :param points_per_path: points of a path whose Gaussians are candidates; 1 for its end alone.
-    :raises RuntimeError: if no candidate has a finite ELBO.
     """
     dim = len(starts[0])
     noise = rng.standard_normal((_NUM_DRAWS, dim))
@@ -79,13 +92,7 @@ def find_start(
             if scale_tril is not None:
                 consider(point, scale_tril)
                 consider(point + scale_tril @ (scale_tril.T @ gradient), scale_tril)
-    best = max(best_of_paths, key=lambda start: start.elbo)
-    if not np.isfinite(best.elbo):
-        raise RuntimeError(
-            "FlowVI: no start with a finite ELBO was found. Standardise the data, use tighter priors, or pass "
-            "init_loc_fn= with a point of high density."
-        )
-    return best._replace(gradients=gradients, modes=distinct(best_of_paths))
+    return distinct(best_of_paths), gradients
 
 
 def distinct(starts: Sequence[Start]) -> tuple[Start, ...]:

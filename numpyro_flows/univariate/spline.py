@@ -95,7 +95,7 @@ def _apply_jvp(spline: Spline, inverse: bool, primals: tuple, tangents: tuple) -
     (x, params), (dx, dparams) = primals, tangents
     u = jnp.clip(x, -spline.bound, spline.bound)
     found, dfound = jax.jvp(search, (u, params), (jnp.zeros_like(u), dparams))
-    piece, dpiece = ((x, *found[1:3], found.picked), (dx, *dfound[1:3], dfound.picked))
+    piece, dpiece = (x, found.start, found.size, found.picked), (dx, dfound.start, dfound.size, dfound.picked)
     outputs, pull = jax.vjp(partial(spline._evaluate, inverse), *piece)
     one, zero = jnp.ones_like(outputs[0]), jnp.zeros_like(outputs[0])
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyroflows.numerical import monotone_root
 
@@ -43,20 +42,6 @@ class Univariate:
 def soft_clip(x: Tensor, limit: float) -> Tensor:
     """``x`` smoothly limited to ``(-limit, limit)``, with slope one at zero: ``limit * tanh(x / limit)``."""
     return torch.rsub((x * (2 / limit)).sigmoid_(), -limit, alpha=-2 * limit)  # torch's sigmoid is its faster tanh
-
-
-def takes_custom_gradients() -> bool:
-    """Whether a gradient written by hand (a ``torch.autograd.Function``) can be used here: in eager reverse mode.
-
-    ``torch.func``, forward mode, ``torch.compile`` and ``torch.jit`` need plain operations.
-    """
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
-        and forward_ad._current_level < 0
-    )
 
 
 def numerical_inverse(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from tests.benchmarks.models import available_targets
+from tests.benchmarks.models import TARGETS, available_targets
 from tests.benchmarks.posteriors import fitter
 
 
@@ -24,6 +24,8 @@ def main() -> None:
     options = parser.parse_args()
     fit = fitter(options.backend)
     models = importlib.import_module(f"tests.benchmarks.models.{options.backend}_models")
+    if absent := [name for name in TARGETS if name not in available_targets()]:
+        print(f"Skipped, for PYROFLOWS_DATA names no folder with their data: {', '.join(absent)}.\n")
     header = "target | d | seed | log Z | gap | +- | log evidence: error | +- | Pareto k | gradients | s"
     print(f"| {header} |\n|" + "---|" * 11)
     for name in options.names or available_targets():

@@ -338,6 +338,21 @@ def test_a_missed_mode_is_seen_and_fitted(fitter):
     assert -0.05 < posterior.elbo.value < 4 * posterior.elbo.standard_error
 
 
+def test_nothing_is_lost_in_the_look_elsewhere(fitter, monkeypatch):
+    inference = importlib.import_module(f"{fitter.pkg.__name__}.inference")
+    options = {"num_steps": 20, "num_particles": 16}
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "find_modes", lambda *args, **kwargs: ((), 3))  # no candidate of finite ELBO
+        assert fitter.run("conjugate", fitter.array(DATA), **options).history.missed == 0
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "missed_mass", interrupt)
+    posterior = fitter.run("conjugate", fitter.array(DATA), **options)
+    assert len(posterior.history.elbo) == 20 and posterior.verdict().startswith("Interrupted")
+
+
 def test_a_mixture_base_learns_the_masses(fitter):
     """From a start at equal ones: no draw lies in the gap, where an implicit gradient would have to find them."""
 
