@@ -154,7 +154,7 @@ def test_maps_of_angles_have_no_seam(backend, case):
 def test_tail_weights_are_inverse_tail_indices(backend, raw):
     """Of a normal, the map makes a y of P(|y| > r) ~ r^(-1/h): -dlog P / dlog r approaches 1/h. And -h undoes it."""
     tails = backend.pkg.univariate.TailTransform()
-    weight = raw / np.sqrt(1 + raw**2)
+    weight = np.tanh(raw)
     x = np.array([-6.0, -5.9, 5.9, 6.0])[:, None]
     y, log_slope = (
         backend.numpy(part)[:, 0]
@@ -193,7 +193,7 @@ def test_heavy_tails_are_learned_by_a_tail_map_only(backend):
     data = t(2).ppf((np.arange(1000) + 0.5) / 1000)[:, None]
     entropy = -t(2).logpdf(data).mean()
     heavy, scaled, spline = (
-        -backend.fit(backend.build(BY_NAME[name], 1), data, steps=120, rate=0.03) - entropy
+        -backend.fit(backend.build(BY_NAME[name], 1), data, steps=250, rate=0.03) - entropy
         for name in ("ttf", "realnvp", "nsf")
     )
     assert heavy < 0.02 < 0.3 < min(scaled, spline)
