@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -19,6 +19,8 @@ from numpyro.distributions.util import validate_sample
 
 from numpyro_flows.conditioners import MLP
 from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.transforms import Elementwise
+from numpyro_flows.univariate import TailTransform
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -46,6 +48,9 @@ class FlowDistribution(dist.TransformedDistribution):
             )
         base = distribution_of(base)
         super().__init__(base, [transform], validate_args=validate_args)
+        if isinstance(base, dist.TransformedDistribution):  # NumPyro takes it apart; here the flow stands alone
+            same = base.batch_shape == self.batch_shape
+            self.base_dist, self.transforms = base if same else base.expand(self.batch_shape), [transform]
 
     @property
     def transform(self) -> Any:
@@ -98,6 +103,8 @@ def standard_base(dim: int, df: float | None = None, like: Array | None = None) 
 class Base(eqx.Module):
     """A base distribution that is learned along with the flow: a module of unconstrained parameters."""
 
+    multimodal: ClassVar[bool] = False  # whether it has modes of its own, to be placed by ``at_modes``
+
     def distribution(self) -> dist.Distribution:
         """The distribution at the present parameters."""
         raise NotImplementedError
@@ -146,6 +153,27 @@ class LocScaleBase(Base):
         return base.to_event(1)
 
 
+class FlexibleTailBase(Base):
+    """Normals whose tails are learned, each side of each element for itself: ``TailTransform`` of a standard normal.
+
+    Student's t pays for its tails everywhere; these grow where the posterior asks for them, and vanish elsewhere.
+
+    :param dim: size of a draw.
+    :param df: tail index at the start: about the degrees of freedom of a Student-t with such tails.
+    :param key: not used: nothing is drawn.
+    """
+
+    tails: Elementwise
+
+    def __init__(self, dim: int, df: float = 20.0, *, key: Array | None = None):
+        check_tail_index(df)
+        tails = Elementwise(dim, TailTransform())
+        self.tails = eqx.tree_at(lambda tails: tails.params, tails, jnp.full((2, dim), math.atanh(1 / df)))
+
+    def distribution(self) -> FlowDistribution:
+        return FlowDistribution(standard_base(self.tails.dim, like=self.tails.params), self.tails)
+
+
 class MixtureBase(Base):
     """A :class:`DiagonalMixture` of learned weights, locations and scales, for densities of several modes.
 
@@ -156,6 +184,7 @@ class MixtureBase(Base):
     :param spread: standard deviation of the first locations.
     """
 
+    multimodal = True
     logits: Array
     loc: Array
     log_scale: Array
@@ -319,6 +348,12 @@ class Resampled(dist.Distribution):
         return lax.while_loop(lambda s: (s[0] < self.num_tries) & s[1].any(), attempt, lax.stop_gradient(state))[2]
 
 
+def check_tail_index(df: float) -> None:
+    """Raises a ``ValueError`` unless tails of this index have a mean."""
+    if not df > 1:
+        raise ValueError(f"FlexibleTailBase: df must be greater than 1, but got {df}.")
+
+
 def check_resampling(num_tries: int, num_draws: int) -> None:
     """Raises a ``ValueError`` that names the option with which nothing can be resampled."""
     for name, value in (("num_tries", num_tries), ("num_draws", num_draws)):
@@ -358,4 +393,4 @@ def _conditional_cdfs(x: Array, logits: Array, loc: Array, scale: Array) -> tupl
     return cdf, jnp.tril(lower, -1) + slope[..., None] * jnp.eye(slope.shape[-1], dtype=x.dtype)
 
 
-BASES = {base.__name__: base for base in (LocScaleBase, MixtureBase)}  # which a file can describe
+BASES = {base.__name__: base for base in (LocScaleBase, FlexibleTailBase, MixtureBase)}  # which a file can describe

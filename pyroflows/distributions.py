@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import pyro.distributions as dist
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 
 from pyroflows.conditioners import MLP
 from pyroflows.transform_module import Conditioned, TransformModule
+from pyroflows.transforms import Elementwise
+from pyroflows.univariate import TailTransform
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -92,6 +95,8 @@ def standard_base(dim: int, df: float | None = None, like: Tensor | None = None)
 class Base(nn.Module):
     """A base distribution that is learned along with the flow: a module of unconstrained parameters."""
 
+    multimodal: ClassVar[bool] = False  # whether it has modes of its own, to be placed by ``at_modes``
+
     def distribution(self) -> dist.TorchDistribution:
         """The distribution at the present parameters."""
         raise NotImplementedError
@@ -136,6 +141,25 @@ class LocScaleBase(Base):
         return base.to_event(1)
 
 
+class FlexibleTailBase(Base):
+    """Normals whose tails are learned, each side of each element for itself: ``TailTransform`` of a standard normal.
+
+    Student's t pays for its tails everywhere; these grow where the posterior asks for them, and vanish elsewhere.
+
+    :param dim: size of a draw.
+    :param df: tail index at the start: about the degrees of freedom of a Student-t with such tails.
+    """
+
+    def __init__(self, dim: int, df: float = 20.0):
+        super().__init__()
+        check_tail_index(df)
+        self.tails = Elementwise(dim, TailTransform())
+        nn.init.constant_(self.tails.params, math.atanh(1 / df))
+
+    def distribution(self) -> FlowDistribution:
+        return FlowDistribution(standard_base(self.tails.dim, like=self.tails.params.detach()), self.tails)
+
+
 class MixtureBase(Base):
     """A :class:`DiagonalMixture` of learned weights, locations and scales, for densities of several modes.
 
@@ -145,6 +169,8 @@ class MixtureBase(Base):
     :param num_components: number of normals.
     :param spread: standard deviation of the first locations.
     """
+
+    multimodal = True
 
     def __init__(self, dim: int, num_components: int = 8, spread: float = 2.0):
         super().__init__()
@@ -306,6 +332,12 @@ class Resampled(dist.TorchDistribution):
         return x.reshape(shape)
 
 
+def check_tail_index(df: float) -> None:
+    """Raises a ``ValueError`` unless tails of this index have a mean."""
+    if not df > 1:
+        raise ValueError(f"FlexibleTailBase: df must be greater than 1, but got {df}.")
+
+
 def check_resampling(num_tries: int, num_draws: int) -> None:
     """Raises a ``ValueError`` that names the option with which nothing can be resampled."""
     for name, value in (("num_tries", num_tries), ("num_draws", num_draws)):
@@ -345,4 +377,4 @@ def _conditional_cdfs(x: Tensor, logits: Tensor, loc: Tensor, scale: Tensor) -> 
     return cdf, lower.tril(-1) + torch.diag_embed(slope)
 
 
-BASES = {base.__name__: base for base in (LocScaleBase, MixtureBase)}  # which a file can describe
+BASES = {base.__name__: base for base in (LocScaleBase, FlexibleTailBase, MixtureBase)}  # which a file can describe

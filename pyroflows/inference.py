@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroflows import flows
-from pyroflows.distributions import Base, MixtureBase, distribution_of
+from pyroflows.distributions import Base, FlexibleTailBase, MixtureBase, distribution_of
 from pyroflows.elbo import elbo_terms, forward_kl, score_gradient
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base
@@ -25,7 +25,6 @@ from pyroflows.transform_module import Compose, TransformModule
 
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
-_BASE_DF = float(20)  # the default, told by its identity from a 20 that the user gives
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
 _NEARLY_EXACT = 0.02  # nats of KL divergence, below which a fit that no longer improves may end before its budget
@@ -42,8 +41,8 @@ class FlowVI:
        (Roeder et al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact, and with the
        forward KL divergence added to the loss, which makes the tails wide enough for importance weights.
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
-       there are modes which the guide misses; its own draws cannot. If there are, and ``base`` and ``base_df`` are
-       left at their defaults, the fit is made once more with a ``MixtureBase`` that starts on all of them, and the
+       there are modes which the guide misses; its own draws cannot. If there are, and ``base`` is left at its
+       default, the fit is made once more with a ``MixtureBase`` that starts on all of them, and the
        better one kept.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start``. The last is held fixed, so
@@ -55,12 +54,12 @@ class FlowVI:
     :param num_steps: most gradient steps of phases 2 and 3 together.
     :param num_particles: draws per step, in one batched pass over the model.
     :param learning_rate: Adam's step size in phase 2.
-    :param base_df: degrees of freedom of the Student-t base, ``None`` for a normal one. Its heavier tails keep
-        importance weights bounded; the price is a few thousandths of a nat a dimension, and that a positive latent,
-        the exponential of one with such tails, has moments after importance resampling only.
-    :param base: factory ``base(dim) -> Base`` of a base that is learned along with the flow, in place of
-        ``base_df``. A ``MixtureBase`` serves posteriors of several modes: it starts on those which the search finds
-        (give ``num_starts`` enough of them), and the location and scale around them all.
+    :param base: factory ``base(dim) -> Base`` of a base that is learned along with the flow; ``None``
+        for a normal one. The default is a normal whose tails are learned, which keeps importance weights bounded. A
+        ``MixtureBase`` serves posteriors of several modes: it starts on those which the search finds (give
+        ``num_starts`` enough of them), and the location and scale around them all.
+    :param base_df: degrees of freedom of a fixed Student-t base in place of ``base``. Its tails cost a few thousandths
+        of a nat a dimension where the posterior has none.
     :param path_gradient: whether phase 3 is as described; if not, it goes on with the plain ELBO. Unless given: where
         the flow's inverse, of which both need a pass, takes no more network passes than its forward direction.
     :param num_starts: points from which the search walks.
@@ -76,16 +75,16 @@ class FlowVI:
         num_steps: int = 5000,
         num_particles: int = 256,
         learning_rate: float = 2e-3,
-        base_df: float | None = _BASE_DF,
-        base: Callable[..., Base] | None = None,
+        base: Callable[..., Base] | None = FlexibleTailBase,
+        base_df: float | None = None,
         path_gradient: bool | None = None,
         num_starts: int = 4,
         init_loc_fn: Callable = init_to_uniform,
         progress_bar: bool = True,
     ):
         check_options(num_steps, num_particles, learning_rate, num_starts)
-        if base is not None and base_df is _BASE_DF:
-            base_df = None
+        if base is FlexibleTailBase and base_df is not None:
+            base = None
         check_base(base, base_df, "FlowVI")
         self.model, self.flow = model, flow
         self.num_steps, self.num_particles, self.learning_rate = num_steps, num_particles, learning_rate
@@ -111,7 +110,7 @@ class FlowVI:
         try:
             modes = self._look_elsewhere(posterior, target, start, begin)
             seen = posterior.history.missed >= MISSED_BAD and len(modes) > 1
-            if seen and self.base is None and self.base_df is _BASE_DF:
+            if seen and self.base is FlexibleTailBase:
                 start = start._replace(modes=modes)
                 guide = self._guide(None, partial(MixtureBase, num_components=len(modes)), args, kwargs)
                 again = self._fit(guide, log_density, start, posterior.history.gradients, begin)
@@ -139,7 +138,7 @@ class FlowVI:
     ) -> FlowPosterior:
         """Trains the guide from ``start``; ``gradients`` is what was spent before, ``begin`` when that was."""
         learned, loc, scale_tril = guide._modules.get("learned_base"), start.loc, start.scale_tril
-        if learned is not None:
+        if learned is not None and learned.multimodal:
             loc, scale_tril, *modes = gaussian_around(start.modes)
             learned.at_modes(*(torch.as_tensor(a).to(log_density.prototype) for a in modes))  # type: ignore[operator]
         guide.start_at(*(torch.as_tensor(a).to(log_density.prototype) for a in (loc, scale_tril)))

@@ -189,7 +189,8 @@ def main() -> None:
         from numpyro_flows.flows import FLOWS  # type: ignore[assignment]
 
         ours, peers, fits = "numpyro_flows", ("flowjax", JAX_PEERS), (jax_ours, jax_peer)
-    names = [name for name in FLOWS if name != "iaf"] + ["cnf, matched"]  # an iaf turned round is a maf
+    # an iaf turned round is a maf, and ncsf is for angles
+    names = [name for name in FLOWS if name not in ("iaf", "ncsf")] + ["cnf, matched"]
     rows = [(ours, name, fits[0]) for name in names]
     rows += [] if options.ours_only else [(peers[0], name, fits[1]) for name in peers[1]]
     rows = [row for row in rows if not options.flows or row[1] in options.flows]

@@ -47,6 +47,11 @@ def gamma():
     numpyro.sample("g", dist.Gamma(3.0, 2.0))
 
 
+def student():
+    with numpyro.plate("elements", 2):
+        numpyro.sample("z", dist.StudentT(3.0, 0.0, 1.0))
+
+
 def dependent_support():
     a = numpyro.sample("a", dist.Uniform(0.0, 2.0))
     numpyro.sample("b", dist.Uniform(0.0, a))

@@ -48,6 +48,11 @@ def gamma():
     pyro.sample("g", dist.Gamma(3.0, 2.0))
 
 
+def student():
+    with pyro.plate("elements", 2):
+        pyro.sample("z", dist.StudentT(3.0, 0.0, 1.0))
+
+
 def dependent_support():
     a = pyro.sample("a", dist.Uniform(0.0, 2.0))
     pyro.sample("b", dist.Uniform(0.0, a))

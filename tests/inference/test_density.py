@@ -1,5 +1,6 @@
 """Densities from data: bases, maximum likelihood, flow matching, in both packages."""
 
+import functools
 import importlib
 import math
 
@@ -37,7 +38,9 @@ def with_parameters(backend, base, values):
         return base
     names = list(values)
     return backend.eqx.tree_at(
-        lambda b: [getattr(b, n) for n in names], base, [backend.jnp.asarray(np.float64(values[n])) for n in names]
+        lambda b: [functools.reduce(getattr, n.split("."), b) for n in names],
+        base,
+        [backend.jnp.asarray(np.float64(values[n])) for n in names],
     )
 
 
@@ -56,11 +59,14 @@ def bases(backend, dim):
         "loc_scale_student": with_parameters(
             backend, module.LocScaleBase(dim, 5.0), {"loc": loc, "log_scale": log_scale}
         ),
+        "flexible_tails": with_parameters(
+            backend, module.FlexibleTailBase(dim), {"tails.params": [[0.4, -0.3, 0.1][:dim], [0.0, 0.2, 0.3][:dim]]}
+        ),
         "mixture": with_parameters(backend, module.MixtureBase(dim, 3, **keyed(backend)), mixture),
     }
 
 
-@pytest.mark.parametrize("name", ["standard", "student", "loc_scale", "loc_scale_student", "mixture"])
+@pytest.mark.parametrize("name", ["standard", "student", "loc_scale", "loc_scale_student", "flexible_tails", "mixture"])
 def test_a_base_integrates_to_one_and_is_that_of_its_draws(backend, name):
     base = bases(backend, 2)[name]
     distribution = getattr(base, "distribution", lambda: base)()
@@ -112,15 +118,20 @@ def test_draws_of_a_mixture_carry_the_gradient_of_every_parameter(backend):
         assert (grads[name] * direction).sum() == pytest.approx(numeric, abs=0.04), name
 
 
-def test_a_flow_distribution_takes_a_learned_base(backend):
-    base = bases(backend, 3)["mixture"]
+@pytest.mark.parametrize("name", ["mixture", "flexible_tails"])
+def test_a_flow_distribution_takes_a_learned_base(backend, name):
+    """Also one that is a flow's distribution itself, which NumPyro would take apart."""
+    base = bases(backend, 3)[name].distribution()
     flow = backend.pkg.flows.realnvp(3, 2, (8,), **keyed(backend))
-    flow = backend.with_state(flow.double() if backend.name == "torch" else flow, backend.state(flow))
+    flow = flow.double() if backend.name == "torch" else flow
+    flow = backend.with_state(flow, backends.perturbed(backend.state(flow), 0.3, True))
     density = backend.pkg.FlowDistribution(base, flow)
+    assert density.transform is flow or backend.name == "jax"
     x = draw(backend, density, 5)
-    np.testing.assert_allclose(
-        backend.numpy(density.log_prob(x)), backend.numpy(base.distribution().log_prob(x)), rtol=1e-5, atol=1e-5
-    )
+    z, log_det = flow.inverse_and_log_det(x)
+    expected = backend.numpy(base.log_prob(z) + log_det)
+    np.testing.assert_allclose(backend.numpy(density.log_prob(x)), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(backend.numpy(flow.forward_and_log_det(draw(backend, base, 5))[0]), backend.numpy(x))
 
 
 def fit(backend, flow, data, **kwargs):
@@ -320,7 +331,7 @@ def test_the_path_gradient_of_a_learned_base_vanishes_at_an_exact_fit(backend):
     """Its parameters are held fixed in the density of the draws, in every one of which the terms are then equal."""
     elbo = importlib.import_module(f"{backend.pkg.__name__}.elbo")
     flow = backend.pkg.Compose([backend.pkg.transforms.ElementwiseAffine(2)])
-    for name in ("loc_scale_student", "mixture"):
+    for name in ("loc_scale_student", "flexible_tails", "mixture"):
         base, exact = (bases(backend, 2)[name] for _ in range(2))
         log_density = exact.distribution().log_prob
         if backend.name == "torch":
@@ -339,6 +350,28 @@ def test_the_path_gradient_of_a_learned_base_vanishes_at_an_exact_fit(backend):
             grads = backend.jax.tree.leaves(backend.eqx.filter_grad(loss)(base))
         for gradient in grads:
             np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+def test_flexible_tails_start_near_those_of_student(backend):
+    """Of the same tail index: the densities' slopes in log-log far out; and nearly the normal's in the bulk."""
+    base = backend.pkg.distributions.FlexibleTailBase(1, 5.0)
+    far = np.array([[-2e4], [-1e4], [1e4], [2e4]])
+    left, right = np.diff(backend.numpy(base.distribution().log_prob(backend.array(far))))[[0, 2]] / np.log(2)
+    # the power law is that of P(|y| > r), but for the root of a logarithm
+    assert left == pytest.approx(6, abs=0.1) and right == pytest.approx(-6, abs=0.1)
+    with pytest.raises(ValueError, match="df must be greater than 1"):
+        backend.pkg.distributions.FlexibleTailBase(1, 1.0)
+
+
+def test_bases_are_the_same_in_both_packages():
+    x = np.random.default_rng(0).normal(size=(7, 2)) * 3
+    here, there = (bases(backends.get(name), 2) for name in ("torch", "jax"))
+    for name in ("loc_scale", "loc_scale_student", "flexible_tails", "mixture"):
+        torch, jax = (
+            b.numpy(base[name].distribution().log_prob(b.array(x)))
+            for b, base in zip(map(backends.get, ("torch", "jax")), (here, there), strict=True)
+        )
+        np.testing.assert_allclose(torch, jax, rtol=1e-10, err_msg=name)
 
 
 def test_a_resampled_base_is_the_same_in_both_packages():

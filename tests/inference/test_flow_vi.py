@@ -232,7 +232,7 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped(fitter):
 
 
 def test_a_bad_fit_is_not_trusted(fitter):
-    posterior = fitter.run("funnel", num_steps=1, base_df=None)
+    posterior = fitter.run("funnel", num_steps=1, base=None)
     if posterior.pareto_k >= 0.7:
         assert posterior.verdict().startswith("Do not trust")
         with pytest.warns(UserWarning, match="Pareto k"):
@@ -395,6 +395,18 @@ def test_other_bases_and_their_gradients_without_an_inverse(fitter):
     assert posterior.guide.get_base_dist().event_shape == (1,)
     evidence = stats.multivariate_normal.logpdf(DATA, cov=np.eye(20) + 4.0)
     assert posterior._log_evidence().value == pytest.approx(evidence, abs=0.02)
+
+
+def test_heavy_tails_are_learned_by_the_base(fitter):
+    """The default base finds the tail of Student's t of three degrees of freedom, and a normal's."""
+    options = {"num_steps": 1500, "num_particles": 128, "learning_rate": 1e-2}
+    heavy = fitter.run("student", **options)
+    weights = np.tanh(np.asarray(heavy._base.tails.params.tolist()))
+    assert (0.15 < weights).all() and (weights < 0.5).all()  # 1/3 far out; the bulk has its say
+    normal = fitter.run("student", base=None, **options)
+    assert heavy.pareto_k < 0.4 < normal.pareto_k
+    light = fitter.run("conjugate", fitter.array(DATA), **options)
+    assert np.abs(np.asarray(light._base.tails.params.tolist())).max() < 0.02
 
 
 def test_bases_that_cannot_serve_are_named(fitter):

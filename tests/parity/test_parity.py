@@ -10,6 +10,17 @@ from tests import backends
 from tests.registry import BY_NAME, CASES, CONTEXT_DIM
 
 
+def param(*values, slow=False):
+    case, *rest = values
+    marks = [pytest.mark.slow] if slow else []
+    return pytest.param(*values, id=case.name + ("-context" if any(rest) else ""), marks=marks)
+
+
+# a network with a context does all that one without does, and more
+VARIANTS = [param(case, True) for case in CASES if case.context]
+VARIANTS += [param(case, False, slow=case.context) for case in CASES]
+
+
 @pytest.fixture(scope="module")
 def twins():
     return backends.get("torch"), backends.get("jax")
@@ -22,34 +33,38 @@ def same_weights(twins, case, context, dtype="float64"):
     return [b.with_state(b.build(case, case.dim, context, seed=1, dtype=dtype), moved) for b in (torch, jax)], moved
 
 
-@pytest.mark.parametrize("with_context", [False, True], ids=["plain", "context"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def assert_same_numbers(twins, case, with_context, dtype, tolerance):
+    x = case.points(case.dim).astype(dtype)
+    context = np.random.default_rng(0).normal(size=(len(x), CONTEXT_DIM)).astype(dtype) if with_context else None
+    flows, state = same_weights(twins, case, with_context, dtype)
+    assert {n: v.shape for n, v in twins[1].state(flows[1]).items()} == {n: v.shape for n, v in state.items()}
+    for inverse in (False, True):
+        (y, log_det), (y_jax, log_det_jax) = (b.run(f, x, context, inverse) for b, f in zip(twins, flows, strict=True))
+        # relative to the size of what went in: rounding of |x| = 100 in float32 is 4e-6
+        slack = tolerance * max(1.0, np.abs(y).max(), np.abs(x).max())
+        np.testing.assert_array_less(np.abs(case.gap(y_jax, y)), slack + tolerance * np.abs(y))
+        np.testing.assert_allclose(log_det_jax, log_det, rtol=10 * tolerance, atol=10 * tolerance)
+    return flows, state, x, context
+
+
+@pytest.mark.parametrize("case, with_context", VARIANTS)
 def test_same_numbers(twins, case, with_context):
-    if with_context and not case.context:
-        pytest.skip("takes no context")
-    rng = np.random.default_rng(0)
-    x = case.points(case.dim)
-    context = rng.normal(size=(len(x), CONTEXT_DIM)) if with_context else None
-    for dtype, tolerance in (("float64", 1e-10), ("float32", 1e-5))[: 1 if with_context else 2]:
-        flows, state = same_weights(twins, case, with_context, dtype)
-        xs, cs = x.astype(dtype), None if context is None else context.astype(dtype)
-        assert {n: v.shape for n, v in twins[1].state(flows[1]).items()} == {n: v.shape for n, v in state.items()}
-        for inverse in (False, True):
-            (y, log_det), (y_jax, log_det_jax) = (b.run(f, xs, cs, inverse) for b, f in zip(twins, flows, strict=True))
-            # relative to the size of what went in: rounding of |x| = 100 in float32 is 4e-6
-            slack = tolerance * max(1.0, np.abs(y).max(), np.abs(x).max())
-            np.testing.assert_array_less(np.abs(case.gap(y_jax, y)), slack + tolerance * np.abs(y))
-            np.testing.assert_allclose(log_det_jax, log_det, rtol=10 * tolerance, atol=10 * tolerance)
-        if dtype == "float64":
-            (params, by_x), (params_jax, by_x_jax) = (
-                b.gradients(f, xs, cs, False) for b, f in zip(twins, flows, strict=True)
-            )
-            scale = max(1.0, np.abs(by_x).max(), *(np.abs(v).max(initial=0) for v in params.values()))
-            np.testing.assert_allclose(by_x_jax, by_x, atol=1e-10 * scale)
-            statistics = {name for name in state if name.endswith(case.statistics)}
-            assert params.keys() - statistics == params_jax.keys() - statistics
-            for name, value in params.items():
-                np.testing.assert_allclose(params_jax[name], value, atol=1e-10 * scale, err_msg=name)
+    flows, state, x, context = assert_same_numbers(twins, case, with_context, "float64", 1e-10)
+    (params, by_x), (params_jax, by_x_jax) = (
+        b.gradients(f, x, context, False) for b, f in zip(twins, flows, strict=True)
+    )
+    scale = max(1.0, np.abs(by_x).max(), *(np.abs(v).max(initial=0) for v in params.values()))
+    np.testing.assert_allclose(by_x_jax, by_x, atol=1e-10 * scale)
+    statistics = {name for name in state if name.endswith(case.statistics)}
+    assert params.keys() - statistics == params_jax.keys() - statistics
+    for name, value in params.items():
+        np.testing.assert_allclose(params_jax[name], value, atol=1e-10 * scale, err_msg=name)
+
+
+# a stack has the rounding of its layers; that each package's float32 agrees with its float64 is tested of all
+@pytest.mark.parametrize("case", [param(case, slow=case.deep) for case in CASES])
+def test_same_numbers_in_float32(twins, case):
+    assert_same_numbers(twins, case, False, "float32", 1e-5)
 
 
 @pytest.mark.parametrize("name", ["realnvp", "iaf", "lu"])
