@@ -31,6 +31,7 @@ _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
+_ASCENT = 0.2  # share of the budget that phase 2 may take: phase 3, whose gradients are better, gains more from it
 _NEARLY_EXACT = 0.02  # nats of KL divergence, below which a fit that no longer improves may end before its budget
 
 
@@ -38,12 +39,13 @@ class FlowVI:
     """Fits a flow to a model's posterior, with nothing to tune.
 
     1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``).
-    2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``; less if the guide is nearly exact
-       (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.02) and the ELBO of
-       250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
-    3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the path gradient
-       (Roeder et al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact, and with the
-       forward KL divergence added to the loss, which makes the tails wide enough for importance weights.
+    2. *Ascent*: Adam on the ELBO at a constant step size for a fifth of ``num_steps``; less if the guide is nearly
+       exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.02) and the ELBO
+       of 250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
+    3. *Annealing*: the rest of the budget, or if the guide is nearly exact as many steps again, over which the step
+       size falls to zero along a cosine, with the path gradient (Roeder et al. 2017, "sticking the landing"), whose
+       variance vanishes as the fit becomes exact, and with the forward KL divergence added to the loss, which makes
+       the tails wide enough for importance weights.
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
        there are modes which the guide misses; its own draws cannot. If there are, and ``base`` is left at its
        default, the fit is made once more with a ``MixtureBase`` that starts on all of them, and the
@@ -311,11 +313,16 @@ def _numpy_rng(key: Array) -> np.random.Generator:
 
 
 class Schedule:
-    """Step sizes: constant until the ELBO is stationary, then down to zero along a cosine over as many steps again."""
+    """Step sizes: constant at first, then down to zero along a cosine.
+
+    The first part ends at a fifth of the budget, or as soon as the guide is nearly exact and its ELBO stationary; then
+    the second is as long as it, and otherwise the rest of the budget.
+    """
 
     def __init__(self, num_steps: int, learning_rate: float):
         self.num_steps, self.learning_rate = num_steps, learning_rate
         self.stationary = self.finished = False
+        self._most = max(1, round(_ASCENT * num_steps))  # steps of the first part
         self._anneal_from: int | None = None
         self._anneal_steps = 0
 
@@ -335,11 +342,12 @@ class Schedule:
             if done and done % _WINDOW == 0:
                 self.stationary = is_stationary(trace)
             nearly_exact = np.nanmean(divergence[-_WINDOW:]) < _NEARLY_EXACT if done else False
-            if (self.stationary and nearly_exact) or 2 * done >= self.num_steps:
-                self._anneal_from = done
-                self._anneal_steps = min(max(done, 2 * _WINDOW), self.num_steps - done)
+            if done >= self._most:
+                self._anneal_from, self._anneal_steps = done, self.num_steps - done
+            if self.stationary and nearly_exact:
+                self._anneal_from, self._anneal_steps = done, min(max(done, 2 * _WINDOW), self.num_steps - done)
         if self._anneal_from is None:
-            return np.full(min(_CHUNK, (self.num_steps + 1) // 2 - done), self.learning_rate)
+            return np.full(min(_CHUNK, self._most - done), self.learning_rate)
         steps = np.arange(done, min(done + _CHUNK, self.expected_steps)) - self._anneal_from
         self.finished = len(steps) == 0
         if self.finished:
