@@ -199,7 +199,10 @@ class FlowVI:
 
         @torch.no_grad()
         def log_guide(u: np.ndarray) -> np.ndarray:
-            return posterior._distribution.log_prob(torch.as_tensor(u).to(like)).double().numpy(force=True)
+            z, log_det = posterior._transform.inverse_and_log_det(torch.as_tensor(u).to(like))
+            outside = ~torch.isfinite(z).all(-1)  # of the flow's image
+            log_base = posterior._distribution.base_dist.log_prob(z.masked_fill(outside[:, None], 0.0))
+            return (log_base + log_det).masked_fill(outside, -torch.inf).double().numpy(force=True)
 
         missed = missed_mass(modes, target.log_density, log_guide, posterior._log_evidence().value, rng)
         history = posterior.history
