@@ -153,10 +153,16 @@ class LocScaleBase(Base):
         return base.to_event(1)
 
 
-class FlexibleTailBase(Base):
-    """Normals whose tails are learned, each side of each element for itself: ``TailTransform`` of a standard normal.
+class _HeavyTails(TailTransform):
+    def _weight(self, raw: Array) -> Array:
+        return self.max_weight * jax.nn.sigmoid(raw)
 
-    Student's t pays for its tails everywhere; these grow where the posterior asks for them, and vanish elsewhere.
+
+class FlexibleTailBase(Base):
+    """Normals whose tails are learned, each side of each element for itself: a ``TailTransform`` of positive weights.
+
+    Student's t pays for its tails everywhere; these grow where the posterior asks for them and shrink elsewhere. They
+    are never lighter than the normal's, for light tails make importance weights unbounded.
 
     :param dim: size of a draw.
     :param df: tail index at the start: about the degrees of freedom of a Student-t with such tails.
@@ -167,8 +173,8 @@ class FlexibleTailBase(Base):
 
     def __init__(self, dim: int, df: float = 20.0, *, key: Array | None = None):
         check_tail_index(df)
-        tails = Elementwise(dim, TailTransform())
-        self.tails = eqx.tree_at(lambda tails: tails.params, tails, jnp.full((2, dim), math.atanh(1 / df)))
+        tails = Elementwise(dim, _HeavyTails())
+        self.tails = eqx.tree_at(lambda tails: tails.params, tails, jnp.full((2, dim), -math.log(df - 1)))
 
     def distribution(self) -> FlowDistribution:
         return FlowDistribution(standard_base(self.tails.dim, like=self.tails.params), self.tails)

@@ -141,10 +141,16 @@ class LocScaleBase(Base):
         return base.to_event(1)
 
 
-class FlexibleTailBase(Base):
-    """Normals whose tails are learned, each side of each element for itself: ``TailTransform`` of a standard normal.
+class _HeavyTails(TailTransform):
+    def _weight(self, raw: Tensor) -> Tensor:
+        return self.max_weight * raw.sigmoid()
 
-    Student's t pays for its tails everywhere; these grow where the posterior asks for them, and vanish elsewhere.
+
+class FlexibleTailBase(Base):
+    """Normals whose tails are learned, each side of each element for itself: a ``TailTransform`` of positive weights.
+
+    Student's t pays for its tails everywhere; these grow where the posterior asks for them and shrink elsewhere. They
+    are never lighter than the normal's, for light tails make importance weights unbounded.
 
     :param dim: size of a draw.
     :param df: tail index at the start: about the degrees of freedom of a Student-t with such tails.
@@ -153,8 +159,8 @@ class FlexibleTailBase(Base):
     def __init__(self, dim: int, df: float = 20.0):
         super().__init__()
         check_tail_index(df)
-        self.tails = Elementwise(dim, TailTransform())
-        nn.init.constant_(self.tails.params, math.atanh(1 / df))
+        self.tails = Elementwise(dim, _HeavyTails())
+        nn.init.constant_(self.tails.params, -math.log(df - 1))
 
     def distribution(self) -> FlowDistribution:
         return FlowDistribution(standard_base(self.tails.dim, like=self.tails.params.detach()), self.tails)

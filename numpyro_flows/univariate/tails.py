@@ -40,11 +40,14 @@ class TailTransform(Univariate):
     def num_params(self) -> int:
         return 2
 
+    def _weight(self, raw: Array) -> Array:
+        return soft_clip(raw, self.max_weight)
+
     def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:
-        return _stretch(x, soft_clip(_side(x, params), self.max_weight))
+        return _stretch(x, self._weight(_side(x, params)))
 
     def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
-        return _stretch(y, -soft_clip(_side(y, params), self.max_weight))
+        return _stretch(y, -self._weight(_side(y, params)))
 
 
 def _side(x: Array, params: Array) -> Array:

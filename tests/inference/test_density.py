@@ -60,7 +60,9 @@ def bases(backend, dim):
             backend, module.LocScaleBase(dim, 5.0), {"loc": loc, "log_scale": log_scale}
         ),
         "flexible_tails": with_parameters(
-            backend, module.FlexibleTailBase(dim), {"tails.params": [[0.4, -0.3, 0.1][:dim], [0.0, 0.2, 0.3][:dim]]}
+            backend,
+            module.FlexibleTailBase(dim),
+            {"tails.params": [[-0.5, -1.0, -3.0][:dim], [-2.0, -0.8, -1.0][:dim]]},
         ),
         "mixture": with_parameters(backend, module.MixtureBase(dim, 3, **keyed(backend)), mixture),
     }
