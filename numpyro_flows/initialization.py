@@ -140,9 +140,7 @@ def missed_mass(
             each.append(-0.5 * (z**2).sum(0) - 0.5 * dim * np.log(2 * np.pi) - log_scale)
         log_proposal = np.logaddexp.reduce(each) - np.log(len(modes))
         relative = np.concatenate([log_density(batch) for batch in batches]) - log_evidence
-        # not a number where a point lies outside the image of a flow
-        log_q = np.nan_to_num(np.concatenate([log_guide(batch) for batch in batches]), nan=-np.inf, neginf=-np.inf)
-        missed = relative - log_q > _MISSED
+        missed = relative - np.concatenate([log_guide(batch) for batch in batches]) > _MISSED
         weights = np.exp(relative - log_proposal)
     mass = float(np.where(missed & np.isfinite(weights), weights, 0.0).mean())
     return mass / (1 + mass)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
 H = (8, 8)  # hidden widths: small, so that the suites are fast
 
@@ -140,3 +141,9 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 FLOWS = [case for case in CASES if case.deep]
 CONTEXT_DIM = 3
+
+
+def param(case: Case, *others: int | bool, slow: bool = False) -> Any:
+    """A case as pytest's parameter, alone or with its dimension and whether it has a context, in that order."""
+    words = [case.name, *("context" if other is True else str(other) for other in others if other is not False)]
+    return pytest.param(case, *others, id="-".join(words), marks=[pytest.mark.slow] if slow else [])

@@ -16,7 +16,6 @@ trained by flow matching. A flow that fails, or whose loss is not finite, says s
 from __future__ import annotations
 
 import argparse
-import inspect
 import time
 import warnings
 from collections.abc import Callable
@@ -41,9 +40,7 @@ def divergence(target: Target, score: Score, n: int = 20_000) -> tuple[float, fl
 
 def ours(package: Any, name: str, dim: int, **key: Any) -> Any:
     """The flow of this name, turned so that its density is the cheap direction."""
-    factory = package.flows.FLOWS[name]
-    hidden = {"hidden_dims": HIDDEN} if "hidden_dims" in inspect.signature(factory).parameters else {}
-    flow = factory(dim, **hidden, **key)
+    flow = package.flows.FLOWS[name](dim, hidden_dims=HIDDEN, **key)
     return package.Inverse(flow) if flow.passes[1] > flow.passes[0] or name in NUMERICAL_INVERSE else flow
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import backends
-from tests.registry import BY_NAME, CASES, CONTEXT_DIM
+from tests.registry import BY_NAME, CASES, CONTEXT_DIM, param
 
 
 @pytest.fixture(params=["torch", "jax"])
@@ -21,25 +21,19 @@ def context_for(case, n, with_context):
     return np.random.default_rng(1).normal(size=(n, CONTEXT_DIM)) if with_context else None
 
 
-def variant(case, dim, context, slow):
-    name = f"{case.name}-{dim}" + ("-context" if context else "")
-    return pytest.param(case, dim, context, id=name, marks=[pytest.mark.slow] if slow else [])
-
-
 def some(cases, *names):
     """All the cases, of which only those named run by default."""
-    slow = {case.name: [] if case.name in names else [pytest.mark.slow] for case in cases}
-    return [pytest.param(case, id=case.name, marks=slow[case.name]) for case in cases]
+    return [param(case, slow=case.name not in names) for case in cases]
 
 
 # a network with a context does all that one without does, and more
-WITH_CONTEXT = [variant(case, case.dim, True, slow=False) for case in CASES if case.context]
-WITHOUT = [variant(case, case.dim, False, slow=case.context) for case in CASES]
+WITH_CONTEXT = [param(case, case.dim, True, slow=False) for case in CASES if case.context]
+WITHOUT = [param(case, case.dim, False, slow=case.context) for case in CASES]
 VARIANTS = [
     *WITH_CONTEXT,
     # in two dimensions the conservation of mass tells as much, and layers tell more than stacks of them
     *(
-        variant(case, dim, False, slow=dim == 2 or case.deep and (dim < case.dim or case.context))
+        param(case, dim, False, slow=dim == 2 or case.deep and (dim < case.dim or case.context))
         for case in CASES
         for dim in case.dims
     ),

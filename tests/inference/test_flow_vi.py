@@ -373,7 +373,8 @@ def test_a_bounded_image_is_seen(fitter):
 
     options = {"flow": lambda dim, key=None: Bounded(dim), "num_steps": 100, "base_df": None}
     posterior = fitter.run("conjugate", fitter.array(DATA), **options)
-    assert posterior.history.missed > 0.1 and posterior.verdict().startswith("Do not trust")
+    assert posterior.history.missed > 0.1 and posterior.verdict().startswith("Do not trust: about")
+    assert posterior.log_prob({"theta": fitter.array(np.array([100.0]))})[0] == -math.inf
 
 
 def test_nothing_is_lost_in_the_look_elsewhere(fitter, monkeypatch):
@@ -435,7 +436,7 @@ def test_other_bases_and_their_gradients_without_an_inverse(fitter):
     assert posterior._log_evidence().value == pytest.approx(evidence, abs=0.02)
 
 
-def test_heavy_tails_are_learned_by_the_base(fitter):
+def test_heavy_tails_are_learned_by_the_base(fitter, tmp_path):
     """``FlexibleTailBase`` finds the tail of Student's t of three degrees of freedom, and that of a normal."""
     options = {"num_steps": 800, "num_particles": 128, "learning_rate": 1e-2}
     options["flow"] = lambda dim, key=None: fitter.pkg.transforms.ElementwiseAffine(dim)
@@ -449,6 +450,9 @@ def test_heavy_tails_are_learned_by_the_base(fitter):
     assert (0.15 < weights(heavy)).all() and (weights(heavy) < 0.5).all()  # 1/3 far out; the bulk has its say
     assert (weights(light) < 0.03).all() and light.pareto_k < 0.5
     assert heavy.pareto_k < 0.5 and normal.pareto_k > 0.7
+    heavy.save(tmp_path / "heavy.safetensors")
+    loaded = type(heavy).load(tmp_path / "heavy.safetensors", fitter.models.student, options["flow"])
+    np.testing.assert_allclose(*(fitter.sample(posterior, 10)["z"] for posterior in (heavy, loaded)), rtol=1e-12)
 
 
 def test_bases_that_cannot_serve_are_named(fitter):

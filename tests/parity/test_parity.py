@@ -7,14 +7,7 @@ import numpy as np
 import pytest
 
 from tests import backends
-from tests.registry import BY_NAME, CASES, CONTEXT_DIM
-
-
-def param(*values, slow=False):
-    case, *rest = values
-    marks = [pytest.mark.slow] if slow else []
-    return pytest.param(*values, id=case.name + ("-context" if any(rest) else ""), marks=marks)
-
+from tests.registry import BY_NAME, CASES, CONTEXT_DIM, param
 
 # a network with a context does all that one without does, and more
 VARIANTS = [param(case, True) for case in CASES if case.context]
