@@ -22,8 +22,19 @@ from numpyro_flows.distributions import Base, MixtureBase
 from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import check_base
-from numpyro_flows.initialization import Start, Target, distinct, find_modes, find_start, gaussian_around, missed_mass
+from numpyro_flows.initialization import (
+    MAX_HESSIAN_DIM,
+    Start,
+    Target,
+    distinct,
+    find_modes,
+    find_start,
+    gaussian_around,
+    missed_mass,
+    pseudo_observations,
+)
 from numpyro_flows.log_density import LogDensity, prototype_trace
+from numpyro_flows.noncentering import Noncentering, pulled_back
 from numpyro_flows.posterior import MISSED_BAD, FlowPosterior, History
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
@@ -38,7 +49,9 @@ _NEARLY_EXACT = 0.02  # nats of KL divergence, below which a fit that no longer 
 class FlowVI:
     """Fits a flow to a model's posterior, with nothing to tune.
 
-    1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``).
+    1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), where
+       latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then once more with
+       the pseudo-observations that the likelihood amounts to there. The better of the two is kept.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``; less if the guide is nearly exact
        (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.02) and the ELBO of
        250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
@@ -50,8 +63,8 @@ class FlowVI:
        left at their defaults, the fit is made once more with a ``MixtureBase`` that starts on all of them, and the
        better one kept.
 
-    The guide is ``base -> flow -> full-rank affine map -> location and scale of the start``. The last is held fixed, so
-    that the flow works on a posterior of about unit scale. Steps with a gradient that is not finite are skipped and
+    The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
+    two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not finite are skipped and
     counted.
 
     :param model: NumPyro model with continuous latents.
@@ -66,6 +79,8 @@ class FlowVI:
         ``base_df``. A ``FlexibleTailBase`` learns its tails, and so takes nearly exact fits closer (by 0.04 nats on a
         logistic regression in 25 dimensions). A ``MixtureBase`` serves posteriors of several modes: it starts on those
         which the search finds (give ``num_starts`` enough of them), and the location and scale around them all.
+    :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks) are
+        taken relative to that prior. It changes the guide alone: neither the model nor the sites of the posterior.
     :param path_gradient: whether phase 3 is as described; if not, it goes on with the plain ELBO. Unless given: where
         the flow's inverse, of which both need a pass, takes no more network passes than its forward direction.
     :param num_starts: points from which the search walks.
@@ -83,6 +98,7 @@ class FlowVI:
         learning_rate: float = 2e-3,
         base_df: float | None = _BASE_DF,
         base: Callable[..., Base] | None = None,
+        noncentered: bool = True,
         path_gradient: bool | None = None,
         num_starts: int = 4,
         init_loc_fn: Callable = init_to_uniform,
@@ -95,6 +111,7 @@ class FlowVI:
         self.model, self.flow = model, flow
         self.num_steps, self.num_particles, self.learning_rate = num_steps, num_particles, learning_rate
         self.base_df, self.base, self.path_gradient = base_df, base, path_gradient
+        self.noncentered = noncentered
         self.num_starts, self.init_loc_fn, self.progress_bar = num_starts, init_loc_fn, progress_bar
 
     def run(self, rng_key: Array, *args: Any, **kwargs: Any) -> FlowPosterior:
@@ -107,8 +124,7 @@ class FlowVI:
         setup_key, start_key, fit_key, draw_key, probe_key = jax.random.split(rng_key, 5)
         guide = self._guide(self.base_df, self.base, setup_key, args, kwargs)
         log_density = guide.log_density(*args, **kwargs)
-        target = self._target(log_density)
-        start = self._find_start(guide, log_density, target, start_key)
+        target, start = self._find_start(guide, log_density, start_key)
         posterior = self._fit(guide, log_density, start, fit_key, draw_key, start.gradients, begin)
         if posterior.history.interrupted:
             return posterior
@@ -116,8 +132,10 @@ class FlowVI:
             modes = self._look_elsewhere(posterior, target, start, probe_key, begin)
             seen = posterior.history.missed >= MISSED_BAD and len(modes) > 1
             if seen and self.base is None and self.base_df is _BASE_DF:
-                start = start._replace(modes=modes)
+                start, noncentering = start._replace(modes=modes), guide.noncentering
                 guide = self._guide(None, partial(MixtureBase, num_components=len(modes)), setup_key, args, kwargs)
+                if noncentering is not None:
+                    guide.set_noncentering(noncentering)
                 again = self._fit(guide, log_density, start, fit_key, draw_key, posterior.history.gradients, begin)
                 if again.elbo.value > posterior.elbo.value:
                     posterior = again
@@ -130,7 +148,13 @@ class FlowVI:
         self, base_df: float | None, base: Callable[..., Base] | None, key: Array, args: tuple, kwargs: dict
     ) -> AutoFlow:
         guide = AutoFlow(
-            self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=base_df, base=base, full_rank=True
+            self.model,
+            self.flow,
+            init_loc_fn=self.init_loc_fn,
+            base_df=base_df,
+            base=base,
+            full_rank=True,
+            noncentered=self.noncentered,
         )
         with handlers.seed(rng_seed=key):
             guide._setup_prototype(*args, **kwargs)
@@ -167,19 +191,27 @@ class FlowVI:
             params[f"{guide.prefix}_base$params"] = parameters(base)
         return FlowPosterior(guide, params, log_density, history, rng_key=draw_key)
 
-    def _target(self, log_density: LogDensity) -> Target:
-        batch = jax.jit(jax.vmap(log_density))
-        value_and_grad = jax.jit(jax.value_and_grad(log_density))
-        hessian = jax.jit(jax.hessian(log_density))
+    def _target(self, log_density: LogDensity, noncentering: Noncentering | None) -> Target:
+        density = pulled_back(log_density, noncentering)
+        batch = jax.jit(jax.vmap(density))
+        value_and_grad = jax.jit(jax.value_and_grad(density))
+        hessian = jax.jit(jax.hessian(density))
         return Target(
             lambda u: np.asarray(batch(u), float),
             lambda u: tuple(np.asarray(part, float) for part in value_and_grad(u)),  # type: ignore[arg-type, return-value]
             lambda u: np.asarray(hessian(u), float),
         )
 
-    def _points(self, log_density: LogDensity, target: Target, key: Array, n: int) -> list[np.ndarray]:
+    def _points(
+        self, guide: AutoFlow, log_density: LogDensity, target: Target, key: Array, n: int
+    ) -> list[np.ndarray]:
         """Points of finite log-density by ``init_loc_fn``, at most ``n``."""
-        unconstrain = jax.jit(lambda samples: log_density.unconstrain(samples)[0])
+
+        @jax.jit
+        def unconstrain(samples):
+            u = log_density.unconstrain(samples)[0]
+            return u if guide.noncentering is None else guide.noncentering.inverse_and_log_det(u)[0]
+
         points = []
         for k in jax.random.split(key, n):
             trace = prototype_trace(
@@ -190,12 +222,33 @@ class FlowVI:
             )
         return [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
 
-    def _find_start(self, guide: AutoFlow, log_density: LogDensity, target: Target, key: Array) -> Start:
-        points = [np.asarray(guide.init_loc, float)]
-        for point in self._points(log_density, target, key, self.num_starts - 1):
-            if not np.allclose(point, points[0]):
-                points.append(point)
-        return find_start(target, points, _numpy_rng(key))
+    def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> tuple[Target, Start]:
+        """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
+
+        def search() -> tuple[Target, Start]:
+            target, loc = self._target(log_density, guide.noncentering), guide.init_loc
+            loc = loc if guide.noncentering is None else guide.noncentering.inverse_and_log_det(loc)[0]
+            points = [np.asarray(loc, float)]
+            for point in self._points(guide, log_density, target, key, self.num_starts - 1):
+                if not np.allclose(point, points[0]):
+                    points.append(point)
+            return target, find_start(target, points, _numpy_rng(key))
+
+        target, start = search()
+        plain = guide.noncentering
+        if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
+            return target, start
+        x = jnp.asarray(start.loc, guide.init_loc.dtype)
+        u, scales = (np.asarray(a, float) for a in (plain.forward_and_log_det(x)[0], plain.scales(x)))
+        guide.set_noncentering(
+            plain.with_pseudo_observations(*pseudo_observations(target, start.loc, u, scales, plain.elements))
+        )
+        adapted, again = search()
+        gradients = start.gradients + again.gradients + len(start.loc)
+        if again.elbo > start.elbo:
+            return adapted, again._replace(gradients=gradients)
+        guide.set_noncentering(plain)
+        return target, start._replace(gradients=gradients)
 
     def _look_elsewhere(
         self, posterior: FlowPosterior, target: Target, start: Start, key: Array, begin: float
@@ -205,18 +258,20 @@ class FlowVI:
         Walks uphill from more points by ``init_loc_fn``, and from as many spread widely around the start.
         """
         rng = _numpy_rng(key)
-        points = self._points(posterior.log_density, target, key, _NUM_PROBES)
+        guide, dtype = posterior.guide, posterior.guide.init_loc.dtype
+        points = self._points(guide, posterior.log_density, target, key, _NUM_PROBES)
         wide = start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T
         points += [point for point in wide if np.isfinite(target.value_and_grad(point)[0])]
         found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
         modes = distinct([*start.modes, *found])
-        missed = missed_mass(
-            modes,
-            target.log_density,
-            lambda u: np.asarray(posterior._log_guide(jnp.asarray(u, posterior.guide.init_loc.dtype)), float),
-            posterior._log_evidence().value,
-            rng,
-        )
+
+        def log_guide(x: np.ndarray) -> np.ndarray:
+            u, log_det = jnp.asarray(x, dtype), 0.0
+            if guide.noncentering is not None:
+                u, log_det = guide.noncentering.forward_and_log_det(u)
+            return np.asarray(posterior._log_guide(u) + log_det, float)
+
+        missed = missed_mass(modes, target.log_density, log_guide, posterior._log_evidence().value, rng)
         history = posterior.history
         posterior.history = history._replace(
             missed=missed, gradients=history.gradients + gradients, seconds=time.perf_counter() - begin
@@ -228,17 +283,18 @@ class FlowVI:
     ) -> tuple[TransformModule, Base | None, History]:
         """Phases 2 and 3, in the coordinates of the start."""
         assert guide.transform is not None
-        *inner, outer = guide.transform.layers
+        fixed = 1 if guide.noncentering is None else 2
+        inner, outer = guide.transform.layers[:-fixed], Compose(guide.transform.layers[-fixed:])
         params, static = eqx.partition((Compose(inner), guide.learned_base), eqx.is_inexact_array)
         fixed_base, n = guide.get_base_dist(), self.num_particles
-        scale_log_det = outer.forward_and_log_det(jnp.zeros_like(guide.init_loc))[1]
         use_path = self.path_gradient
         if use_path is None:
             forward, inverse = Compose(inner).passes
             use_path = inverse <= forward
 
         def whitened(z):
-            return jax.vmap(log_density)(outer.forward_and_log_det(z)[0]) + scale_log_det
+            u, log_det = outer.forward_and_log_det(z)
+            return jax.vmap(log_density)(u) + log_det
 
         def loss(params, key, path):
             transform, learned = eqx.combine(params, static)

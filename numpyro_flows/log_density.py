@@ -34,7 +34,7 @@ class LogDensity:
         self, model: Callable, args: tuple, kwargs: dict, dim: int, unpack: Callable[[Array], dict[str, Array]]
     ):
         self.model, self.args, self.kwargs, self.dim, self.unpack = model, args, kwargs, dim, unpack
-        self.site_names = list(jax.eval_shape(unpack, jax.ShapeDtypeStruct((dim,), jnp.result_type(float))))
+        self.site_names = list(unpack(jnp.zeros(dim)))  # in the vector's order (eval_shape would sort them)
 
     def __call__(self, u: Array) -> Array:
         """Log-density of one unconstrained vector ``(dim,)``."""

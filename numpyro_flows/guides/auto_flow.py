@@ -19,6 +19,7 @@ from numpyro.infer.initialization import init_to_uniform
 from numpyro_flows import flows
 from numpyro_flows.distributions import Base, FlowDistribution, standard_base
 from numpyro_flows.log_density import LogDensity, check_latents, prototype_trace
+from numpyro_flows.noncentering import Noncentering, noncentering_of
 from numpyro_flows.transform_module import Compose, TransformModule, flow_module
 from numpyro_flows.transforms import ElementwiseAffine, TriangularAffine
 
@@ -44,6 +45,8 @@ class AutoFlow(AutoContinuous):
     :param base: factory ``base(dim, key=key) -> Base`` of a base that is learned along with the flow, such as
         ``functools.partial(distributions.MixtureBase, num_components=4)`` for several modes; in place of ``base_df``.
     :param full_rank: puts a trainable full-rank affine map between the flow and the location and scale.
+    :param noncentered: puts a :class:`Noncentering` layer last, where the model has latents whose prior depends on
+        other latents. The location and scale are then those of the non-centred vector.
     :raises ValueError: at the first call, for a model with discrete latents, none, latents in a subsampled plate, or
         a log-density that is not finite at the start (naming the sites).
     """
@@ -59,6 +62,7 @@ class AutoFlow(AutoContinuous):
         base_df: float | None = None,
         base: Callable[..., Base] | None = None,
         full_rank: bool = False,
+        noncentered: bool = False,
     ):
         if not callable(flow) or isinstance(flow, TransformModule):
             raise TypeError(
@@ -69,7 +73,7 @@ class AutoFlow(AutoContinuous):
         check_base(base, base_df, "AutoFlow")
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
         self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
-        self.base = base
+        self.base, self.noncentered = base, noncentered
         self.transform: Compose | None = None
         self.learned_base: Base | None = None
 
@@ -91,17 +95,30 @@ class AutoFlow(AutoContinuous):
             dtype = self._init_latent.dtype
             flow = self.flow(self.latent_dim, key=jax.random.fold_in(key, 1))
             whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
-            self.transform = Compose(
-                [*_cast(whole, dtype), self._location_and_scale(self._init_latent, self._init_scale)]
-            )
+            layer, loc = self._noncentering(args, kwargs), self._init_latent
+            loc = loc if layer is None else layer.inverse_and_log_det(loc)[0]
+            last = [self._location_and_scale(loc, self._init_scale), *([] if layer is None else [layer])]
+            self.transform = Compose([*_cast(whole, dtype), *last])
             if self.base is not None:
                 base = check_built_base(self.base(self.latent_dim, key=jax.random.fold_in(key, 2)))
                 self.learned_base = _cast(base, dtype)
+
+    def _noncentering(self, args: tuple, kwargs: dict) -> Noncentering | None:
+        if not self.noncentered:
+            return None
+        log_density = LogDensity(self.model, args, kwargs, self.latent_dim, self._unpack_latent)
+        return noncentering_of(log_density, self._init_latent)
 
     def _location_and_scale(self, loc: Array, scale: float | Array) -> TransformModule:
         loc, scale = (jnp.asarray(a, self._init_latent.dtype) for a in (loc, scale))
         outer = TriangularAffine if scale.ndim == 2 else ElementwiseAffine
         return outer(self.latent_dim, loc, scale)
+
+    @property
+    def noncentering(self) -> Noncentering | None:
+        """The last layer, where the guide is non-centred."""
+        last = None if self.transform is None else self.transform.layers[-1]
+        return last if isinstance(last, Noncentering) else None
 
     @property
     def init_loc(self) -> Array:
@@ -111,13 +128,22 @@ class AutoFlow(AutoContinuous):
     def start_at(self, loc: Array, scale: float | Array) -> None:
         """Moves the guide's first location and scale, given on the unconstrained space, before it is trained.
 
-        :param loc: location ``(latent_dim,)``, for example that of a fitted ``AutoMultivariateNormal``.
+        :param loc: location ``(latent_dim,)``, for example that of a fitted ``AutoMultivariateNormal``. Of the
+            non-centred vector, where the guide is ``noncentered``.
         :param scale: as ``init_scale``.
         """
         if self.transform is None:
             raise RuntimeError("AutoFlow: start_at needs the model's structure: call the guide (or log_density) first.")
         check_guide_scale(scale, self.base_df)
-        self.transform = Compose([*self.transform.layers[:-1], self._location_and_scale(loc, scale)])
+        layer = [] if self.noncentering is None else [self.noncentering]
+        inner = self.transform.layers[: -1 - len(layer)]
+        self.transform = Compose([*inner, self._location_and_scale(loc, scale), *layer])
+
+    def set_noncentering(self, noncentering: Noncentering) -> None:
+        """Replaces the last layer of a ``noncentered`` guide, before it is trained."""
+        if self.transform is None or self.noncentering is None:
+            raise RuntimeError("AutoFlow: set_noncentering needs a guide that is noncentered, and has been set up.")
+        self.transform = Compose([*self.transform.layers[:-1], noncentering])
 
     def _not_finite(self, seeded: Callable, args: tuple, kwargs: dict) -> str:
         trace = prototype_trace(seeded, args, kwargs, self.init_loc_fn)
