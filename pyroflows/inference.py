@@ -18,8 +18,19 @@ from pyroflows.distributions import Base, MixtureBase, distribution_of
 from pyroflows.elbo import elbo_terms, forward_kl, score_gradient
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base
-from pyroflows.initialization import Start, Target, distinct, find_modes, find_start, gaussian_around, missed_mass
+from pyroflows.initialization import (
+    MAX_HESSIAN_DIM,
+    Start,
+    Target,
+    distinct,
+    find_modes,
+    find_start,
+    gaussian_around,
+    missed_mass,
+    pseudo_observations,
+)
 from pyroflows.log_density import LogDensity, prototype_trace
+from pyroflows.noncentering import pulled_back
 from pyroflows.posterior import MISSED_BAD, FlowPosterior, History
 from pyroflows.transform_module import Compose, TransformModule
 
@@ -34,7 +45,9 @@ _NEARLY_EXACT = 0.02  # nats of KL divergence, below which a fit that no longer 
 class FlowVI:
     """Fits a flow to a model's posterior, with nothing to tune.
 
-    1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``).
+    1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), where
+       latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then once more with
+       the pseudo-observations that the likelihood amounts to there. The better of the two is kept.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``; less if the guide is nearly exact
        (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.02) and the ELBO of
        250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
@@ -46,8 +59,8 @@ class FlowVI:
        left at their defaults, the fit is made once more with a ``MixtureBase`` that starts on all of them, and the
        better one kept.
 
-    The guide is ``base -> flow -> full-rank affine map -> location and scale of the start``. The last is held fixed, so
-    that the flow works on a posterior of about unit scale. Steps with a gradient that is not finite are skipped and
+    The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
+    two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not finite are skipped and
     counted.
 
     :param model: Pyro model with continuous latents.
@@ -62,6 +75,8 @@ class FlowVI:
         ``base_df``. A ``FlexibleTailBase`` learns its tails, and so takes nearly exact fits closer (by 0.04 nats on a
         logistic regression in 25 dimensions). A ``MixtureBase`` serves posteriors of several modes: it starts on those
         which the search finds (give ``num_starts`` enough of them), and the location and scale around them all.
+    :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks) are
+        taken relative to that prior. It changes the guide alone: neither the model nor the sites of the posterior.
     :param path_gradient: whether phase 3 is as described; if not, it goes on with the plain ELBO. Unless given: where
         the flow's inverse, of which both need a pass, takes no more network passes than its forward direction.
     :param num_starts: points from which the search walks.
@@ -79,6 +94,7 @@ class FlowVI:
         learning_rate: float = 2e-3,
         base_df: float | None = _BASE_DF,
         base: Callable[..., Base] | None = None,
+        noncentered: bool = True,
         path_gradient: bool | None = None,
         num_starts: int = 4,
         init_loc_fn: Callable = init_to_uniform,
@@ -91,6 +107,7 @@ class FlowVI:
         self.model, self.flow = model, flow
         self.num_steps, self.num_particles, self.learning_rate = num_steps, num_particles, learning_rate
         self.base_df, self.base, self.path_gradient = base_df, base, path_gradient
+        self.noncentered = noncentered
         self.num_starts, self.init_loc_fn, self.progress_bar = num_starts, init_loc_fn, progress_bar
 
     def run(self, *args: Any, **kwargs: Any) -> FlowPosterior:
@@ -104,8 +121,7 @@ class FlowVI:
         begin = time.perf_counter()
         guide = self._guide(self.base_df, self.base, args, kwargs)
         log_density = guide.log_density(*args, **kwargs)
-        target = self._target(log_density)
-        start = self._find_start(log_density, target)
+        target, start = self._find_start(guide, log_density)
         posterior = self._fit(guide, log_density, start, start.gradients, begin)
         if posterior.history.interrupted:
             return posterior
@@ -113,8 +129,10 @@ class FlowVI:
             modes = self._look_elsewhere(posterior, target, start, begin)
             seen = posterior.history.missed >= MISSED_BAD and len(modes) > 1
             if seen and self.base is None and self.base_df is _BASE_DF:
-                start = start._replace(modes=modes)
+                start, noncentering = start._replace(modes=modes), guide.noncentering
                 guide = self._guide(None, partial(MixtureBase, num_components=len(modes)), args, kwargs)
+                if noncentering is not None:
+                    guide.set_noncentering(noncentering)
                 again = self._fit(guide, log_density, start, posterior.history.gradients, begin)
                 if again.elbo.value > posterior.elbo.value:
                     posterior = again
@@ -125,7 +143,13 @@ class FlowVI:
 
     def _guide(self, base_df: float | None, base: Callable[..., Base] | None, args: tuple, kwargs: dict) -> AutoFlow:
         guide = AutoFlow(
-            self.model, self.flow, init_loc_fn=self.init_loc_fn, base_df=base_df, base=base, full_rank=True
+            self.model,
+            self.flow,
+            init_loc_fn=self.init_loc_fn,
+            base_df=base_df,
+            base=base,
+            full_rank=True,
+            noncentered=self.noncentered,
         )
         guide._setup_prototype(*args, **kwargs)
         if guide.model_params:
@@ -166,21 +190,46 @@ class FlowVI:
 
         return Target(batch, value_and_grad, hessian)
 
-    def _points(self, log_density: LogDensity, target: Target, n: int) -> list[np.ndarray]:
+    def _points(self, guide: AutoFlow, log_density: LogDensity, target: Target, n: int) -> list[np.ndarray]:
         """Points of finite log-density by ``init_loc_fn``, at most ``n``."""
         points = []
         for _ in range(n):
             trace = prototype_trace(self.model, log_density.args, log_density.kwargs, self.init_loc_fn)
             values = {name: trace.nodes[name]["value"][None] for name in log_density.site_names}
-            points.append(log_density.unconstrain(values)[0][0].double().numpy(force=True))
+            u = log_density.unconstrain(values)[0]
+            u = u if guide.noncentering is None else guide.noncentering.inverse_and_log_det(u)[0]
+            points.append(u[0].double().numpy(force=True))
         return [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
 
-    def _find_start(self, log_density: LogDensity, target: Target) -> Start:
-        points = [log_density.prototype.double().numpy(force=True)]
-        for point in self._points(log_density, target, self.num_starts - 1):
-            if not np.allclose(point, points[0]):
-                points.append(point)
-        return find_start(target, points, _numpy_rng())
+    def _find_start(self, guide: AutoFlow, log_density: LogDensity) -> tuple[Target, Start]:
+        """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
+
+        def search() -> tuple[Target, Start]:
+            target, loc = self._target(pulled_back(log_density, guide.noncentering)), log_density.prototype
+            loc = loc if guide.noncentering is None else guide.noncentering.inverse_and_log_det(loc)[0]
+            points = [loc.double().numpy(force=True)]
+            for point in self._points(guide, log_density, target, self.num_starts - 1):
+                if not np.allclose(point, points[0]):
+                    points.append(point)
+            return target, find_start(target, points, _numpy_rng())
+
+        target, start = search()
+        plain = guide.noncentering
+        if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
+            return target, start
+        x = torch.as_tensor(start.loc).to(log_density.prototype)
+        u, scales = (
+            t.double().numpy(force=True) for t in (plain.forward_and_log_det(x)[0], plain.scales(x))
+        )
+        guide.set_noncentering(
+            plain.with_pseudo_observations(*pseudo_observations(target, start.loc, u, scales, plain.elements))
+        )
+        adapted, again = search()
+        gradients = start.gradients + again.gradients + len(start.loc)
+        if again.elbo > start.elbo:
+            return adapted, again._replace(gradients=gradients)
+        guide.set_noncentering(plain)
+        return target, start._replace(gradients=gradients)
 
     def _look_elsewhere(
         self, posterior: FlowPosterior, target: Target, start: Start, begin: float
@@ -190,15 +239,20 @@ class FlowVI:
         Walks uphill from more points by ``init_loc_fn``, and from as many spread widely around the start.
         """
         rng = _numpy_rng()
-        points = self._points(posterior.log_density, target, _NUM_PROBES)
+        guide = posterior.guide
+        points = self._points(guide, posterior.log_density, target, _NUM_PROBES)
         wide = start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T
         points += [point for point in wide if np.isfinite(target.value_and_grad(point)[0])]
         found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
         modes = distinct([*start.modes, *found])
         like = posterior.log_density.prototype
 
-        def log_guide(u: np.ndarray) -> np.ndarray:
-            return posterior._log_guide(torch.as_tensor(u).to(like)).double().numpy(force=True)
+        @torch.no_grad()
+        def log_guide(x: np.ndarray) -> np.ndarray:
+            u, log_det = torch.as_tensor(x).to(like), 0.0
+            if guide.noncentering is not None:
+                u, log_det = guide.noncentering.forward_and_log_det(u)  # type: ignore[assignment]
+            return (posterior._log_guide(u) + log_det).double().numpy(force=True)
 
         missed = missed_mass(modes, target.log_density, log_guide, posterior._log_evidence().value, rng)
         history = posterior.history
@@ -209,9 +263,13 @@ class FlowVI:
 
     def _ascend(self, guide: AutoFlow, log_density: LogDensity) -> History:
         """Phases 2 and 3, in the coordinates of the start; trains the guide in place."""
-        *inner_layers, outer = guide.transform.layers  # type: ignore[union-attr]
-        inner: TransformModule = Compose(inner_layers)  # type: ignore[arg-type]
+        layers, noncentering = list(guide.transform.layers), guide.noncentering  # type: ignore[union-attr]
+        if noncentering is not None:
+            layers.pop()
+        outer = layers.pop()
+        inner: TransformModule = Compose(layers)
         outer.requires_grad_(False)
+        density = pulled_back(log_density, noncentering)
         learned: Any = guide._modules.get("learned_base")
         base, n = guide.get_base_dist() if learned is None else learned, self.num_particles
         scale_log_det = outer.forward_and_log_det(torch.zeros_like(log_density.prototype))[1]  # type: ignore[operator]
@@ -221,7 +279,7 @@ class FlowVI:
             use_path = inverse <= forward
 
         def whitened(z: Tensor) -> Tensor:
-            return log_density(outer.forward_and_log_det(z)[0]) + scale_log_det  # type: ignore[operator]
+            return density(outer.forward_and_log_det(z)[0]) + scale_log_det  # type: ignore[operator]
 
         parameters = [*inner.parameters(), *(() if learned is None else learned.parameters())]
         adam = torch.optim.Adam(parameters, fused=True)
@@ -259,7 +317,7 @@ class FlowVI:
                     divergence += torch.stack(divergences).tolist()
                     skipped += finite.count(False)
                     if skipped == len(trace):
-                        raise RuntimeError(self._nothing_finite(log_density, outer, base))
+                        raise RuntimeError(self._nothing_finite(guide, log_density, outer, base))
                     recent = float(np.nanmean(trace[-_WINDOW:]))
                     if recent > best[0]:
                         best = recent, [p.detach().clone() for p in parameters]
@@ -278,8 +336,10 @@ class FlowVI:
         return History(np.asarray(trace), skipped, schedule.stationary, interrupted)
 
     @torch.no_grad()
-    def _nothing_finite(self, log_density: LogDensity, outer: Any, base: Any) -> str:
-        sites = log_density.site_log_probs(outer.forward_and_log_det(distribution_of(base).sample((64,)))[0])
+    def _nothing_finite(self, guide: AutoFlow, log_density: LogDensity, outer: Any, base: Any) -> str:
+        u = outer.forward_and_log_det(distribution_of(base).sample((64,)))[0]
+        u = u if guide.noncentering is None else guide.noncentering.forward_and_log_det(u)[0]
+        sites = log_density.site_log_probs(u)
         shares = {name: float((~torch.isfinite(value)).double().mean()) for name, value in sites.items()}
         bad = {name: f"{share:.0%} of draws" for name, share in shares.items() if share} or "none (the gradient is)"
         return (

@@ -283,8 +283,14 @@ class FlowPosterior:
             "arguments": serialization.pack(arguments, tensors, "model"),
             "flow": serialization.describe(self.guide.flow, FLOWS),
             "base": serialization.describe(self.guide.base, BASES) if self.guide.base else None,
-            "guide": {"base_df": self.guide.base_df, "full_rank": self.guide.full_rank},
-            "scale_is_matrix": isinstance(self._transform.layers[-1], TriangularAffine),
+            "guide": {
+                "base_df": self.guide.base_df,
+                "full_rank": self.guide.full_rank,
+                "noncentered": self.guide.noncentered,
+            },
+            "scale_is_matrix": isinstance(
+                self._transform.layers[-1 if self.guide.noncentering is None else -2], TriangularAffine
+            ),
             "num_draws": self.num_draws,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
         }

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pyroflows import flows
 from pyroflows.distributions import Base, FlowDistribution, standard_base
 from pyroflows.log_density import LogDensity, check_latents, prototype_trace
+from pyroflows.noncentering import Noncentering, noncentering_of
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import ElementwiseAffine, TriangularAffine
 
@@ -45,6 +46,8 @@ class AutoFlow(AutoContinuous):
     :param base: factory ``base(dim) -> Base`` of a base that is learned along with the flow, such as
         ``functools.partial(distributions.MixtureBase, num_components=4)`` for several modes; in place of ``base_df``.
     :param full_rank: puts a trainable full-rank affine map between the flow and the location and scale.
+    :param noncentered: puts a :class:`Noncentering` layer last, where the model has latents whose prior depends on
+        other latents. The location and scale are then those of the non-centred vector.
     :raises ValueError: at the first call, for a model with discrete latents, none, latents in a subsampled plate, or
         a log-density that is not finite at the start (naming the sites).
     """
@@ -59,6 +62,7 @@ class AutoFlow(AutoContinuous):
         base_df: float | None = None,
         base: Callable[..., Base] | None = None,
         full_rank: bool = False,
+        noncentered: bool = False,
     ):
         if not callable(flow) or isinstance(flow, TransformModule):
             raise TypeError(
@@ -70,7 +74,7 @@ class AutoFlow(AutoContinuous):
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._raw_model, self._init_loc_fn = (model,), init_loc_fn
         self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
-        self.base = base
+        self.base, self.noncentered = base, noncentered
         self.transform: Compose | None = None
         self.learned_base: Base | None = None
 
@@ -85,7 +89,10 @@ class AutoFlow(AutoContinuous):
         loc = self._init_loc()
         flow = self.flow(self.latent_dim)
         whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
-        self.transform = Compose([*whole, self._location_and_scale(loc, self._init_scale)]).to(loc)
+        layer = noncentering_of(self._log_density(args, kwargs)) if self.noncentered else None
+        start = loc if layer is None else layer.inverse_and_log_det(loc)[0]
+        last = [self._location_and_scale(start, self._init_scale), *([] if layer is None else [layer])]
+        self.transform = Compose([*whole, *last]).to(loc)
         if self.base is not None:
             self.learned_base = check_built_base(self.base(self.latent_dim)).to(loc)
 
@@ -96,6 +103,13 @@ class AutoFlow(AutoContinuous):
         return outer(self.latent_dim, loc, scale)
 
     @property
+    def noncentering(self) -> Noncentering | None:
+        """The last layer, where the guide is non-centred."""
+        transform = self._modules.get("transform")
+        last = None if transform is None else transform.layers[-1]  # type: ignore[index]
+        return last if isinstance(last, Noncentering) else None
+
+    @property
     def init_loc(self) -> Tensor:
         """The first location ``(latent_dim,)`` on the unconstrained space, by ``init_loc_fn``."""
         return self._init_loc()
@@ -103,14 +117,23 @@ class AutoFlow(AutoContinuous):
     def start_at(self, loc: Tensor, scale: float | Tensor) -> None:
         """Moves the guide's first location and scale, given on the unconstrained space, before it is trained.
 
-        :param loc: location ``(latent_dim,)``, for example that of a fitted ``AutoMultivariateNormal``.
+        :param loc: location ``(latent_dim,)``, for example that of a fitted ``AutoMultivariateNormal``. Of the
+            non-centred vector, where the guide is ``noncentered``.
         :param scale: as ``init_scale``.
         """
         transform = self._modules.get("transform")
         if transform is None:
             raise RuntimeError("AutoFlow: start_at needs the model's structure: call the guide (or log_density) first.")
         check_guide_scale(scale, self.base_df)
-        self.transform = Compose([*transform.layers[:-1], self._location_and_scale(loc, scale)])
+        layer = [] if self.noncentering is None else [self.noncentering]
+        inner = transform.layers[: -1 - len(layer)]
+        self.transform = Compose([*inner, self._location_and_scale(loc, scale), *layer])
+
+    def set_noncentering(self, noncentering: Noncentering) -> None:
+        """Replaces the last layer of a ``noncentered`` guide, before it is trained."""
+        if self.noncentering is None:
+            raise RuntimeError("AutoFlow: set_noncentering needs a guide that is noncentered, and has been set up.")
+        self.transform = Compose([*self._modules["transform"].layers[:-1], noncentering])  # type: ignore[index, union-attr]
 
     def _check_finite(self, trace: pyro.poutine.Trace) -> None:
         trace.compute_log_prob()
@@ -129,6 +152,9 @@ class AutoFlow(AutoContinuous):
         """The model's log-density over the guide's latent vector, given the model's arguments."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        return self._log_density(args, kwargs)
+
+    def _log_density(self, args: tuple, kwargs: dict) -> LogDensity:
         return LogDensity(self._raw_model[0], args, kwargs, self._unconstrained_shapes, self._init_loc())
 
     def get_base_dist(self) -> dist.TorchDistribution:
