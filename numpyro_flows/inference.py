@@ -64,8 +64,8 @@ class FlowVI:
        better one kept.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
-    two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not finite are skipped and
-    counted.
+    two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
+    finite are skipped and counted.
 
     :param model: NumPyro model with continuous latents.
     :param flow: factory ``flow(dim, key=key) -> TransformModule``.
@@ -202,9 +202,7 @@ class FlowVI:
             lambda u: np.asarray(hessian(u), float),
         )
 
-    def _points(
-        self, guide: AutoFlow, log_density: LogDensity, target: Target, key: Array, n: int
-    ) -> list[np.ndarray]:
+    def _points(self, guide: AutoFlow, log_density: LogDensity, target: Target, key: Array, n: int) -> list[np.ndarray]:
         """Points of finite log-density by ``init_loc_fn``, at most ``n``."""
 
         @jax.jit
@@ -266,7 +264,7 @@ class FlowVI:
         modes = distinct([*start.modes, *found])
 
         def log_guide(x: np.ndarray) -> np.ndarray:
-            u, log_det = jnp.asarray(x, dtype), 0.0
+            u, log_det = jnp.asarray(x, dtype), jnp.zeros((), dtype)
             if guide.noncentering is not None:
                 u, log_det = guide.noncentering.forward_and_log_det(u)
             return np.asarray(posterior._log_guide(u) + log_det, float)

@@ -62,7 +62,7 @@ class Noncentering(TransformModule):
         parts = [np.full(np.prod(shape, dtype=int), name in self.sites) for name, shape in self.prior.shapes.items()]
         return np.concatenate(parts)
 
-    def with_pseudo_observations(self, precision: Array, pseudo_data: Array) -> Noncentering:
+    def with_pseudo_observations(self, precision: Any, pseudo_data: Any) -> Noncentering:
         """This layer with other pseudo-observations, both ``(dim,)``."""
         dtype = self.precision.dtype
         new = jnp.asarray(precision, dtype), jnp.asarray(pseudo_data, dtype)
@@ -96,7 +96,9 @@ class _Prior:
         self.sites = tuple(
             name
             for name in seen[0]
-            if any(not np.array_equal(a, b) for other in seen[1:] for a, b in zip(seen[0][name], other[name]))
+            if any(
+                not np.array_equal(a, b) for other in seen[1:] for a, b in zip(seen[0][name], other[name], strict=True)
+            )
         )
 
     def run(self, x: Array, precision: Array, pseudo_data: Array, inverse: bool) -> tuple[Array, Array]:

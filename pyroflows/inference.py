@@ -60,8 +60,8 @@ class FlowVI:
        better one kept.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
-    two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not finite are skipped and
-    counted.
+    two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
+    finite are skipped and counted.
 
     :param model: Pyro model with continuous latents.
     :param flow: factory ``flow(dim) -> TransformModule``.
@@ -218,9 +218,7 @@ class FlowVI:
         if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
         x = torch.as_tensor(start.loc).to(log_density.prototype)
-        u, scales = (
-            t.double().numpy(force=True) for t in (plain.forward_and_log_det(x)[0], plain.scales(x))
-        )
+        u, scales = (t.double().numpy(force=True) for t in (plain.forward_and_log_det(x)[0], plain.scales(x)))
         guide.set_noncentering(
             plain.with_pseudo_observations(*pseudo_observations(target, start.loc, u, scales, plain.elements))
         )
