@@ -132,6 +132,9 @@ class LogDensity:
                 return mode
         return "loop"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": {}}  # recorded again when needed
+
     def _record(self, u: Tensor) -> None:
         """Adds the graph for batches like ``u``."""
         with pyro.validation_enabled(False):

@@ -95,3 +95,12 @@ def bimodal():
     loc, scale = jnp.array([[-3.0, -3.0], [3.0, 3.0]]), jnp.array([[0.5, 0.5], [0.3, 0.8]])
     terms = dist.Normal(loc, scale).to_event(1).log_prob(z[..., None, :]) + jnp.log(jnp.array([0.3, 0.7]))
     numpyro.factor("modes", logsumexp(terms, -1) - prior.log_prob(z))
+
+
+def out_of_order():
+    """A scale, a log-normal effect and two normal ones; neither the sites' names nor their scales are in order."""
+    zeta = numpyro.sample("zeta", dist.HalfNormal(1.0))
+    level = numpyro.sample("level", dist.LogNormal(0.5, zeta))
+    with numpyro.plate("pair", 2):
+        effect = numpyro.sample("effect", dist.Normal(level, 2.0 * zeta))
+        numpyro.sample("obs", dist.Normal(effect, 3.0), obs=jnp.array([0.5, -1.0]))

@@ -96,3 +96,12 @@ def bimodal():
     loc, scale = torch.tensor([[-3.0, -3.0], [3.0, 3.0]]), torch.tensor([[0.5, 0.5], [0.3, 0.8]])
     terms = dist.Normal(loc, scale).to_event(1).log_prob(z[..., None, :]) + torch.log(torch.tensor([0.3, 0.7]))
     pyro.factor("modes", torch.logsumexp(terms, -1) - prior.log_prob(z))
+
+
+def out_of_order():
+    """A scale, a log-normal effect and two normal ones; neither the sites' names nor their scales are in order."""
+    zeta = pyro.sample("zeta", dist.HalfNormal(torch.tensor(1.0)))
+    level = pyro.sample("level", dist.LogNormal(0.5, zeta))
+    with pyro.plate("pair", 2):
+        effect = pyro.sample("effect", dist.Normal(level, 2.0 * zeta))
+        pyro.sample("obs", dist.Normal(effect, 3.0), obs=torch.tensor([0.5, -1.0]))
