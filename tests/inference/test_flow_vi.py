@@ -234,7 +234,7 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped(fitter):
 
 
 def test_a_bad_fit_is_not_trusted(fitter):
-    posterior = fitter.run("funnel", num_steps=1, base_df=None)
+    posterior = fitter.run("funnel", noncentered=False, num_steps=1, base_df=None)
     if posterior.pareto_k >= 0.7:
         assert posterior.verdict().startswith("Do not trust")
         with pytest.warns(UserWarning, match="Pareto k"):
