@@ -207,8 +207,7 @@ class FlowVI:
 
         @jax.jit
         def unconstrain(samples):
-            u = log_density.unconstrain(samples)[0]
-            return u if guide.noncentering is None else guide.noncentering.inverse_and_log_det(u)[0]
+            return guide.coordinates.inverse_and_log_det(log_density.unconstrain(samples)[0])[0]
 
         points = []
         for k in jax.random.split(key, n):
@@ -224,9 +223,8 @@ class FlowVI:
         """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
 
         def search() -> tuple[Target, Start]:
-            target, loc = self._target(log_density, guide.noncentering), guide.init_loc
-            loc = loc if guide.noncentering is None else guide.noncentering.inverse_and_log_det(loc)[0]
-            points = [np.asarray(loc, float)]
+            target = self._target(log_density, guide.noncentering)
+            points = [np.asarray(guide.coordinates.inverse_and_log_det(guide.init_loc)[0], float)]
             for point in self._points(guide, log_density, target, key, self.num_starts - 1):
                 if not np.allclose(point, points[0]):
                     points.append(point)
@@ -264,9 +262,7 @@ class FlowVI:
         modes = distinct([*start.modes, *found])
 
         def log_guide(x: np.ndarray) -> np.ndarray:
-            u, log_det = jnp.asarray(x, dtype), jnp.zeros((), dtype)
-            if guide.noncentering is not None:
-                u, log_det = guide.noncentering.forward_and_log_det(u)
+            u, log_det = guide.coordinates.forward_and_log_det(jnp.asarray(x, dtype))
             return np.asarray(posterior._log_guide(u) + log_det, float)
 
         missed = missed_mass(modes, target.log_density, log_guide, posterior._log_evidence().value, rng)
@@ -281,13 +277,13 @@ class FlowVI:
     ) -> tuple[TransformModule, Base | None, History]:
         """Phases 2 and 3, in the coordinates of the start."""
         assert guide.transform is not None
-        fixed = 1 if guide.noncentering is None else 2
-        inner, outer = guide.transform.layers[:-fixed], Compose(guide.transform.layers[-fixed:])
-        params, static = eqx.partition((Compose(inner), guide.learned_base), eqx.is_inexact_array)
+        outer = Compose(guide.outer_layers)
+        inner = Compose(guide.transform.layers[: -len(guide.outer_layers)])
+        params, static = eqx.partition((inner, guide.learned_base), eqx.is_inexact_array)
         fixed_base, n = guide.get_base_dist(), self.num_particles
         use_path = self.path_gradient
         if use_path is None:
-            forward, inverse = Compose(inner).passes
+            forward, inverse = inner.passes
             use_path = inverse <= forward
 
         def whitened(z):

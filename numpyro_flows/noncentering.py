@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -119,7 +120,7 @@ class _Prior:
 
     def _sweep(self, x: Array, move: Callable) -> _Sweep:
         sweep = _Sweep(handlers.seed(self.model, rng_seed=0), self._unpack(x), self.sites, move)
-        with handlers.block():
+        with contextlib.suppress(_Done), handlers.block():
             sweep(*self.args, **self.kwargs)
         return sweep
 
@@ -133,8 +134,15 @@ def _stay(name: str, loc: Array, scale: Array, value: Array) -> tuple[Array, Arr
     return value, value, jnp.zeros_like(value)
 
 
+class _Done(Exception):
+    """Every latent is set: what the model does from here on, its likelihood, is not needed."""
+
+
 class _Sweep(Messenger):
-    """Sets the latents in the model's order, each by ``move`` from its location, scale and given value."""
+    """Sets the latents in the model's order, each by ``move`` from its location, scale and given value.
+
+    Those of NumPyro's ``scan`` pass: they come with values, from a run of their own.
+    """
 
     def __init__(self, fn: Callable, values: dict[str, Array], sites: tuple[str, ...], move: Callable):
         super().__init__(fn)
@@ -144,19 +152,21 @@ class _Sweep(Messenger):
         self.log_scales: dict[str, Array] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        name = msg["name"]
-        if msg["type"] != "sample" or msg["is_observed"] or name not in self.values:
+        if msg["type"] != "sample" or msg["is_observed"] or msg["name"] not in self.values:
             return
+        name = msg["name"]
         u = self.values[name]
         self.results[name], self.log_scales[name] = u, jnp.zeros_like(u)
         fn = msg["fn"]
         while isinstance(fn, _WRAPPERS):
             fn = fn.base_dist
-        if type(fn) in _LOCATION_SCALE:
+        if isinstance(fn, _LOCATION_SCALE) and msg["value"] is None:
             loc, scale = jnp.broadcast_to(fn.loc, u.shape), jnp.broadcast_to(fn.scale, u.shape)
             self.seen[name] = loc, scale
             if name in self.sites:
                 u, self.results[name], self.log_scales[name] = self.move(name, loc, scale, u)
+        if len(self.results) == len(self.values):
+            raise _Done
         msg["value"] = biject_to(msg["fn"].support)(u)
 
 

@@ -196,17 +196,16 @@ class FlowVI:
         for _ in range(n):
             trace = prototype_trace(self.model, log_density.args, log_density.kwargs, self.init_loc_fn)
             values = {name: trace.nodes[name]["value"][None] for name in log_density.site_names}
-            u = log_density.unconstrain(values)[0]
-            u = u if guide.noncentering is None else guide.noncentering.inverse_and_log_det(u)[0]
-            points.append(u[0].double().numpy(force=True))
+            x = guide.coordinates.inverse_and_log_det(log_density.unconstrain(values)[0])[0]
+            points.append(x[0].double().numpy(force=True))
         return [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
 
     def _find_start(self, guide: AutoFlow, log_density: LogDensity) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
 
         def search() -> tuple[Target, Start]:
-            target, loc = self._target(pulled_back(log_density, guide.noncentering)), log_density.prototype
-            loc = loc if guide.noncentering is None else guide.noncentering.inverse_and_log_det(loc)[0]
+            target = self._target(pulled_back(log_density, guide.noncentering))
+            loc = guide.coordinates.inverse_and_log_det(log_density.prototype)[0]
             points = [loc.double().numpy(force=True)]
             for point in self._points(guide, log_density, target, self.num_starts - 1):
                 if not np.allclose(point, points[0]):
@@ -247,9 +246,7 @@ class FlowVI:
 
         @torch.no_grad()
         def log_guide(x: np.ndarray) -> np.ndarray:
-            u, log_det = torch.as_tensor(x).to(like), 0.0
-            if guide.noncentering is not None:
-                u, log_det = guide.noncentering.forward_and_log_det(u)  # type: ignore[assignment]
+            u, log_det = guide.coordinates.forward_and_log_det(torch.as_tensor(x).to(like))
             return (posterior._log_guide(u) + log_det).double().numpy(force=True)
 
         missed = missed_mass(modes, target.log_density, log_guide, posterior._log_evidence().value, rng)
@@ -261,23 +258,20 @@ class FlowVI:
 
     def _ascend(self, guide: AutoFlow, log_density: LogDensity) -> History:
         """Phases 2 and 3, in the coordinates of the start; trains the guide in place."""
-        layers, noncentering = list(guide.transform.layers), guide.noncentering  # type: ignore[union-attr]
-        if noncentering is not None:
-            layers.pop()
-        outer = layers.pop()
-        inner: TransformModule = Compose(layers)
+        outer = guide.outer_layers[0]
+        inner = Compose(list(guide.transform.layers)[: -len(guide.outer_layers)])  # type: ignore[union-attr, arg-type]
         outer.requires_grad_(False)
-        density = pulled_back(log_density, noncentering)
+        density = pulled_back(log_density, guide.noncentering)
         learned: Any = guide._modules.get("learned_base")
         base, n = guide.get_base_dist() if learned is None else learned, self.num_particles
-        scale_log_det = outer.forward_and_log_det(torch.zeros_like(log_density.prototype))[1]  # type: ignore[operator]
+        scale_log_det = outer.forward_and_log_det(torch.zeros_like(log_density.prototype))[1]
         use_path = self.path_gradient
         if use_path is None:
             forward, inverse = inner.passes
             use_path = inverse <= forward
 
         def whitened(z: Tensor) -> Tensor:
-            return density(outer.forward_and_log_det(z)[0]) + scale_log_det  # type: ignore[operator]
+            return density(outer.forward_and_log_det(z)[0]) + scale_log_det
 
         parameters = [*inner.parameters(), *(() if learned is None else learned.parameters())]
         adam = torch.optim.Adam(parameters, fused=True)
@@ -315,7 +309,7 @@ class FlowVI:
                     divergence += torch.stack(divergences).tolist()
                     skipped += finite.count(False)
                     if skipped == len(trace):
-                        raise RuntimeError(self._nothing_finite(guide, log_density, outer, base))
+                        raise RuntimeError(self._nothing_finite(log_density, Compose(guide.outer_layers), base))
                     recent = float(np.nanmean(trace[-_WINDOW:]))
                     if recent > best[0]:
                         best = recent, [p.detach().clone() for p in parameters]
@@ -334,9 +328,8 @@ class FlowVI:
         return History(np.asarray(trace), skipped, schedule.stationary, interrupted)
 
     @torch.no_grad()
-    def _nothing_finite(self, guide: AutoFlow, log_density: LogDensity, outer: Any, base: Any) -> str:
+    def _nothing_finite(self, log_density: LogDensity, outer: TransformModule, base: Any) -> str:
         u = outer.forward_and_log_det(distribution_of(base).sample((64,)))[0]
-        u = u if guide.noncentering is None else guide.noncentering.forward_and_log_det(u)[0]
         sites = log_density.site_log_probs(u)
         shares = {name: float((~torch.isfinite(value)).double().mean()) for name, value in sites.items()}
         bad = {name: f"{share:.0%} of draws" for name, share in shares.items() if share} or "none (the gradient is)"

@@ -10,6 +10,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -77,9 +78,13 @@ class LogDensity:
 
     def _single(self, u: Tensor) -> Tensor:
         """Log-density of one vector ``(dim,)``."""
-        with _Unconstrained(self._unpack(u)) as latents:
+        with self._latents(self._unpack(u)) as latents:
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         return trace.log_prob_sum() + latents.log_det
+
+    def _latents(self, values: dict[str, Tensor]) -> _Unconstrained:
+        """What sets the latents of one draw, and adds up the Jacobians."""
+        return _Unconstrained(values)
 
     def _with_plate(self, u: Tensor) -> Tensor:
         nesting = self._plate_nesting()
@@ -254,7 +259,7 @@ class _Unconstrained(Messenger):
     def _pyro_sample(self, msg: dict) -> None:
         if msg["name"] not in self.values or msg["is_observed"]:
             return
-        bijection, u = biject_to(msg["fn"].support), self.values[msg["name"]]
+        bijection, u = biject_to(msg["fn"].support), self.unconstrained(msg["name"], msg["fn"])
         if self.nesting is not None:
             event_dim = msg["fn"].event_dim + bijection.domain.event_dim - bijection.codomain.event_dim
             batch = u.dim() - 1 - event_dim
@@ -262,6 +267,10 @@ class _Unconstrained(Messenger):
         msg["value"], msg["done"] = bijection(u), True
         log_det = bijection.log_abs_det_jacobian(u, msg["value"])
         self.log_det = self.log_det + (log_det.sum() if self.nesting is None else log_det.reshape(len(u), -1).sum(-1))
+
+    def unconstrained(self, name: str, fn: TorchDistribution) -> Tensor:
+        """The unconstrained value of a latent site of distribution ``fn``."""
+        return self.values[name]
 
 
 class _Constrained(Messenger):

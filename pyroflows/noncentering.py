@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +12,16 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
 
-from pyroflows.log_density import LogDensity
+from pyroflows.log_density import LogDensity, _close, _Unconstrained
 from pyroflows.transform_module import TransformModule
 
 _WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution)
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
-_LOCATION_SCALE = ("Normal", "StudentT", "Cauchy", "Laplace", "Logistic", "Gumbel", "LogNormal")
+_LOCATION_SCALE = tuple(
+    getattr(torch.distributions, name) for name in ("Normal", "StudentT", "Cauchy", "Laplace", "Gumbel", "LogNormal")
+) + (dist.Logistic,)
 
 
 class Noncentering(TransformModule):
@@ -126,7 +127,8 @@ class _Prior:
 
     def _sweep(self, x: Tensor, move: Callable) -> _Sweep:
         log_density = self.log_density
-        with poutine.block(), _Sweep(log_density._unpack(x), self.sites, move) as sweep:
+        sweep = _Sweep(log_density._unpack(x), self.sites, move, last=len(log_density.shapes))
+        with contextlib.suppress(_Done), poutine.block(), sweep:
             log_density.model(*log_density.args, **log_density.kwargs)
         return sweep
 
@@ -138,34 +140,37 @@ def _stay(name: str, loc: Tensor, scale: Tensor, value: Tensor) -> tuple[Tensor,
     return value, value, torch.zeros_like(value)
 
 
-class _Sweep(Messenger):
-    """Sets the latents in the model's order, each by ``move`` from its location, scale and given value."""
+class _Done(Exception):
+    """Every latent is set: what the model does from here on, its likelihood, is not needed."""
 
-    def __init__(self, values: dict[str, Tensor], sites: tuple[str, ...], move: Callable):
-        super().__init__()
-        self.values, self.sites, self.move = values, sites, move
+
+class _Sweep(_Unconstrained):
+    """Sets the latents in the model's order, each by ``move`` from its location, scale and given value.
+
+    The scales' logarithms count among the Jacobians. With ``last``, ends the run after so many latents.
+    """
+
+    def __init__(self, values: dict[str, Tensor], sites: tuple[str, ...], move: Callable, last: int | None = None):
+        super().__init__(values)
+        self.sites, self.move, self.last = sites, move, last
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}  # location and scale of every site of that form
         self.results: dict[str, Tensor] = {}
         self.log_scales: dict[str, Tensor] = {}
-        self.support_log_det: Any = 0.0
 
-    def _pyro_sample(self, msg: dict) -> None:
-        name = msg["name"]
-        if name not in self.values or msg["is_observed"]:
-            return
+    def unconstrained(self, name: str, fn: Any) -> Tensor:
         u = self.values[name]
         self.results[name], self.log_scales[name] = u, torch.zeros_like(u)
-        fn = msg["fn"]
         while isinstance(fn, _WRAPPERS):
             fn = fn.base_dist
-        if type(fn).__name__ in _LOCATION_SCALE:
+        if isinstance(fn, _LOCATION_SCALE):
             loc, scale = fn.loc.expand(u.shape), fn.scale.expand(u.shape)
             self.seen[name] = loc, scale
             if name in self.sites:
                 u, self.results[name], self.log_scales[name] = self.move(name, loc, scale, u)
-        bijection = biject_to(msg["fn"].support)
-        msg["value"], msg["done"] = bijection(u), True
-        self.support_log_det = self.support_log_det + bijection.log_abs_det_jacobian(u, msg["value"]).sum()
+                self.log_det = self.log_det + self.log_scales[name].sum()
+        if len(self.results) == self.last:
+            raise _Done
+        return u
 
 
 class _PulledBack(LogDensity):
@@ -176,26 +181,34 @@ class _PulledBack(LogDensity):
         self._graphs = {}
         self.noncentering = noncentering
 
-    def _single(self, u: Tensor) -> Tensor:
+    def _latents(self, values: dict[str, Tensor]) -> _Unconstrained:
         layer = self.noncentering
-        move = layer.prior.move(layer.precision, layer.pseudo_data, False)
-        with _Sweep(self._unpack(u), layer.sites, move) as sweep:
-            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-        log_det = sum(log_scale.sum() for log_scale in sweep.log_scales.values())
-        return trace.log_prob_sum() + sweep.support_log_det + log_det
+        return _Sweep(values, layer.sites, layer.prior.move(layer.precision, layer.pseudo_data, False))
+
+    def _with_plate(self, u: Tensor) -> Tensor:
+        u, log_det = self.noncentering.forward_and_log_det(u)
+        return super()._with_plate(u) + log_det
 
 
-def noncentering_of(log_density: LogDensity) -> Noncentering | None:
-    """The layer for a model, not centred at all; ``None`` if no latent's prior depends on other latents.
+def noncentering_of(log_density: LogDensity, prototype: Tensor) -> Noncentering | None:
+    """The layer for a model, not centred at all.
 
-    ``None`` also for models that do not run under ``vmap``.
+    ``None`` if no latent's prior depends on other latents, and for models whose latents cannot be drawn under
+    ``vmap``: by control flow that depends on their values.
+
+    :param prototype: an unconstrained vector ``(dim,)`` where the model's density is finite.
     """
-    if log_density.mode not in ("traced", "vmap"):
-        return None
-    prototype = log_density.prototype
     noise = torch.as_tensor(np.random.default_rng(0).standard_normal((2, len(prototype)))).to(prototype)
-    layer = Noncentering(log_density, torch.cat([prototype[None], prototype + 0.1 * noise]))
-    return layer if layer.sites else None
+    points = torch.cat([prototype[None], prototype + 0.1 * noise])
+    layer = Noncentering(log_density, points)
+    if not layer.sites:
+        return None
+    try:
+        together = layer.forward_and_log_det(points)[0]
+    except RuntimeError:  # torch's word for what vmap cannot do
+        return None
+    alone = torch.stack([layer.prior.run(x, layer.precision, layer.pseudo_data, False)[0] for x in points])
+    return layer if _close(together, alone) else None
 
 
 def pulled_back(log_density: LogDensity, noncentering: Noncentering | None) -> LogDensity:

@@ -288,9 +288,7 @@ class FlowPosterior:
                 "full_rank": self.guide.full_rank,
                 "noncentered": self.guide.noncentered,
             },
-            "scale_is_matrix": isinstance(
-                self._transform.layers[-1 if self.guide.noncentering is None else -2], TriangularAffine
-            ),
+            "scale_is_matrix": isinstance(self.guide.outer_layers[0], TriangularAffine),
             "num_draws": self.num_draws,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
         }

@@ -95,19 +95,14 @@ class AutoFlow(AutoContinuous):
             dtype = self._init_latent.dtype
             flow = self.flow(self.latent_dim, key=jax.random.fold_in(key, 1))
             whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
-            layer, loc = self._noncentering(args, kwargs), self._init_latent
-            loc = loc if layer is None else layer.inverse_and_log_det(loc)[0]
-            last = [self._location_and_scale(loc, self._init_scale), *([] if layer is None else [layer])]
-            self.transform = Compose([*_cast(whole, dtype), *last])
+            layer = noncentering_of(self._log_density(args, kwargs), self._init_latent) if self.noncentered else None
+            coordinates = Compose([] if layer is None else [layer])
+            start = coordinates.inverse_and_log_det(self._init_latent)[0]
+            whole = _cast(whole, dtype)
+            self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates])
             if self.base is not None:
                 base = check_built_base(self.base(self.latent_dim, key=jax.random.fold_in(key, 2)))
                 self.learned_base = _cast(base, dtype)
-
-    def _noncentering(self, args: tuple, kwargs: dict) -> Noncentering | None:
-        if not self.noncentered:
-            return None
-        log_density = LogDensity(self.model, args, kwargs, self.latent_dim, self._unpack_latent)
-        return noncentering_of(log_density, self._init_latent)
 
     def _location_and_scale(self, loc: Array, scale: float | Array) -> TransformModule:
         loc, scale = (jnp.asarray(a, self._init_latent.dtype) for a in (loc, scale))
@@ -115,10 +110,20 @@ class AutoFlow(AutoContinuous):
         return outer(self.latent_dim, loc, scale)
 
     @property
+    def outer_layers(self) -> list[TransformModule]:
+        """The location and scale, and the non-centring where there is one: the last layers, once set up."""
+        last = [] if self.transform is None else list(self.transform.layers)
+        return last[-2:] if last and isinstance(last[-1], Noncentering) else last[-1:]
+
+    @property
+    def coordinates(self) -> Compose:
+        """From the vector which the location and scale give to the latent one: the non-centring, or the identity."""
+        return Compose(self.outer_layers[1:])
+
+    @property
     def noncentering(self) -> Noncentering | None:
         """The last layer, where the guide is non-centred."""
-        last = None if self.transform is None else self.transform.layers[-1]
-        return last if isinstance(last, Noncentering) else None
+        return next(iter(self.coordinates.layers), None)  # type: ignore[return-value]
 
     @property
     def init_loc(self) -> Array:
@@ -135,9 +140,8 @@ class AutoFlow(AutoContinuous):
         if self.transform is None:
             raise RuntimeError("AutoFlow: start_at needs the model's structure: call the guide (or log_density) first.")
         check_guide_scale(scale, self.base_df)
-        layer = [] if self.noncentering is None else [self.noncentering]
-        inner = self.transform.layers[: -1 - len(layer)]
-        self.transform = Compose([*inner, self._location_and_scale(loc, scale), *layer])
+        inner = self.transform.layers[: -len(self.outer_layers)]
+        self.transform = Compose([*inner, self._location_and_scale(loc, scale), self.coordinates])
 
     def set_noncentering(self, noncentering: Noncentering) -> None:
         """Replaces the last layer of a ``noncentered`` guide, before it is trained."""
@@ -163,6 +167,9 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             with handlers.seed(rng_seed=0):
                 self._setup_prototype(*args, **kwargs)
+        return self._log_density(args, kwargs)
+
+    def _log_density(self, args: tuple, kwargs: dict) -> LogDensity:
         return LogDensity(self.model, args, kwargs, self.latent_dim, self._unpack_latent)
 
     def get_base_dist(self, params: dict[str, Any] | None = None) -> dist.Distribution:

@@ -89,10 +89,11 @@ class AutoFlow(AutoContinuous):
         loc = self._init_loc()
         flow = self.flow(self.latent_dim)
         whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
-        layer = noncentering_of(self._log_density(args, kwargs)) if self.noncentered else None
-        start = loc if layer is None else layer.inverse_and_log_det(loc)[0]
-        last = [self._location_and_scale(start, self._init_scale), *([] if layer is None else [layer])]
-        self.transform = Compose([*whole, *last]).to(loc)
+        density = self._log_density(args, kwargs, mode="vmap")  # which makes no trial of modes
+        layer = noncentering_of(density, loc) if self.noncentered else None
+        coordinates = Compose([] if layer is None else [layer])
+        start = coordinates.inverse_and_log_det(loc)[0]
+        self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates]).to(loc)
         if self.base is not None:
             self.learned_base = check_built_base(self.base(self.latent_dim)).to(loc)
 
@@ -103,11 +104,21 @@ class AutoFlow(AutoContinuous):
         return outer(self.latent_dim, loc, scale)
 
     @property
+    def outer_layers(self) -> list[TransformModule]:
+        """The location and scale, and the non-centring where there is one: the last layers, once set up."""
+        transform = self._modules.get("transform")
+        last = [] if transform is None else list(transform.layers)  # type: ignore[arg-type]
+        return last[-2:] if last and isinstance(last[-1], Noncentering) else last[-1:]
+
+    @property
+    def coordinates(self) -> Compose:
+        """From the vector which the location and scale give to the latent one: the non-centring, or the identity."""
+        return Compose(self.outer_layers[1:])
+
+    @property
     def noncentering(self) -> Noncentering | None:
         """The last layer, where the guide is non-centred."""
-        transform = self._modules.get("transform")
-        last = None if transform is None else transform.layers[-1]  # type: ignore[index]
-        return last if isinstance(last, Noncentering) else None
+        return next(iter(self.coordinates.layers), None)  # type: ignore[return-value]
 
     @property
     def init_loc(self) -> Tensor:
@@ -125,9 +136,8 @@ class AutoFlow(AutoContinuous):
         if transform is None:
             raise RuntimeError("AutoFlow: start_at needs the model's structure: call the guide (or log_density) first.")
         check_guide_scale(scale, self.base_df)
-        layer = [] if self.noncentering is None else [self.noncentering]
-        inner = transform.layers[: -1 - len(layer)]
-        self.transform = Compose([*inner, self._location_and_scale(loc, scale), *layer])
+        inner = transform.layers[: -len(self.outer_layers)]  # type: ignore[index]
+        self.transform = Compose([*inner, self._location_and_scale(loc, scale), self.coordinates])
 
     def set_noncentering(self, noncentering: Noncentering) -> None:
         """Replaces the last layer of a ``noncentered`` guide, before it is trained."""
@@ -154,8 +164,8 @@ class AutoFlow(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         return self._log_density(args, kwargs)
 
-    def _log_density(self, args: tuple, kwargs: dict) -> LogDensity:
-        return LogDensity(self._raw_model[0], args, kwargs, self._unconstrained_shapes, self._init_loc())
+    def _log_density(self, args: tuple, kwargs: dict, mode: str | None = None) -> LogDensity:
+        return LogDensity(self._raw_model[0], args, kwargs, self._unconstrained_shapes, self._init_loc(), mode=mode)
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The flow's base ``(latent_dim,)``: standard normal, Student-t of ``base_df`` degrees of freedom, or learned.

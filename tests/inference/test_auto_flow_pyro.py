@@ -32,6 +32,7 @@ from pyro.infer.reparam import NeuTraReparam  # noqa: E402
 from pyroflows import AutoFlow, flows  # noqa: E402
 from pyroflows.distributions import MixtureBase  # noqa: E402
 from pyroflows.log_density import LogDensity  # noqa: E402
+from pyroflows.noncentering import pulled_back  # noqa: E402
 from tests.inference.models_pyro import SIGMA, Y, bimodal, constrained, dependent_support, eight_schools  # noqa: E402
 
 pytestmark = [pytest.mark.xdist_group("torch"), pytest.mark.usefixtures("clean_param_store")]
@@ -62,6 +63,41 @@ def train(model, guide, steps=300, loss=None, rate=1e-2):
 def test_every_elbo(loss):
     losses = train(eight_schools, AutoFlow(eight_schools, small), 60, loss)
     assert np.isfinite(losses).all() and losses[-20:].mean() < losses[:10].mean() + 1
+
+
+def test_noncentered_in_svi():
+    """The funnel between scale and effects costs a narrow flow 0.1 nats and more; non-centred it is gone."""
+    guide = AutoFlow(eight_schools, small, init_scale=0.5, noncentered=True)
+    assert train(eight_schools, guide, 800)[-200:].mean() < 31.9
+    draws = Predictive(eight_schools, guide=guide, num_samples=5)()
+    assert draws["theta"].shape[0] == 5
+    reparam = NeuTraReparam(guide)
+    mcmc = MCMC(NUTS(reparam.reparam(eight_schools)), 10, 10, disable_progbar=True)
+    mcmc.run()
+    latent = next(iter(mcmc.get_samples().values()))
+    assert all(torch.isfinite(reparam.transform_sample(z)["theta"]).all() for z in latent)
+
+
+def test_noncentered_where_vmap_fails():
+    """A branch on a latent's value: after the latents it does not matter, before them nothing is non-centred."""
+
+    def after():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        x = pyro.sample("x", dist.Normal(0.0, scale))
+        pyro.factor("step", torch.tensor(1.0) if x > 0 else torch.tensor(2.0))
+
+    def before():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        pyro.sample("x", dist.Normal(0.0, scale if scale > 1 else 2 * scale))
+
+    for model, expected in ((after, ("x",)), (before, None)):
+        guide = AutoFlow(model, small, noncentered=True)
+        density = guide.log_density()
+        assert density.mode == "loop"
+        assert getattr(guide.noncentering, "sites", None) == expected
+        x = torch.tensor([[0.3, -1.0], [-0.2, 0.7]])
+        u, log_det = guide.coordinates.forward_and_log_det(x)
+        torch.testing.assert_close(pulled_back(density, guide.noncentering)(x), density(u) + log_det)
 
 
 def test_predictive_quantiles_and_median():

@@ -93,7 +93,7 @@ def test_files_that_do_not_fit_are_refused(twins, tmp_path):
 
 ROOMS = [
     "conditioners", "density", "distributions", "elbo", "flows", "guides", "inference", "initialization", "log_density",
-    "numerical", "posterior", "serialization", "transform_module", "transforms", "univariate",
+    "noncentering", "numerical", "posterior", "serialization", "transform_module", "transforms", "univariate",
 ]  # fmt: skip
 # where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters, and
 # their methods take the model's arguments; jax differentiates a function of one draw, where torch has batched methods;
