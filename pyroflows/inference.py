@@ -276,7 +276,8 @@ class FlowVI:
         parameters = [*inner.parameters(), *(() if learned is None else learned.parameters())]
         adam = torch.optim.Adam(parameters, fused=True)
 
-        def step(step_size: float, path: bool) -> tuple[Tensor, Tensor, bool]:
+        def step(step_size: float, path: bool) -> Tensor:
+            """ELBO, approximate KL divergence, and whether the step was skipped."""
             x, log_density_of_base = (base.sample((n,)), None) if learned is None else learned.draw(n)
             terms, z = elbo_terms(inner, base, whitened, x, path=path)
             loss = -terms.mean()
@@ -285,14 +286,15 @@ class FlowVI:
             if path:
                 loss = loss + forward_kl(inner, base, z, terms)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
-            if finite:
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
-                adam.param_groups[0]["lr"] = step_size
-                adam.step()
+            skip = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            adam.param_groups[0]["lr"] = step_size
+            # as gradient scalers do it: Adam skips the step, and nothing waits for a GPU
+            adam.found_inf = skip.float()  # type: ignore[attr-defined]
+            adam.step()
             terms = terms.detach()
-            return terms.mean(), 0.5 * terms.var(correction=0), finite
+            return torch.stack([terms.mean(), 0.5 * terms.var(correction=0), skip.to(terms)])
 
         trace: list[float] = []
         divergence: list[float] = []
@@ -303,11 +305,11 @@ class FlowVI:
             try:
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
                     path = bool(use_path and schedule.annealing)
-                    done = [step(float(size), path) for size in step_sizes]
-                    elbos, divergences, finite = zip(*done, strict=True)
-                    trace += torch.stack(elbos).tolist()
-                    divergence += torch.stack(divergences).tolist()
-                    skipped += finite.count(False)
+                    done = torch.stack([step(float(size), path) for size in step_sizes])
+                    elbos, divergences, skips = done.T.tolist()
+                    trace += elbos
+                    divergence += divergences
+                    skipped += int(sum(skips))
                     if skipped == len(trace):
                         raise RuntimeError(self._nothing_finite(log_density, Compose(guide.outer_layers), base))
                     recent = float(np.nanmean(trace[-_WINDOW:]))

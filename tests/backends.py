@@ -16,7 +16,8 @@ from tests.registry import CONTEXT_DIM, Case
 class Torch:
     name = "torch"
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.torch = importlib.import_module("torch")
         self.pkg = importlib.import_module("pyroflows")
         self.serialization = importlib.import_module("pyroflows.serialization")
@@ -24,19 +25,19 @@ class Torch:
     def build(self, case: Case, dim: int, context: bool = False, seed: int = 0, dtype: str = "float64") -> Any:
         self.torch.manual_seed(seed)
         flow = case.make(self.pkg, dim, **({"context_dim": CONTEXT_DIM} if context else {}))
-        return flow.to(getattr(self.torch, dtype))
+        return flow.to(self.device, getattr(self.torch, dtype))
 
     def state(self, flow: Any) -> dict[str, np.ndarray]:
-        return {k: v.numpy().copy() for k, v in self.serialization.state_dict(flow).items()}
+        return {k: self.numpy(v).copy() for k, v in self.serialization.state_dict(flow).items()}
 
     def with_state(self, flow: Any, state: dict[str, np.ndarray]) -> Any:
         return self.serialization.load_state_dict(copy.deepcopy(flow), state)
 
     def array(self, x: np.ndarray | None) -> Any:
-        return None if x is None else self.torch.as_tensor(np.array(x))
+        return None if x is None else self.torch.as_tensor(np.array(x), device=self.device)
 
     def numpy(self, x: Any) -> np.ndarray:
-        return x.detach().numpy()
+        return x.numpy(force=True)
 
     def run(self, flow: Any, x: np.ndarray, context: np.ndarray | None = None, inverse: bool = False):
         method = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
@@ -279,6 +280,18 @@ def get(name: str) -> Any:
     if name not in _made:
         _made[name] = {"torch": Torch, "jax": Jax}[name]()
     return _made[name]
+
+
+def on_accelerator(name: str) -> Any:
+    """The backend on a GPU; skips the test where it sees none."""
+    backend = get(name)
+    if name == "jax":
+        if backend.jax.default_backend() == "cpu":
+            pytest.skip("jax sees no accelerator")
+        return backend
+    if not backend.torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    return _made.setdefault("torch on cuda", Torch("cuda"))
 
 
 def perturbed(state: dict[str, np.ndarray], sd: float, deep: bool, seed: int = 0) -> dict[str, np.ndarray]:

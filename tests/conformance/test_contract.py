@@ -12,6 +12,11 @@ def backend(request):
     return backends.get(request.param)
 
 
+@pytest.fixture
+def torch_backend():
+    return backends.get("torch")
+
+
 def perturbed_flow(backend, case, dim, sd, context=False):
     flow = backend.build(case, dim, context)
     return backend.with_state(flow, backends.perturbed(backend.state(flow), sd, case.deep))
@@ -99,8 +104,8 @@ def test_gradients_against_finite_differences(backend, case, dim, with_context):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_forward_mode_agrees_with_reverse_mode(case):
-    backend = backends.get("torch")  # jax's Jacobians are by forward mode everywhere
+def test_forward_mode_agrees_with_reverse_mode(torch_backend, case):
+    backend = torch_backend  # jax's Jacobians are by forward mode everywhere
     flow, x = perturbed_flow(backend, case, case.dim, 0.3), case.points(case.dim)
     v = np.random.default_rng(5).normal(size=x.shape)
     for inverse in (False, True):
@@ -179,8 +184,8 @@ def test_passes_as_stated(backend, case):
         assert backend.build(case, dim).passes == case.passes(dim)
 
 
-def test_network_passes_are_those_counted():
-    backend = backends.get("torch")
+def test_network_passes_are_those_counted(torch_backend):
+    backend = torch_backend
     networks = backend.pkg.conditioners.MLP, backend.pkg.conditioners.CNN
     for case in CASES:
         flow = backend.build(case, case.dim)
