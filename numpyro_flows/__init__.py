@@ -6,6 +6,7 @@ from numpyro_flows.distributions import ConditionalFlowDistribution, FlowDistrib
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.inference import FlowVI
 from numpyro_flows.posterior import FlowPosterior
+from numpyro_flows.reparam import FlowReparam
 from numpyro_flows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule, flow_module
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "Conditioned",
     "FlowDistribution",
     "FlowPosterior",
+    "FlowReparam",
     "FlowVI",
     "Inverse",
     "Repeat",

@@ -20,7 +20,7 @@ def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
     if _HAS_DATA_TREE:
         from arviz_stats.base import array_stats
 
-        log_weights, k = array_stats.psislw(log_ratios, axis=0)
+        log_weights, k = array_stats.psislw(-log_ratios, axis=0)  # as of log-likelihoods
     else:
         log_weights, k = az.psislw(log_ratios)
     return np.asarray(log_weights), float(k)

@@ -18,7 +18,7 @@ from numpyro.infer.initialization import init_to_uniform
 from tqdm import tqdm
 
 from numpyro_flows import flows
-from numpyro_flows.distributions import Base, MixtureBase
+from numpyro_flows.distributions import Base, FlexibleBase, MixtureBase
 from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import check_base
@@ -40,7 +40,6 @@ from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
-_BASE_DF = float(20)  # the default, told by its identity from a 20 that the user gives
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
 _NEARLY_EXACT = 0.02  # nats of KL divergence, below which a fit that no longer improves may end before its budget
@@ -59,9 +58,8 @@ class FlowVI:
        (Roeder et al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact, and with the
        forward KL divergence added to the loss, which makes the tails wide enough for importance weights.
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
-       there are modes which the guide misses; its own draws cannot. If there are, and ``base`` and ``base_df`` are
-       left at their defaults, the fit is made once more with a ``MixtureBase`` that starts on all of them, and the
-       better one kept.
+       there are modes which the guide misses; its own draws cannot. If there are, and the base is the default, the
+       fit is made once more with a ``MixtureBase`` that starts on all of them, and the better one kept.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
     two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
@@ -72,13 +70,13 @@ class FlowVI:
     :param num_steps: most gradient steps of phases 2 and 3 together.
     :param num_particles: draws per step, in one batched pass over the model.
     :param learning_rate: Adam's step size in phase 2.
-    :param base_df: degrees of freedom of the Student-t base, ``None`` for a normal one. Its heavier tails keep
-        importance weights bounded; the price is a few thousandths of a nat a dimension, and that a positive latent,
-        the exponential of one with such tails, has moments after importance resampling only.
-    :param base: factory ``base(dim, key=key) -> Base`` of a base that is learned along with the flow, in place of
-        ``base_df``. A ``FlexibleTailBase`` learns its tails, and so takes nearly exact fits closer (by 0.04 nats on a
-        logistic regression in 25 dimensions). A ``MixtureBase`` serves posteriors of several modes: it starts on those
-        which the search finds (give ``num_starts`` enough of them), and the location and scale around them all.
+    :param base: factory ``base(dim, key=key) -> Base`` of a base that is learned along with the flow; ``None`` for the
+        standard normal. The default learns the shape of every element (:class:`FlexibleBase`): its skewness, and tails
+        as heavy as the posterior asks for, which keep importance weights bounded. The price is that a positive latent,
+        the exponential of one with such tails, has moments after importance resampling only. A ``MixtureBase`` serves
+        posteriors of several modes: it starts on those which the search finds (give ``num_starts`` enough of them), and
+        the location and scale around them all.
+    :param base_df: degrees of freedom of a Student-t base, in place of ``base``.
     :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks) are
         taken relative to that prior. It changes the guide alone: neither the model nor the sites of the posterior.
     :param path_gradient: whether phase 3 is as described; if not, it goes on with the plain ELBO. Unless given: where
@@ -96,8 +94,8 @@ class FlowVI:
         num_steps: int = 5000,
         num_particles: int = 256,
         learning_rate: float = 2e-3,
-        base_df: float | None = _BASE_DF,
-        base: Callable[..., Base] | None = None,
+        base: Callable[..., Base] | None = FlexibleBase,
+        base_df: float | None = None,
         noncentered: bool = True,
         path_gradient: bool | None = None,
         num_starts: int = 4,
@@ -105,8 +103,8 @@ class FlowVI:
         progress_bar: bool = True,
     ):
         check_options(num_steps, num_particles, learning_rate, num_starts)
-        if base is not None and base_df is _BASE_DF:
-            base_df = None
+        if base_df is not None and base is FlexibleBase:
+            base = None
         check_base(base, base_df, "FlowVI")
         self.model, self.flow = model, flow
         self.num_steps, self.num_particles, self.learning_rate = num_steps, num_particles, learning_rate
@@ -131,7 +129,7 @@ class FlowVI:
         try:
             modes = self._look_elsewhere(posterior, target, start, probe_key, begin)
             seen = posterior.history.missed >= MISSED_BAD and len(modes) > 1
-            if seen and self.base is None and self.base_df is _BASE_DF:
+            if seen and self.base is FlexibleBase:
                 start, noncentering = start._replace(modes=modes), guide.noncentering
                 guide = self._guide(None, partial(MixtureBase, num_components=len(modes)), setup_key, args, kwargs)
                 if noncentering is not None:

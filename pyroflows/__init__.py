@@ -6,6 +6,7 @@ from pyroflows.distributions import ConditionalFlowDistribution, FlowDistributio
 from pyroflows.guides import AutoFlow
 from pyroflows.inference import FlowVI
 from pyroflows.posterior import FlowPosterior
+from pyroflows.reparam import FlowReparam
 from pyroflows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "Conditioned",
     "FlowDistribution",
     "FlowPosterior",
+    "FlowReparam",
     "FlowVI",
     "Inverse",
     "Repeat",

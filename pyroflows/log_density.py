@@ -122,7 +122,7 @@ class LogDensity:
 
     def _fastest_mode(self) -> str:
         generator = torch.Generator(device="cpu").manual_seed(0)
-        noise = torch.randn((3, self.dim), generator=generator, dtype=self.prototype.dtype)
+        noise = torch.randn((3, self.dim), generator=generator, dtype=self.prototype.dtype, device="cpu")
         u = self.prototype + 0.1 * noise.to(self.prototype.device)
         expected = self._value_and_grad_seeded(u, "loop")
         for mode in MODES[:-1]:

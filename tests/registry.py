@@ -80,6 +80,7 @@ CASES = [
     Case("autoregressive-circular", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.CircularSpline(4), H, **k), lambda d: (1, d), reorders=True, domain="circle"),
     Case("autoregressive-tails", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.TailTransform(), H, reverse=False, **k), lambda d: (1, d), reorders=True),
     Case("elementwise-tails", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.TailTransform(), H, **k)),
+    Case("elementwise-skewness", lambda p, dim, **k: p.transforms.Elementwise(dim, p.univariate.SinhArcsinh(), H, **k)),
     Case("coupling-sigmoidal", lambda p, dim, **k: p.transforms.Coupling(dim, p.univariate.DeepSigmoidal(4), H, **k), reorders=True, numerical=True),
     Case("coupling-bernstein", lambda p, dim, **k: p.transforms.Coupling(dim, p.univariate.Bernstein(6, 4.0), H, **k), reorders=True, numerical=True),
     Case("autoregressive-dense-sigmoidal", lambda p, dim, **k: p.transforms.Autoregressive(dim, p.univariate.DeepDenseSigmoidal(3), H, **k), lambda d: (1, d), reorders=True, numerical=True),

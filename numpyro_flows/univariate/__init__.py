@@ -9,6 +9,7 @@ from numpyro_flows.univariate.monotone_network import MonotoneNetwork
 from numpyro_flows.univariate.polynomial import Bernstein, SumOfSquares
 from numpyro_flows.univariate.rational_quadratic import RationalQuadraticSpline
 from numpyro_flows.univariate.sigmoidal import DeepDenseSigmoidal, DeepSigmoidal
+from numpyro_flows.univariate.sinh_arcsinh import SinhArcsinh
 from numpyro_flows.univariate.tails import TailTransform
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LinearRationalSpline",
     "MonotoneNetwork",
     "RationalQuadraticSpline",
+    "SinhArcsinh",
     "SumOfSquares",
     "TailTransform",
     "Univariate",

@@ -96,6 +96,8 @@ class AutoFlow(AutoContinuous):
         self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates]).to(loc)
         if self.base is not None:
             self.learned_base = check_built_base(self.base(self.latent_dim)).to(loc)
+        with pyro.poutine.block():
+            self._create_plates(*args, **kwargs)  # which NeuTraReparam asks a guide for that FlowVI has trained
 
     def _location_and_scale(self, loc: Tensor, scale: float | Tensor) -> TransformModule:
         like = self._init_loc()

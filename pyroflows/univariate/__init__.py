@@ -9,6 +9,7 @@ from pyroflows.univariate.monotone_network import MonotoneNetwork
 from pyroflows.univariate.polynomial import Bernstein, SumOfSquares
 from pyroflows.univariate.rational_quadratic import RationalQuadraticSpline
 from pyroflows.univariate.sigmoidal import DeepDenseSigmoidal, DeepSigmoidal
+from pyroflows.univariate.sinh_arcsinh import SinhArcsinh
 from pyroflows.univariate.tails import TailTransform
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LinearRationalSpline",
     "MonotoneNetwork",
     "RationalQuadraticSpline",
+    "SinhArcsinh",
     "SumOfSquares",
     "TailTransform",
     "Univariate",

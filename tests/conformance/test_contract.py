@@ -279,6 +279,7 @@ def test_spline_keeps_the_round_trip_in_float32(backend, sd, name):
         (lambda b: b.pkg.univariate.LinearRationalSpline(num_bins=1), "LinearRationalSpline: num_bins"),
         (lambda b: b.pkg.univariate.CircularSpline(min_size=0.2), "min_size"),
         (lambda b: b.pkg.univariate.TailTransform(max_weight=0.0), "max_weight"),
+        (lambda b: b.pkg.univariate.SinhArcsinh(max_skewness=0.0), "max_skewness"),
         (lambda b: b.pkg.transforms.Permutation([0, 0, 1]), "permutation"),
         (lambda b: b.build(BAD_SPLIT, 3), "split"),
         (lambda b: b.build(BAD_ACTIVATION, 3), "activation"),

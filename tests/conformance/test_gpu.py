@@ -33,7 +33,8 @@ def test_no_transfers_in_a_pass(backend, case):
         with backend.jax.transfer_guard("disallow"):
             back, log_det = run(flow, x)
     else:
-        backend.torch.cuda.set_sync_debug_mode("default" if case.numerical else "error")
+        searches = case.numerical or len(set(case.passes(case.dim))) > 1  # autoregressive sweeps end when nothing moves
+        backend.torch.cuda.set_sync_debug_mode("default" if searches else "error")
         try:
             back, log_det = flow.inverse_and_log_det(flow.forward_and_log_det(x)[0])
         finally:

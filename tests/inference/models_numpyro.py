@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
+from numpyro import handlers
 
 Y = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -45,6 +46,10 @@ def constrained():
 
 def gamma():
     numpyro.sample("g", dist.Gamma(3.0, 2.0))
+
+
+def gumbel():
+    numpyro.sample("z", dist.Gumbel(0.0, 1.0))
 
 
 def student():
@@ -104,3 +109,23 @@ def out_of_order():
     with numpyro.plate("pair", 2):
         effect = numpyro.sample("effect", dist.Normal(level, 2.0 * zeta))
         numpyro.sample("obs", dist.Normal(effect, 3.0), obs=jnp.array([0.5, -1.0]))
+
+
+def weighted():
+    """Latents within scales, masks and nested plates."""
+    with handlers.scale(scale=0.5), numpyro.plate("outer", 3):
+        scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+        with numpyro.plate("inner", 2), handlers.mask(mask=jnp.array([True, False, True])):
+            x = numpyro.sample("x", dist.Normal(0.0, scale))
+    numpyro.sample("obs", dist.Normal(x.sum(), 1.0), obs=0.5)
+
+
+def mixed():
+    k = numpyro.sample("k", dist.Bernoulli(0.5))
+    loc = numpyro.sample("loc", dist.Normal(k, 1.0))
+    numpyro.sample("obs", dist.Normal(loc, 1.0), obs=0.5)
+
+
+def without_theta():
+    numpyro.sample("mu", dist.Normal(0.0, 5.0))
+    numpyro.sample("tau", dist.HalfCauchy(5.0))

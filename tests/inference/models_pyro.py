@@ -3,6 +3,7 @@
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -46,6 +47,10 @@ def constrained():
 
 def gamma():
     pyro.sample("g", dist.Gamma(3.0, 2.0))
+
+
+def gumbel():
+    pyro.sample("z", dist.Gumbel(0.0, 1.0))
 
 
 def student():
@@ -105,3 +110,23 @@ def out_of_order():
     with pyro.plate("pair", 2):
         effect = pyro.sample("effect", dist.Normal(level, 2.0 * zeta))
         pyro.sample("obs", dist.Normal(effect, 3.0), obs=torch.tensor([0.5, -1.0]))
+
+
+def weighted():
+    """Latents within scales, masks and nested plates."""
+    with poutine.scale(scale=0.5), pyro.plate("outer", 3):
+        scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(1.0)))
+        with pyro.plate("inner", 2), poutine.mask(mask=torch.tensor([True, False, True])):
+            x = pyro.sample("x", dist.Normal(0.0, scale))
+    pyro.sample("obs", dist.Normal(x.sum(), 1.0), obs=torch.tensor(0.5))
+
+
+def mixed():
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    loc = pyro.sample("loc", dist.Normal(k, 1.0))
+    pyro.sample("obs", dist.Normal(loc, 1.0), obs=torch.tensor(0.5))
+
+
+def without_theta():
+    pyro.sample("mu", dist.Normal(0.0, 5.0))
+    pyro.sample("tau", dist.HalfCauchy(5.0))

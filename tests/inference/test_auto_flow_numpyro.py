@@ -65,7 +65,13 @@ def trained():
         Trace_ELBO(num_particles=2, vectorize_particles=False),
         TraceMeanField_ELBO(num_particles=4),
         RenyiELBO(alpha=0.0, num_particles=4),
-        TraceGraph_ELBO(num_particles=4),
+        pytest.param(
+            TraceGraph_ELBO(num_particles=4),
+            marks=pytest.mark.skipif(
+                (jax.__version_info__ >= (0, 11)) and numpyro.__version__.startswith("0.21."),
+                reason="NumPyro 0.21 takes constants for inputs there, under jax 0.11",
+            ),
+        ),
     ],
     ids=lambda loss: type(loss).__name__,
 )

@@ -59,16 +59,19 @@ def bases(backend, dim):
         "loc_scale_student": with_parameters(
             backend, module.LocScaleBase(dim, 5.0), {"loc": loc, "log_scale": log_scale}
         ),
-        "flexible_tails": with_parameters(
+        "flexible": with_parameters(
             backend,
-            module.FlexibleTailBase(dim),
-            {"tails.params": [[-0.5, -1.0, -3.0][:dim], [-2.0, -0.8, -1.0][:dim]]},
+            module.FlexibleBase(dim),
+            {
+                "skewness.params": [[-0.2, -0.5, 0.4][:dim]],
+                "tails.params": [[-1.5, -1.3, -3.0][:dim], [-2.0, -0.8, -1.0][:dim]],
+            },
         ),
         "mixture": with_parameters(backend, module.MixtureBase(dim, 3, **keyed(backend)), mixture),
     }
 
 
-@pytest.mark.parametrize("name", ["standard", "student", "loc_scale", "loc_scale_student", "flexible_tails", "mixture"])
+@pytest.mark.parametrize("name", ["standard", "student", "loc_scale", "loc_scale_student", "flexible", "mixture"])
 def test_a_base_integrates_to_one_and_is_that_of_its_draws(backend, name):
     base = bases(backend, 2)[name]
     distribution = getattr(base, "distribution", lambda: base)()
@@ -120,7 +123,7 @@ def test_draws_of_a_mixture_carry_the_gradient_of_every_parameter(backend):
         assert (grads[name] * direction).sum() == pytest.approx(numeric, abs=0.04), name
 
 
-@pytest.mark.parametrize("name", ["mixture", "flexible_tails"])
+@pytest.mark.parametrize("name", ["mixture", "flexible"])
 def test_a_flow_distribution_takes_a_learned_base(backend, name):
     """Also one that is a flow's distribution itself, which NumPyro would take apart."""
     base = bases(backend, 3)[name].distribution()
@@ -333,7 +336,7 @@ def test_the_path_gradient_of_a_learned_base_vanishes_at_an_exact_fit(backend):
     """Its parameters are held fixed in the density of the draws, in every one of which the terms are then equal."""
     elbo = importlib.import_module(f"{backend.pkg.__name__}.elbo")
     flow = backend.pkg.Compose([backend.pkg.transforms.ElementwiseAffine(2)])
-    for name in ("loc_scale_student", "flexible_tails", "mixture"):
+    for name in ("loc_scale_student", "flexible", "mixture"):
         base, exact = (bases(backend, 2)[name] for _ in range(2))
         log_density = exact.distribution().log_prob
         if backend.name == "torch":
@@ -356,19 +359,19 @@ def test_the_path_gradient_of_a_learned_base_vanishes_at_an_exact_fit(backend):
 
 def test_flexible_tails_start_near_those_of_student(backend):
     """Of the same tail index: the densities' slopes in log-log far out; and nearly the normal's in the bulk."""
-    base = backend.pkg.distributions.FlexibleTailBase(1, 5.0)
+    base = backend.pkg.distributions.FlexibleBase(1, 5.0)
     far = np.array([[-2e4], [-1e4], [1e4], [2e4]])
     left, right = np.diff(backend.numpy(base.distribution().log_prob(backend.array(far))))[[0, 2]] / np.log(2)
     # the power law is that of P(|y| > r), but for the root of a logarithm
     assert left == pytest.approx(6, abs=0.1) and right == pytest.approx(-6, abs=0.1)
     with pytest.raises(ValueError, match="df must be greater than 1"):
-        backend.pkg.distributions.FlexibleTailBase(1, 1.0)
+        backend.pkg.distributions.FlexibleBase(1, 1.0)
 
 
 def test_bases_are_the_same_in_both_packages():
     x = np.random.default_rng(0).normal(size=(7, 2)) * 3
     here, there = (bases(backends.get(name), 2) for name in ("torch", "jax"))
-    for name in ("loc_scale", "loc_scale_student", "flexible_tails", "mixture"):
+    for name in ("loc_scale", "loc_scale_student", "flexible", "mixture"):
         torch, jax = (
             b.numpy(base[name].distribution().log_prob(b.array(x)))
             for b, base in zip(map(backends.get, ("torch", "jax")), (here, there), strict=True)

@@ -186,12 +186,23 @@ def test_arviz_summary_and_plot(fitter, tmp_path):
     np.testing.assert_allclose(np.asarray(data["observed_data"]["obs"])[:2], [28, 8])
     with redirect_stdout(io.StringIO()) as out:
         posterior.print_summary(1000)
-    assert "theta[7]" in out.getvalue() and re.search(r"Pareto k 0\.\d\d, ELBO -31\.\d+ \+- 0\.0", out.getvalue())
+    assert "theta[7]" in out.getvalue() and re.search(r"Pareto k -?0\.\d\d, ELBO -31\.\d+ \+- 0\.0", out.getvalue())
     figure = posterior.plot(["mu", "tau"])
     figure.savefig(tmp_path / "plot.png")
     assert [axis.get_title() for axis in figure.axes[2:4]] == ["mu", "tau"]
     with pytest.raises(ValueError, match="var_names"):
         posterior.plot(["nu"])
+
+
+@pytest.mark.parametrize("k", [-0.5, 0.2, 0.9])
+def test_pareto_k(fitter, k):
+    """Importance ratios of a known tail: generalised Pareto, of either sign of its shape."""
+    psis = importlib.import_module(f"{fitter.pkg.__name__}._arviz").psis
+    ratios = stats.genpareto(k).rvs(20_000, random_state=0)
+    log_weights, found = psis(np.log1p(ratios))
+    assert found == pytest.approx(k, abs=0.12)
+    weights = np.exp(log_weights)
+    assert weights.sum() == pytest.approx(1) and (np.diff(weights[np.argsort(ratios)]) >= 0).all()
 
 
 def test_saved_and_loaded(fitter, tmp_path):
@@ -234,7 +245,7 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped(fitter):
 
 
 def test_a_bad_fit_is_not_trusted(fitter):
-    posterior = fitter.run("funnel", noncentered=False, num_steps=1, base_df=None)
+    posterior = fitter.run("funnel", noncentered=False, num_steps=1, base=None)
     if posterior.pareto_k >= 0.7:
         assert posterior.verdict().startswith("Do not trust")
         with pytest.warns(UserWarning, match="Pareto k"):
@@ -372,7 +383,7 @@ def test_a_bounded_image_is_seen(fitter):
         def inverse_and_log_det(self, y, context=None):
             return xp.arctanh(y), -xp.log(1 - y * y).sum(-1)
 
-    options = {"flow": lambda dim, key=None: Bounded(dim), "num_steps": 100, "base_df": None}
+    options = {"flow": lambda dim, key=None: Bounded(dim), "num_steps": 100, "base": None}
     posterior = fitter.run("conjugate", fitter.array(DATA), **options)
     assert posterior.history.missed > 0.1 and posterior.verdict().startswith("Do not trust: about")
     assert posterior.log_prob({"theta": fitter.array(np.array([100.0]))})[0] == -math.inf
@@ -438,15 +449,14 @@ def test_other_bases_and_their_gradients_without_an_inverse(fitter):
 
 
 def test_heavy_tails_are_learned_by_the_base(fitter, tmp_path):
-    """``FlexibleTailBase`` finds the tail of Student's t of three degrees of freedom, and that of a normal."""
+    """``FlexibleBase`` finds the tail of Student's t of three degrees of freedom, and that of a normal."""
     options = {"num_steps": 800, "num_particles": 128, "learning_rate": 1e-2}
     options["flow"] = lambda dim, key=None: fitter.pkg.transforms.ElementwiseAffine(dim)
 
     def weights(posterior):
         return expit(np.asarray(posterior._base.tails.params.tolist()))
 
-    normal = fitter.run("student", base_df=None, **options)
-    options["base"] = fitter.pkg.distributions.FlexibleTailBase
+    normal = fitter.run("student", base=None, **options)
     heavy, light = fitter.run("student", **options), fitter.run("conjugate", fitter.array(DATA), **options)
     assert (0.15 < weights(heavy)).all() and (weights(heavy) < 0.5).all()  # 1/3 far out; the bulk has its say
     assert (weights(light) < 0.03).all() and light.pareto_k < 0.5
@@ -454,6 +464,15 @@ def test_heavy_tails_are_learned_by_the_base(fitter, tmp_path):
     heavy.save(tmp_path / "heavy.safetensors")
     loaded = type(heavy).load(tmp_path / "heavy.safetensors", fitter.models.student, options["flow"])
     np.testing.assert_allclose(*(fitter.sample(posterior, 10)["z"] for posterior in (heavy, loaded)), rtol=1e-12)
+
+
+def test_skewness_is_learned_by_the_base(fitter):
+    """Gumbel's density, whose evidence is one, takes no flow."""
+    options = {"num_steps": 800, "learning_rate": 1e-2}
+    options["flow"] = lambda dim, key=None: fitter.pkg.transforms.ElementwiseAffine(dim)
+    posterior, normal = (fitter.run("gumbel", **options, **base) for base in ({}, {"base": None}))
+    assert -0.005 < posterior.elbo.value < 3 * posterior.elbo.standard_error and normal.elbo.value < -0.03
+    assert posterior.pareto_k < 0.5
 
 
 def test_bases_that_cannot_serve_are_named(fitter):

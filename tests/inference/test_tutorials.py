@@ -13,10 +13,11 @@ TUTORIALS = Path(__file__).parents[2] / "tutorials"
 @pytest.mark.parametrize("backend", ["numpyro", "pyro"])
 def test_eight_schools(backend, tmp_path):
     pytest.importorskip(backend)
+    path = [str(TUTORIALS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     out = subprocess.run(
         [sys.executable, str(TUTORIALS / "eight_schools.py"), "--backend", backend],
         cwd=tmp_path, capture_output=True, text=True, timeout=900,
-        env={**os.environ, "PYTHONPATH": str(TUTORIALS.parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert "theta[7]" in out.stdout and "Good: use the draws as they are (Pareto k 0." in out.stdout

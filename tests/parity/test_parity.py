@@ -93,7 +93,8 @@ def test_files_that_do_not_fit_are_refused(twins, tmp_path):
 
 ROOMS = [
     "conditioners", "density", "distributions", "elbo", "flows", "guides", "inference", "initialization", "log_density",
-    "noncentering", "numerical", "posterior", "serialization", "transform_module", "transforms", "univariate",
+    "noncentering", "numerical", "posterior", "reparam", "serialization", "transform_module", "transforms",
+    "univariate",
 ]  # fmt: skip
 # where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters, and
 # their methods take the model's arguments; jax differentiates a function of one draw, where torch has batched methods;
@@ -129,7 +130,7 @@ def test_same_names_and_signatures(twins, room):
             methods = {
                 m for m in vars(a) if inspect.isfunction(vars(a)[m]) and (not m.startswith("_") or m == "__init__")
             }
-            methods -= {"forward", "clear_cache", "with_cache", "expand"}  # torch's protocols
+            methods -= {"forward", "clear_cache", "with_cache", "expand", "apply"}  # protocols of torch and Pyro
             for method in sorted(methods):
                 if f"{name}.{method}" in OWN or dataclasses.is_dataclass(b) and method == "__init__":
                     continue
