@@ -25,6 +25,7 @@ from numpyro_flows.transform_module import TransformModule, parameters
 from numpyro_flows.transforms import TriangularAffine
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
+_MANY = 10_000  # and over the flow
 MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
 FLOW_ERROR_BAD = 0.02  # nats of log-determinant, or standard deviations of a round trip
 PARETO_K_GOOD = 0.7  # below it Pareto-smoothed importance sampling is reliable (Vehtari et al. 2024)
@@ -78,7 +79,7 @@ class FlowPosterior:
         log_density: LogDensity,
         history: History,
         *,
-        num_draws: int = 10_000,
+        num_draws: int = 40_000,
         rng_key: Array | None = None,
     ):
         self.guide, self.params, self.log_density, self.history = guide, params, log_density, history
@@ -134,7 +135,10 @@ class FlowPosterior:
     @cached_property
     def draws(self) -> Draws:
         """``num_draws`` draws of the guide, scored; made once."""
-        u, log_guide = self._distribution.sample_and_log_prob(self._key, (self.num_draws,))
+        sizes = [min(_MANY, self.num_draws - done) for done in range(0, self.num_draws, _MANY)]
+        keys = jax.random.split(self._key, len(sizes))
+        parts = [self._distribution.sample_and_log_prob(k, (n,)) for k, n in zip(keys, sizes, strict=True)]
+        u, log_guide = (jnp.concatenate(column) for column in zip(*parts, strict=True))
         return Draws(u, np.asarray(log_guide, float), np.asarray(self._score(u), float))
 
     @cached_property

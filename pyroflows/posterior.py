@@ -22,6 +22,7 @@ from pyroflows.log_density import LogDensity
 from pyroflows.transforms import TriangularAffine
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
+_MANY = 10_000  # and over the flow
 MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
 FLOW_ERROR_BAD = 0.02  # nats of log-determinant, or standard deviations of a round trip
 PARETO_K_GOOD = 0.7  # below it Pareto-smoothed importance sampling is reliable (Vehtari et al. 2024)
@@ -66,7 +67,7 @@ class FlowPosterior:
     :param num_draws: draws which the diagnostics use.
     """
 
-    def __init__(self, guide: AutoFlow, log_density: LogDensity, history: History, *, num_draws: int = 10_000):
+    def __init__(self, guide: AutoFlow, log_density: LogDensity, history: History, *, num_draws: int = 40_000):
         self.guide, self.log_density, self.history, self.num_draws = guide, log_density, history, num_draws
         self._transform: Any = guide.get_transform()
         self._base = guide.get_base()
@@ -130,7 +131,9 @@ class FlowPosterior:
         """``num_draws`` draws of the guide, scored; made once."""
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(self._seed)
-            u, log_guide = self._distribution.sample_and_log_prob((self.num_draws,))
+            sizes = [min(_MANY, self.num_draws - done) for done in range(0, self.num_draws, _MANY)]
+            parts = [self._distribution.sample_and_log_prob((n,)) for n in sizes]
+            u, log_guide = (torch.cat(column) for column in zip(*parts, strict=True))
             log_model = torch.cat([self.log_density(part) for part in u.split(_BATCH)])
         return Draws(u, log_guide.double().numpy(force=True), log_model.double().numpy(force=True))
 
