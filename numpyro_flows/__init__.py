@@ -3,9 +3,11 @@
 from numpyro_flows import conditioners, distributions, flows, transforms, univariate
 from numpyro_flows.density import fit_density
 from numpyro_flows.distributions import ConditionalFlowDistribution, FlowDistribution
+from numpyro_flows.evidence import compare
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.inference import FlowVI
 from numpyro_flows.posterior import FlowPosterior
+from numpyro_flows.refinement import RefinedPosterior
 from numpyro_flows.reparam import FlowReparam
 from numpyro_flows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule, flow_module
 
@@ -20,8 +22,10 @@ __all__ = [
     "FlowReparam",
     "FlowVI",
     "Inverse",
+    "RefinedPosterior",
     "Repeat",
     "TransformModule",
+    "compare",
     "conditioners",
     "distributions",
     "fit_density",

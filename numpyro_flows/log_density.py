@@ -65,18 +65,24 @@ class LogDensity:
         values = constrain_fn(self._seeded(), self.args, self.kwargs, self.unpack(u))
         return compute_log_probs(self._seeded(), self.args, self.kwargs, values)[0]
 
+    def log_likelihood(self, u: Array) -> dict[str, Array]:
+        """Log-density of each observation of each observed site at one unconstrained vector; factors are left out."""
+        values = constrain_fn(self._seeded(), self.args, self.kwargs, self.unpack(u))
+        trace = handlers.trace(handlers.substitute(self._seeded(), data=values)).get_trace(*self.args, **self.kwargs)
+        return {name: site["fn"].log_prob(site["value"]) for name, site in trace.items() if _is_data(site)}
+
     def observed(self) -> dict[str, np.ndarray]:
         """The observed sites' data."""
         trace = prototype_trace(self._seeded(), self.args, self.kwargs)
-        return {
-            name: np.asarray(site["value"])
-            for name, site in trace.items()
-            if site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
-        }
+        return {name: np.asarray(site["value"]) for name, site in trace.items() if _is_data(site)}
 
     def _seeded(self) -> Callable:
         # a fixed key: only sites that are not latent (such as subsample indices) can draw from it
         return handlers.seed(self.model, rng_seed=0)
+
+
+def _is_data(site: dict[str, Any]) -> bool:
+    return site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
 
 
 def prototype_trace(model: Callable, args: tuple, kwargs: dict, init_loc_fn: Callable = init_to_uniform) -> dict:

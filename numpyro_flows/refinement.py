@@ -1,0 +1,472 @@
+"""From a guide to draws of the posterior itself: ``FlowPosterior.refine`` and what it returns."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from numpyro.infer import NUTS
+from tqdm import tqdm
+
+from numpyro_flows import _arviz, evidence
+from numpyro_flows.distributions import FlowDistribution
+from numpyro_flows.evidence import Estimate
+from numpyro_flows.transform_module import Compose
+
+METHODS = ("resample", "flow_mh", "nuts")
+R_HAT_GOOD = 1.01  # Vehtari et al. (2021)
+ESS_PER_CHAIN_GOOD = 100
+_BATCH = 256  # draws per pass over the model: bounds the memory
+_CHUNK = 50  # iterations between two looks at the keyboard and the progress bar
+_NUM_STARTS = 1000  # draws of the guide from which the chains' starts are resampled
+_MALA_ACCEPTANCE = 0.574  # optimal in many dimensions (Roberts & Rosenthal 1998)
+
+
+class Scored(NamedTuple):
+    """Points of the unconstrained space, scored under model and guide."""
+
+    unconstrained: Array  # (..., dim)
+    log_model: Array  # (...)
+    log_guide: Array  # (...)
+
+
+class Run(NamedTuple):
+    """What a sampler returns: points of the base space, and how it got them."""
+
+    z: np.ndarray  # (chains, draws, dim)
+    acceptance: dict[str, float]
+    divergences: int
+    gradients: dict[str, int]
+    interrupted: bool
+
+
+class BaseSpace:
+    """The posterior in the space of the guide's base, where it is close to that base: ``u = f(z)``."""
+
+    def __init__(self, posterior: Any):
+        transform, base = posterior._transform, posterior._distribution.base_dist
+        if isinstance(base, FlowDistribution):  # a learned one, of normals: they are the better space
+            transform, base = Compose([base.transform, transform]), base.base_dist
+        self.transform, self.base, self._density = transform, base, posterior.log_density
+        self.dim = posterior.log_density.dim
+        self.dtype = posterior.guide.init_loc.dtype
+        self.score = jax.jit(lambda z: lax.map(self._score, z, batch_size=_BATCH))
+
+    def log_density(self, z: Array) -> Array:
+        """Log-density of the posterior at one vector ``(dim,)``, up to a constant; minus infinity for ``NaN``."""
+        u, log_det = self.transform.forward_and_log_det(z)
+        value = self._density(u) + log_det
+        return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+    def _score(self, z: Array) -> Scored:
+        u, log_det = self.transform.forward_and_log_det(z)
+        log_model = self._density(u)
+        return Scored(u, jnp.where(jnp.isnan(log_model), -jnp.inf, log_model), self.base.log_prob(z) - log_det)
+
+    def starts(self, rng_key: Array, n: int) -> Array:
+        """Starts of chains ``(n, dim)``: draws of the guide, resampled by Pareto-smoothed importance weights."""
+        draw_key, choice_key = jax.random.split(rng_key)
+        z = self.base.sample(draw_key, (_NUM_STARTS,))
+        scored = self.score(z)
+        weights = np.exp(_arviz.psis(np.asarray(scored.log_model - scored.log_guide, float))[0])
+        return z[jax.random.choice(choice_key, _NUM_STARTS, (n,), p=jnp.asarray(weights / weights.sum()))]
+
+
+class RefinedPosterior:
+    """Draws of the posterior in several chains, with what tells whether to trust them: what ``refine`` returns.
+
+    :ivar method: ``"resample"``, ``"flow_mh"`` or ``"nuts"``.
+    :ivar unconstrained: draws ``(chains, draws, dim)`` on the unconstrained space.
+    :ivar log_model: their log-densities under the model ``(chains, draws)``.
+    :ivar log_guide: and under the guide.
+    :ivar acceptance: rates of acceptance by kind of move: ``"flow"`` (independent proposals of the guide) and
+        ``"local"``.
+    :ivar divergences: of NUTS, after warm-up.
+    :ivar gradients: evaluations of the model's gradient by what they served: ``"fit"``, ``"warm-up"``, ``"sampling"``.
+    :ivar seconds: of the refinement.
+    :ivar interrupted: whether it was ended by Ctrl-C, with the draws made until then.
+    """
+
+    def __init__(self, posterior: Any, method: str, scored: Scored, run: Run, seconds: float):
+        self.posterior, self.method, self.seconds = posterior, method, seconds
+        self.unconstrained = scored.unconstrained
+        self.log_model, self.log_guide = np.asarray(scored.log_model, float), np.asarray(scored.log_guide, float)
+        self.acceptance, self.divergences = run.acceptance, run.divergences
+        self.gradients, self.interrupted = run.gradients, run.interrupted
+
+    # -- draws -----------------------------------------------------------------------------------------------------
+    @cached_property
+    def _sites(self) -> dict[str, Array]:
+        shape = self.unconstrained.shape[:2]
+        sites = self.posterior._constrain(self.unconstrained.reshape(-1, self.unconstrained.shape[-1]))
+        return {name: x.reshape(*shape, *x.shape[1:]) for name, x in sites.items()}
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, Array]:
+        """Draws of the latent and deterministic sites, as NumPyro's ``MCMC`` gives them.
+
+        Each ``(chains * draws, *site_shape)``, with ``group_by_chain`` ``(chains, draws, *site_shape)``.
+        """
+        if group_by_chain:
+            return dict(self._sites)
+        return {name: x.reshape(-1, *x.shape[2:]) for name, x in self._sites.items()}
+
+    # -- diagnostics -----------------------------------------------------------------------------------------------
+    @cached_property
+    def _diagnostics(self) -> dict[str, float]:
+        return _arviz.diagnostics(np.asarray(self.unconstrained, float))
+
+    @property
+    def r_hat(self) -> float:
+        """Largest rank-normalised split R-hat of the unconstrained latents (Vehtari et al. 2021).
+
+        ``NaN`` for resampled draws, which are no chains.
+        """
+        return float("nan") if self.method == "resample" else self._diagnostics["r_hat"]
+
+    @property
+    def ess_bulk(self) -> float:
+        """Least bulk effective sample size of the unconstrained latents; of resampled draws that of the weights."""
+        return self._importance_ess if self.method == "resample" else self._diagnostics["ess_bulk"]
+
+    @property
+    def ess_tail(self) -> float:
+        """Least tail effective sample size of the unconstrained latents; of resampled draws that of the weights."""
+        return self._importance_ess if self.method == "resample" else self._diagnostics["ess_tail"]
+
+    @property
+    def _importance_ess(self) -> float:
+        return min(self.posterior.effective_sample_size, float(self.log_model.size))
+
+    @property
+    def pareto_k(self) -> float:
+        """That of the guide."""
+        return self.posterior.pareto_k
+
+    def log_evidence(self, method: str | None = None, *, temperature: float | None = None) -> Estimate:
+        """Log of the model's evidence, with its standard error.
+
+        :param method: ``"importance"``: from draws of the guide alone, the default for resampled draws; ``"bridge"``:
+            from draws of guide and posterior (Meng & Wong 1996), the default for the others; or ``"harmonic"``: from
+            draws of the posterior alone, with the guide, concentrated, as the target of the learned harmonic mean
+            (McEwen et al. 2021; by a flow: Polanska et al. 2024). That the last two agree is a check of both.
+        :param temperature: of ``"harmonic"``: variance of the base of the concentrated flow, below one;
+            ``1 - 1 / (2 sqrt(dim))`` unless given, at which the variance of its weights depends little on ``dim``.
+        :raises ValueError: for another method, for a bridge or harmonic mean of resampled draws, and for the harmonic
+            mean with a guide whose base is not of independent normals.
+        :raises RuntimeError: if the draws of guide and posterior hardly overlap.
+        """
+        if method is None:
+            method = "importance" if self.method == "resample" else "bridge"
+        if method == "importance":
+            return self.posterior.log_evidence()
+        if method not in ("bridge", "harmonic"):
+            raise ValueError(f"log_evidence: method must be 'importance', 'bridge' or 'harmonic', but got {method!r}.")
+        if self.method == "resample":
+            raise ValueError(
+                f"log_evidence: method={method!r} needs draws of the posterior that are independent of the importance "
+                "weights: refine with method='nuts' or 'flow_mh'."
+            )
+        if method == "bridge":
+            evidence.warn_if_unreliable(self.pareto_k, "log_evidence", "Try a richer flow= or more num_steps=.")
+            return evidence.bridge(self.posterior._log_ratios, self.log_model - self.log_guide)
+        return evidence.harmonic(self._log_concentrated(temperature) - self.log_model)
+
+    def _log_concentrated(self, temperature: float | None) -> np.ndarray:
+        """Log-density of the draws under the flow of a base of smaller variance ``(chains, draws)``."""
+        dim = self.unconstrained.shape[-1]
+        temperature = 1 - 0.5 / math.sqrt(dim) if temperature is None else temperature
+        if not 0 < temperature < 1:
+            raise ValueError(f"log_evidence: temperature must lie between 0 and 1, but got {temperature}.")
+        space = BaseSpace(self.posterior)
+        zeros = np.zeros((2, dim))
+        zeros[1] = 1.0
+        found = np.asarray(space.base.log_prob(jnp.asarray(zeros, space.dtype)), float)
+        if not np.allclose(found, [-0.5 * dim * math.log(2 * math.pi), -0.5 * dim * (1 + math.log(2 * math.pi))]):
+            raise ValueError(
+                "log_evidence: method='harmonic' needs a guide whose base is of standard normals, or learned from them "
+                "(the default, FlexibleBase). Use method='bridge'."
+            )
+        # log N(z; 0, T) - log N(z; 0, 1), the flow's log-determinant being the same; |z|^2 from the guide's density
+        square = np.square(self._base_points(space)).sum(-1)
+        return self.log_guide + 0.5 * square * (1 - 1 / temperature) - 0.5 * dim * math.log(temperature)
+
+    def _base_points(self, space: BaseSpace) -> np.ndarray:
+        flat = self.unconstrained.reshape(-1, self.unconstrained.shape[-1])
+        inverse = jax.jit(lambda u: lax.map(lambda v: space.transform.inverse_and_log_det(v)[0], u, batch_size=_BATCH))
+        return np.asarray(inverse(flat), float).reshape(self.unconstrained.shape)
+
+    def verdict(self) -> str:
+        """One line: whether the draws can be used."""
+        chains, draws = self.log_model.shape
+        if self.method == "resample":
+            numbers = f"Pareto k {self.pareto_k:.2f}, {self.ess_bulk:.0f} effective draws"
+        else:
+            rates = ", ".join(f"{rate:.0%} of {kind} moves accepted" for kind, rate in self.acceptance.items())
+            numbers = (
+                f"R-hat {self.r_hat:.3f}, ESS {self.ess_bulk:.0f} in the bulk and {self.ess_tail:.0f} in the tails, "
+                f"{rates}" + (f", {self.divergences} divergences of {chains * draws}" if self.method == "nuts" else "")
+            )
+        if self.posterior.misses_modes:
+            return (
+                f"Do not trust: about {self.posterior.history.missed:.0%} of the posterior lies where the guide has "
+                f"nearly no mass, and chains that start from the guide hardly get there. Fit it anew: see the guide's "
+                f"verdict ({numbers})."
+            )
+        if self.interrupted and draws < ESS_PER_CHAIN_GOOD:
+            return f"Interrupted after {draws} draws a chain: run again to the end ({numbers})."
+        if self.method == "resample":
+            if not self.pareto_k < evidence.PARETO_K_GOOD:
+                return f"Do not trust: importance weights cannot mend this guide. Use refine('nuts') ({numbers})."
+            return f"Good: the guide's error is mended as far as its weights tell ({numbers})."
+        if not self.r_hat < R_HAT_GOOD:
+            return f"Do not trust: the chains do not agree. Use more num_warmup= and num_samples= ({numbers})."
+        if not min(self.ess_bulk, self.ess_tail) >= ESS_PER_CHAIN_GOOD * chains:
+            return f"Use with care: too few effective draws. Use more num_samples= ({numbers})."
+        if self.divergences:
+            return (
+                f"Use with care: divergences tell of a part of the posterior that is hardly reached. Use "
+                f"target_accept_prob=0.99, or fit a richer flow= ({numbers})."
+            )
+        return f"Good: draws of the posterior, exact but for Monte-Carlo error ({numbers})."
+
+    # -- output ----------------------------------------------------------------------------------------------------
+    def print_summary(self) -> None:
+        """Prints ArviZ's table of the latent and deterministic sites, with diagnostics, and the verdict."""
+        kind = "stats" if self.method == "resample" else "all"
+        print(_arviz.summary(self.to_arviz(), kind=kind).to_string())
+        spent = ", ".join(f"{n} in {what}" for what, n in self.gradients.items())
+        print(f"Gradients: {spent}; {self.seconds:.1f} s after the fit.")
+        print(self.verdict())
+
+    def to_arviz(self, log_likelihood: bool = False) -> Any:
+        """ArviZ data (``InferenceData``, in ArviZ 1.x a ``DataTree``).
+
+        Groups: ``posterior`` (latent and deterministic sites by chain and draw), ``sample_stats`` (``lp``, the
+        log-density under the model, and ``log_guide``, on the unconstrained space) and ``observed_data``.
+
+        :param log_likelihood: adds the group of that name: of each observation, for ``arviz.loo``.
+        """
+        groups = {
+            "posterior": {name: np.asarray(x) for name, x in self._sites.items()},
+            "sample_stats": {"lp": self.log_model, "log_guide": self.log_guide},
+            "observed_data": self.posterior.log_density.observed(),
+        }
+        if log_likelihood:
+            groups["log_likelihood"] = self.posterior._log_likelihood(self.unconstrained)
+        attrs = {"inference_library": "numpyro_flows", "refinement": self.method, "pareto_k": self.pareto_k}
+        return _arviz.from_groups({name: group for name, group in groups.items() if group}, attrs)
+
+    def _weighted(self) -> RefinedPosterior:
+        return self
+
+    def plot(self, var_names: list[str] | None = None) -> Any:
+        """Draws each variable's marginal and its draws by chain.
+
+        :returns: the matplotlib figure.
+        """
+        return _arviz.plot_chains(self.to_arviz(), var_names)
+
+
+def refine(
+    posterior: Any,
+    rng_key: Array,
+    method: str = "nuts",
+    *,
+    num_samples: int = 1000,
+    num_warmup: int = 500,
+    num_chains: int = 4,
+    target_accept_prob: float = 0.9,
+    max_tree_depth: int = 10,
+    progress_bar: bool = True,
+) -> RefinedPosterior:
+    """See :meth:`FlowPosterior.refine`."""
+    check_options(method, num_samples, num_warmup, num_chains)
+    begin = time.perf_counter()
+    space = BaseSpace(posterior)
+    start_key, run_key = jax.random.split(rng_key)
+    fit = {"fit": posterior.history.gradients}
+    if method == "resample":
+        scored, run = _resample(posterior, run_key, num_chains, num_samples)
+    else:
+        bar = tqdm(total=num_warmup + num_samples, desc=f"refine {method}", disable=not progress_bar)
+        starts = space.starts(start_key, num_chains)
+        with bar:
+            if method == "flow_mh":
+                run = _flow_mh(space, run_key, starts, num_warmup, num_samples, bar)
+            else:
+                options = {"target_accept_prob": target_accept_prob, "max_tree_depth": max_tree_depth}
+                run = _nuts(space, run_key, starts, num_warmup, num_samples, bar, options)
+        if not run.z.shape[1]:
+            raise KeyboardInterrupt("refine: interrupted during warm-up, before the first draw.")
+        flat = space.score(jnp.asarray(run.z.reshape(-1, space.dim), space.dtype))
+        scored = jax.tree.map(lambda x: x.reshape(*run.z.shape[:2], *x.shape[1:]), flat)
+    run = run._replace(gradients={**fit, **run.gradients})
+    return RefinedPosterior(posterior, method, scored, run, time.perf_counter() - begin)
+
+
+def _resample(posterior: Any, rng_key: Array, num_chains: int, num_samples: int) -> tuple[Scored, Run]:
+    posterior._warn_if_unreliable("refine")
+    weights = np.exp(posterior._psis[0])
+    shape = num_chains, num_samples
+    index = jax.random.choice(rng_key, posterior.num_draws, shape, p=jnp.asarray(weights / weights.sum()))
+    draws, index_np = posterior.draws, np.asarray(index)
+    scored = Scored(draws.unconstrained[index], draws.log_model[index_np], draws.log_guide[index_np])  # type: ignore[arg-type]
+    return scored, Run(np.zeros((*shape, 0)), {}, 0, {}, False)
+
+
+class _Chain(NamedTuple):
+    """State of Metropolis-Hastings: points of the base space ``(chains, dim)``, scored."""
+
+    z: Array
+    target: Array  # (chains,)
+    gradient: Array  # (chains, dim)
+    log_weight: Array  # log of target over base (chains,)
+    log_step: Array  # of the local moves, one for all chains
+
+
+def _flow_mh(space: BaseSpace, rng_key: Array, z: Array, num_warmup: int, num_samples: int, bar: tqdm) -> Run:
+    """Independence Metropolis-Hastings with the guide as proposal, each followed by a step of MALA.
+
+    Both leave the posterior invariant. The proposals do not depend on the chains, so a chunk's are scored in one
+    batched pass (as in Gabrie et al. 2022; Metropolis-adjusted Langevin: Roberts & Tweedie 1996).
+    """
+    value_and_grad = jax.vmap(jax.value_and_grad(space.log_density))
+
+    def score(z: Array) -> tuple[Array, Array, Array]:
+        target, gradient = value_and_grad(z)
+        return target, gradient, target - space.base.log_prob(z)
+
+    def step(state: _Chain, inputs: tuple) -> tuple[_Chain, tuple]:
+        proposal, key, rate = inputs
+        uniform_key, noise_key, accept_key = jax.random.split(key, 3)
+        uniform = jax.random.uniform(uniform_key, state.target.shape, space.dtype)
+        flow_accepted = jnp.log(uniform) < proposal.log_weight - state.log_weight
+        state = _choose(flow_accepted, proposal, state)
+        size = jnp.exp(state.log_step)
+        noise = jax.random.normal(noise_key, state.z.shape, space.dtype)
+        z = state.z + 0.5 * size**2 * state.gradient + size * noise
+        target, gradient, log_weight = score(z)
+        moved = _Chain(z, target, gradient, log_weight, state.log_step)
+        back = (state.z - z - 0.5 * size**2 * gradient) / size
+        log_ratio = target - state.target + 0.5 * (jnp.square(noise).sum(-1) - jnp.square(back).sum(-1))
+        probability = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio), 0.0))
+        local_accepted = jax.random.uniform(accept_key, probability.shape, space.dtype) < probability
+        state = _choose(local_accepted, moved, state)
+        log_step = state.log_step + rate * (probability.mean() - _MALA_ACCEPTANCE)
+        return state._replace(log_step=log_step), (state.z, flow_accepted, local_accepted)
+
+    @jax.jit
+    def chunk(state: _Chain, key: Array, rates: Array) -> tuple[_Chain, tuple]:
+        base_key, step_key = jax.random.split(key)
+        z = space.base.sample(base_key, (len(rates) * len(state.z),))
+        scored = lax.map(lambda z: jax.value_and_grad(space.log_density)(z), z, batch_size=_BATCH)
+        target, gradient = scored
+        log_weight = target - space.base.log_prob(z)
+        shape = len(rates), len(state.z)
+        proposals = _Chain(
+            z.reshape(*shape, -1), target.reshape(shape), gradient.reshape(*shape, -1), log_weight.reshape(shape),
+            jnp.zeros(len(rates), space.dtype),
+        )  # fmt: skip
+        return lax.scan(step, state, (proposals, jax.random.split(step_key, len(rates)), rates))
+
+    log_step = jnp.asarray(math.log(1.65 * space.dim ** (-1 / 6)), space.dtype)
+    state = _Chain(z, *jax.jit(score)(z), log_step)
+    draws: list[np.ndarray] = []
+    accepted: list[np.ndarray] = []
+    rates = np.concatenate([1 / np.sqrt(1 + np.arange(num_warmup)), np.zeros(num_samples)])
+    done, interrupted = 0, False
+    try:
+        while done < len(rates):
+            end = min(done + _CHUNK, len(rates) if done >= num_warmup else num_warmup)
+            state, (points, *kinds) = chunk(
+                state, jax.random.fold_in(rng_key, done), jnp.asarray(rates[done:end], space.dtype)
+            )
+            if done >= num_warmup:
+                draws.append(np.asarray(points))
+                accepted.append(np.stack([np.asarray(kind) for kind in kinds]))
+            bar.update(end - done)
+            done = end
+    except KeyboardInterrupt:
+        interrupted = True
+    chains = len(z)
+    both = 2 * chains  # a proposal of the guide and one of the local moves
+    warm = min(done, num_warmup)
+    rate = np.concatenate(accepted, 1).mean((1, 2)) if accepted else np.full(2, np.nan)
+    return Run(
+        _chains(draws, chains, space.dim),
+        {"flow": float(rate[0]), "local": float(rate[1])},
+        0,
+        {"warm-up": chains + both * warm, "sampling": both * (done - warm)},
+        interrupted,
+    )
+
+
+def _choose(accepted: Array, proposal: _Chain, state: _Chain) -> _Chain:
+    def choose(new: Array, old: Array) -> Array:
+        return jnp.where(accepted.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    parts = (choose(new, old) for new, old in zip(proposal[:4], state[:4], strict=True))
+    return _Chain(*parts, state.log_step)
+
+
+def _nuts(
+    space: BaseSpace, rng_key: Array, z: Array, num_warmup: int, num_samples: int, bar: tqdm, options: dict
+) -> Run:
+    """NUTS in the base space, chains side by side (neural transport, Hoffman et al. 2019)."""
+    kernel = NUTS(potential_fn=lambda z: -space.log_density(z), **options)
+    chains = len(z)
+    state = kernel.init(jax.random.split(rng_key, chains), num_warmup, z, (), {})
+
+    def step(state: Any, _: None) -> tuple[Any, tuple]:
+        state = kernel.sample(state, (), {})
+        return state, (state.z, state.num_steps, state.accept_prob, state.diverging)
+
+    chunks: dict[int, Callable] = {}
+    outputs: list[tuple[np.ndarray, ...]] = []
+    done, interrupted = 0, False
+    warm_gradients = chains
+    try:
+        while done < num_warmup + num_samples:
+            end = min(done + _CHUNK, num_warmup + num_samples if done >= num_warmup else num_warmup)
+            size = end - done
+            if size not in chunks:
+                chunks[size] = jax.jit(lambda state, size=size: lax.scan(step, state, None, length=size))
+            state, output = chunks[size](state)
+            output = tuple(np.asarray(part) for part in output)
+            if done >= num_warmup:
+                outputs.append(output)
+            else:
+                warm_gradients += int(output[1].sum())
+            bar.set_postfix(gradients_per_draw=f"{output[1].mean():.1f}", refresh=False)
+            bar.update(size)
+            done = end
+    except KeyboardInterrupt:
+        interrupted = True
+    gradients = {"warm-up": warm_gradients, "sampling": int(sum(output[1].sum() for output in outputs))}
+    rate = float(np.concatenate([output[2] for output in outputs]).mean()) if outputs else math.nan
+    divergences = int(sum(output[3].sum() for output in outputs))
+    draws = _chains([output[0] for output in outputs], chains, space.dim)
+    return Run(draws, {"local": rate}, divergences, gradients, interrupted)
+
+
+def _chains(draws: list[np.ndarray], chains: int, dim: int) -> np.ndarray:
+    """Blocks of draws ``(steps, chains, dim)`` as ``(chains, draws, dim)``."""
+    return np.concatenate(draws).swapaxes(0, 1) if draws else np.zeros((chains, 0, dim))
+
+
+def check_options(method: str, num_samples: int, num_warmup: int, num_chains: int) -> None:
+    """Raises a ``ValueError`` that names the option with which nothing can be drawn."""
+    if method not in METHODS:
+        raise ValueError(f"refine: method must be one of {METHODS}, but got {method!r}.")
+    for name, value, least in (
+        ("num_samples", num_samples, 4), ("num_warmup", num_warmup, 0), ("num_chains", num_chains, 1)
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"refine: {name} must be at least {least}, but got {value}.")
