@@ -328,7 +328,6 @@ class _Chain(NamedTuple):
     target: Array  # (chains,)
     gradient: Array  # (chains, dim)
     log_weight: Array  # log of target over base (chains,)
-    log_step: Array  # of the local moves, one for all chains
 
 
 def _flow_mh(space: BaseSpace, rng_key: Array, z: Array, num_warmup: int, num_samples: int, bar: tqdm) -> Run:
@@ -339,45 +338,38 @@ def _flow_mh(space: BaseSpace, rng_key: Array, z: Array, num_warmup: int, num_sa
     """
     value_and_grad = jax.vmap(jax.value_and_grad(space.log_density))
 
-    def score(z: Array) -> tuple[Array, Array, Array]:
+    def score(z: Array) -> _Chain:
         target, gradient = value_and_grad(z)
-        return target, gradient, target - space.base.log_prob(z)
+        return _Chain(z, target, gradient, target - space.base.log_prob(z))
 
-    def step(state: _Chain, inputs: tuple) -> tuple[_Chain, tuple]:
-        proposal, key, rate = inputs
+    def step(carry: tuple[_Chain, Array], inputs: tuple[_Chain, Array, Array]) -> tuple[tuple[_Chain, Array], tuple]:
+        (state, log_step), (proposal, key, rate) = carry, inputs
         uniform_key, noise_key, accept_key = jax.random.split(key, 3)
         uniform = jax.random.uniform(uniform_key, state.target.shape, space.dtype)
         flow_accepted = jnp.log(uniform) < proposal.log_weight - state.log_weight
         state = _choose(flow_accepted, proposal, state)
-        size = jnp.exp(state.log_step)
+        size = jnp.exp(log_step)
         noise = jax.random.normal(noise_key, state.z.shape, space.dtype)
-        z = state.z + 0.5 * size**2 * state.gradient + size * noise
-        target, gradient, log_weight = score(z)
-        moved = _Chain(z, target, gradient, log_weight, state.log_step)
-        back = (state.z - z - 0.5 * size**2 * gradient) / size
-        log_ratio = target - state.target + 0.5 * (jnp.square(noise).sum(-1) - jnp.square(back).sum(-1))
+        moved = score(state.z + 0.5 * size**2 * state.gradient + size * noise)
+        back = (state.z - moved.z - 0.5 * size**2 * moved.gradient) / size
+        log_ratio = moved.target - state.target + 0.5 * (jnp.square(noise).sum(-1) - jnp.square(back).sum(-1))
         probability = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio), 0.0))
         local_accepted = jax.random.uniform(accept_key, probability.shape, space.dtype) < probability
         state = _choose(local_accepted, moved, state)
-        log_step = state.log_step + rate * (probability.mean() - _MALA_ACCEPTANCE)
-        return state._replace(log_step=log_step), (state.z, flow_accepted, local_accepted)
+        log_step = log_step + rate * (probability.mean() - _MALA_ACCEPTANCE)
+        return (state, log_step), (state.z, flow_accepted, local_accepted)
 
     @jax.jit
-    def chunk(state: _Chain, key: Array, rates: Array) -> tuple[_Chain, tuple]:
+    def chunk(carry: tuple[_Chain, Array], key: Array, rates: Array) -> tuple[tuple[_Chain, Array], tuple]:
+        steps, chains = len(rates), len(carry[0].z)
         base_key, step_key = jax.random.split(key)
-        z = space.base.sample(base_key, (len(rates) * len(state.z),))
-        scored = lax.map(lambda z: jax.value_and_grad(space.log_density)(z), z, batch_size=_BATCH)
-        target, gradient = scored
-        log_weight = target - space.base.log_prob(z)
-        shape = len(rates), len(state.z)
-        proposals = _Chain(
-            z.reshape(*shape, -1), target.reshape(shape), gradient.reshape(*shape, -1), log_weight.reshape(shape),
-            jnp.zeros(len(rates), space.dtype),
-        )  # fmt: skip
-        return lax.scan(step, state, (proposals, jax.random.split(step_key, len(rates)), rates))
+        flat = space.base.sample(base_key, (steps * chains,))
+        target, gradient = lax.map(jax.value_and_grad(space.log_density), flat, batch_size=_BATCH)
+        proposals = _Chain(flat, target, gradient, target - space.base.log_prob(flat))
+        proposals = jax.tree.map(lambda x: x.reshape(steps, chains, *x.shape[1:]), proposals)
+        return lax.scan(step, carry, (proposals, jax.random.split(step_key, steps), rates))
 
-    log_step = jnp.asarray(math.log(1.65 * space.dim ** (-1 / 6)), space.dtype)
-    state = _Chain(z, *jax.jit(score)(z), log_step)
+    carry = jax.jit(score)(z), jnp.asarray(math.log(1.65 * space.dim ** (-1 / 6)), space.dtype)
     draws: list[np.ndarray] = []
     accepted: list[np.ndarray] = []
     rates = np.concatenate([1 / np.sqrt(1 + np.arange(num_warmup)), np.zeros(num_samples)])
@@ -385,9 +377,8 @@ def _flow_mh(space: BaseSpace, rng_key: Array, z: Array, num_warmup: int, num_sa
     try:
         while done < len(rates):
             end = min(done + _CHUNK, len(rates) if done >= num_warmup else num_warmup)
-            state, (points, *kinds) = chunk(
-                state, jax.random.fold_in(rng_key, done), jnp.asarray(rates[done:end], space.dtype)
-            )
+            key = jax.random.fold_in(rng_key, done)
+            carry, (points, *kinds) = chunk(carry, key, jnp.asarray(rates[done:end], space.dtype))
             if done >= num_warmup:
                 draws.append(np.asarray(points))
                 accepted.append(np.stack([np.asarray(kind) for kind in kinds]))
@@ -412,8 +403,7 @@ def _choose(accepted: Array, proposal: _Chain, state: _Chain) -> _Chain:
     def choose(new: Array, old: Array) -> Array:
         return jnp.where(accepted.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    parts = (choose(new, old) for new, old in zip(proposal[:4], state[:4], strict=True))
-    return _Chain(*parts, state.log_step)
+    return jax.tree.map(choose, proposal, state)
 
 
 def _nuts(

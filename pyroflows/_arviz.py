@@ -17,12 +17,13 @@ _HAS_DATA_TREE = int(az.__version__.split(".")[0]) >= 1
 def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
     """Pareto-smoothed, normalised log-weights of log-ratios ``(n,)``, and Pareto k (Vehtari et al. 2024)."""
     log_ratios = np.asarray(log_ratios, float)
-    if _HAS_DATA_TREE:
-        from arviz_stats.base import array_stats
+    with np.errstate(over="ignore"):  # of inverse weights of hopeless shapes, where the tail is that of an exact fit
+        if _HAS_DATA_TREE:
+            from arviz_stats.base import array_stats
 
-        log_weights, k = array_stats.psislw(-log_ratios, axis=0)  # as of log-likelihoods
-    else:
-        log_weights, k = az.psislw(log_ratios)
+            log_weights, k = array_stats.psislw(-log_ratios, axis=0)  # as of log-likelihoods
+        else:
+            log_weights, k = az.psislw(log_ratios)
     return np.asarray(log_weights), float(k)
 
 
