@@ -1,0 +1,600 @@
+"""A guide that follows the plates of a model: a flow of the global latents, conditional flows of the local ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.distributions.util import sum_rightmost
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.initialization import init_to_median
+from numpyro.primitives import Messenger
+
+from numpyro_flows import flows
+from numpyro_flows.distributions import standard_base
+from numpyro_flows.noncentering import _LOCATION_SCALE, _WRAPPERS
+from numpyro_flows.transform_module import TransformModule, flow_module
+
+LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
+
+
+class AutoHierarchicalFlow(AutoGuide):
+    """Guide ``q(global) prod_i q(local_i | global)`` by a flow and conditional flows, read off the model's plates.
+
+    The latents outside plates have one flow, jointly. The latents of a plate have one conditional flow, shared by all
+    its elements, jointly over an element's latents; its context is the global latents (as the flow gives them, before
+    their location and scale) and, in nested or crossed plates, the latents of every plate around. What a network does
+    not share is the location and scale of an element: with ``amortise=None`` they are parameters of the element, of the
+    plate's full size, gathered by the subsample's indices; with an encoder they are functions of the element's data.
+
+    They are those of a pseudo-observation. An element ``u`` of a latent whose prior is of location-scale form
+    ``(m, s)``, which depend on other latents, is, with ``y`` from the flow::
+
+        v = (s^-2 + exp(-2 log_scale))^(-1/2),    u = m + v^2 exp(-2 log_scale) (loc - m) + v y
+
+    This is the exact conditional posterior where the likelihood is normal: a local latent moves with the global ones as
+    far as its data leave it free to (partial non-centring, Papaspiliopoulos et al. 2007; the model's prior as a part of
+    the guide, Ambrogioni et al. 2021). For all other latents ``u = loc + exp(log_scale) y``.
+
+    The guide runs the model up to its last latent and puts its own draws at the model's sites, so plates, subsample
+    indices, masks and scales are the model's: in NumPyro's ``SVI`` the ELBO of a subsample is unbiased. Discrete
+    latents are left to enumeration (``config_enumerate``, ``TraceEnum_ELBO``). Parameters are one param site
+    ``{prefix}_{group}$params`` for each group of latents: ``global``, and the plates' names joined by ``_``, outermost
+    first.
+
+    :param model: NumPyro model with latents in plates.
+    :param global_flow: factory ``flow(dim, key=key) -> TransformModule`` for the latents outside plates.
+    :param local_flow: factory ``flow(dim, context_dim=c, key=key) -> TransformModule`` for those in a plate; four
+        layers of ``flows.realnvp`` unless given.
+    :param amortise: encoder from the data of elements ``(..., features)`` to contexts ``(..., c)``, such as a
+        ``conditioners.MLP``; trained with the guide if it is an equinox module. A dict from group to encoder for a
+        model with several groups of local latents.
+    :param data: function of the model's arguments that gives the encoder's data: ``(subsample_size, features)``, or
+        all the plate's, ``(size, features)``, which are then indexed by the subsample. In nested plates an axis for
+        each, outermost first. The model's first argument unless given; a dict as for ``amortise``.
+    :param element_parameters: whether every element has its own location and scale; unless given, where it has no
+        encoder. With both, the encoder gives the first guess (semi-amortised, Kim et al. 2018).
+    :param noncentered: whether the model's conditional priors are used, as above.
+    :param prefix: prefix of the guide's parameters.
+    :param init_loc_fn: NumPyro's initialisation strategy, which gives the first locations.
+    :param init_scale: first scale on the unconstrained space, a positive number.
+    :raises TypeError: for flows or encoders that cannot be called.
+    :raises ValueError: at the first call, for a model without plates or local latents, discrete latents that are not
+        enumerated, or a log-density that is not finite at the start; at any call, for a plate whose size has changed, or
+        data and encodings of a wrong shape.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        global_flow: Callable[..., TransformModule] = flows.realnvp,
+        local_flow: Callable[..., TransformModule] = LOCAL_FLOW,
+        amortise: Callable | Mapping[str, Callable] | None = None,
+        *,
+        data: Callable | Mapping[str, Callable] | None = None,
+        element_parameters: bool | None = None,
+        noncentered: bool = True,
+        prefix: str = "auto",
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 0.1,
+    ):
+        _check_arguments(global_flow, local_flow, amortise, data, init_scale)
+        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+        self.global_flow, self.local_flow, self.amortise, self.data = global_flow, local_flow, amortise, data
+        self.element_parameters, self.noncentered, self._init_scale = element_parameters, noncentered, init_scale
+        self.groups: dict[str, Group] = {}
+        self.modules: dict[str, GroupFlow] = {}
+
+    # -- structure -------------------------------------------------------------------------------------------------
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        key = numpyro.prng_key()
+        key = jax.random.key(0) if key is None else key
+        trace = self._run_model(key, args, kwargs, self._initial_value)
+        _check_trace(trace)
+        groups = _groups(trace)
+        informed = self._informed(key, args, kwargs, trace) if self.noncentered else set()
+        modules = {}
+        for n, group in enumerate(groups.values()):
+            group.informed = informed & set(group.sites)
+            modules[group.label] = self._module(group, groups, trace, args, kwargs, jax.random.fold_in(key, n + 1))
+        self._check_keys(groups)
+        self.groups, self.modules, self.prototype_trace = groups, modules, trace
+        self._prototype_call = args, kwargs
+
+    def _run_model(self, key: Array, args: tuple, kwargs: dict, value: Callable) -> dict[str, Any]:
+        with handlers.block():
+            model = handlers.substitute(handlers.seed(self.model, key), substitute_fn=value)
+            return handlers.trace(model).get_trace(*args, **kwargs)
+
+    def _initial_value(self, site: dict[str, Any]) -> Array | None:
+        if not _is_latent(site):
+            return None
+        return first_value(site) if site["fn"].support.is_discrete else self.init_loc_fn(site)
+
+    def _informed(self, key: Array, args: tuple, kwargs: dict, trace: dict[str, Any]) -> set[str]:
+        """Sites whose prior is of location-scale form and depends on other continuous latents, and on no discrete."""
+        start = {
+            name: biject_to(site["fn"].support).inv(site["value"])
+            for name, site in trace.items()
+            if _is_latent(site) and not site["fn"].support.is_discrete
+        }
+        rng = np.random.default_rng(0)
+        noise = {name: 0.1 * jnp.asarray(rng.standard_normal(u.shape), u.dtype) for name, u in start.items()}
+
+        def moved(size: float, last: bool) -> Callable:
+            def value(site: dict[str, Any]) -> Array | None:
+                if not _is_latent(site):
+                    return None
+                if site["name"] in start:
+                    return biject_to(site["fn"].support)(start[site["name"]] + size * noise[site["name"]])
+                return first_value(site, last)
+
+            return value
+
+        runs = [self._run_model(key, args, kwargs, moved(*how)) for how in ((0.0, False), (1.0, False), (0.0, True))]
+        informed = set()
+        for name, u in start.items():
+            priors = [location_and_scale(run[name]["fn"], u.shape) for run in runs if name in run]
+            if len(priors) < 3 or any(prior is None for prior in priors):
+                continue
+            moves, jumps = (
+                any(not np.array_equal(a, b) for a, b in zip(priors[0], other, strict=True))  # type: ignore[arg-type]
+                for other in priors[1:]
+            )
+            if moves and not jumps:
+                informed.add(name)
+        return informed
+
+    def _check_keys(self, groups: dict[str, Group]) -> None:
+        local = [label for label in groups if label != "global"]
+        for argument, given in (("amortise", self.amortise), ("data", self.data)):
+            if isinstance(given, Mapping):
+                unknown = sorted(set(given) - set(local))
+                if unknown:
+                    raise ValueError(
+                        f"AutoHierarchicalFlow: {argument} has the key(s) {unknown}, but the groups of local latents are "
+                        f"{local}."
+                    )
+            elif given is not None and argument == "amortise" and len(local) > 1:
+                raise ValueError(
+                    f"AutoHierarchicalFlow: amortise is a single encoder, but there are several groups of local latents: "
+                    f"{local}. Pass a dict from group to encoder (and data= likewise)."
+                )
+
+    def _module(
+        self, group: Group, groups: dict[str, Group], trace: dict[str, Any], args: tuple, kwargs: dict, key: Array
+    ) -> GroupFlow:
+        start = jnp.concatenate([group.flat_mean(site, trace) for site in group.sites.values()])
+        log_scale = jnp.full_like(start, math.log(self._init_scale))
+        encoder = self._of_group(self.amortise, group)
+        if not group.plates:
+            flow = self.global_flow(group.dim, key=key)
+            return GroupFlow(_cast(flow, start.dtype), start, log_scale, None, None)
+        context_dim = sum(groups[parent].dim for parent in group.parents)
+        head = None
+        if encoder is not None:
+            sizes = {name: trace[name]["value"] for name in group.plates}
+            encoding = self._encode(group, encoder, sizes, args, kwargs)
+            context_dim += encoding.shape[-1]
+            head = jnp.zeros((2 * group.dim, encoding.shape[-1]), start.dtype)
+        if self.element_parameters or (self.element_parameters is None and encoder is None):
+            start, log_scale = (jnp.broadcast_to(a, (*group.sizes, group.dim)) for a in (start, log_scale))
+        flow = self.local_flow(group.dim, context_dim=context_dim, key=key)
+        return GroupFlow(_cast(flow, start.dtype), start, log_scale, encoder, head)
+
+    @staticmethod
+    def _of_group(given: Any, group: Group) -> Any:
+        return given.get(group.label) if isinstance(given, Mapping) else given
+
+    def _encode(
+        self, group: Group, encoder: Callable, indices: dict[str, Array], args: tuple, kwargs: dict
+    ) -> Array:
+        """Encodings ``(*batch, c)`` of the present elements, in the plates' dimensions."""
+        function = self._of_group(self.data, group)
+        if function is None and not args:
+            raise ValueError(
+                "AutoHierarchicalFlow: the model has no positional argument which the encoder's data could be. "
+                "Pass data=, a function of the model's arguments."
+            )
+        data = jnp.asarray(args[0] if function is None else function(*args, **kwargs))
+        present = tuple(len(indices[name]) for name in group.plates)
+        depth = len(present)
+        if data.ndim <= depth or data.shape[:depth] not in (present, group.sizes):
+            raise ValueError(
+                f"AutoHierarchicalFlow: data for {group.label!r} has shape {data.shape}, but expected "
+                f"{(*present, 'features')} or, for all elements, {(*group.sizes, 'features')}. Pass data= a function of "
+                "the model's arguments that returns one of them."
+            )
+        if data.shape[:depth] != present:
+            data = data[jnp.ix_(*(indices[name] for name in group.plates))]
+        encoding = encoder(data)
+        if jnp.shape(encoding)[:-1] != present:
+            raise ValueError(
+                f"AutoHierarchicalFlow: the encoder of {group.label!r} returned shape {jnp.shape(encoding)} for data of "
+                f"shape {data.shape}, but expected {(*present, 'c')}. amortise= takes a batch of elements to one vector "
+                "for each (wrap a network of single elements in jax.vmap)."
+            )
+        return encoding.reshape(*group.batch_shape(indices), encoding.shape[-1])
+
+    # -- the guide -------------------------------------------------------------------------------------------------
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """Draws of the latents present in this call, by site."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        modules = {
+            label: flow_module(f"{self.prefix}_{label}", module) for label, module in self.modules.items()
+        }
+        run = _GuideRun(self, modules, numpyro.prng_key(), args, kwargs)
+        with contextlib.suppress(_Done), run:
+            self.model(*args, **kwargs)
+        missing = [name for group in self.groups.values() for name in group.sites if name not in run.values]
+        if missing:
+            raise ValueError(
+                f"AutoHierarchicalFlow: latent site(s) {missing} were there when the guide was set up, but not in this "
+                "call. The guide needs a model of fixed structure."
+            )
+        return run.values
+
+    def sample_posterior(
+        self, rng_key: Array, params: dict[str, Any], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
+    ) -> dict[str, Array]:
+        """Draws of the latents, ``(*sample_shape, *site_shape)``: all elements where the model's plates are full.
+
+        :param params: as ``SVI`` returns them.
+        :param args: the model's arguments; those of the guide's first call unless given.
+        """
+        if not args and not kwargs and self.prototype_trace is not None:
+            args, kwargs = self._prototype_call
+
+        def draw(key: Array) -> dict[str, Array]:
+            with handlers.block(), handlers.seed(rng_seed=key), handlers.substitute(data=params):
+                return self(*args, **kwargs)
+
+        if not sample_shape:
+            return draw(rng_key)
+        draws = jax.vmap(draw)(jax.random.split(rng_key, math.prod(sample_shape)))
+        return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
+
+    def quantiles(
+        self,
+        params: dict[str, Any],
+        quantiles: Any,
+        *args: Any,
+        rng_key: Array | None = None,
+        num_samples: int = 1000,
+        **kwargs: Any,
+    ) -> dict[str, Array]:
+        """Quantiles of each latent site, from draws.
+
+        :param args: as for :meth:`sample_posterior`.
+        :returns: dict of arrays ``(len(quantiles), *site_shape)``, or ``site_shape`` for a single number.
+        """
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        draws = self.sample_posterior(rng_key, params, *args, sample_shape=(num_samples,), **kwargs)
+        return jax.tree.map(lambda x: jnp.quantile(x, jnp.asarray(quantiles), axis=0), draws)
+
+    def median(
+        self,
+        params: dict[str, Any],
+        *args: Any,
+        rng_key: Array | None = None,
+        num_samples: int = 1000,
+        **kwargs: Any,
+    ) -> dict[str, Array]:
+        """Median of each latent site, from draws."""
+        return self.quantiles(params, 0.5, *args, rng_key=rng_key, num_samples=num_samples, **kwargs)
+
+
+class GroupFlow(eqx.Module):
+    """What is learned of one group of latents: its flow, location and scale, and its encoder.
+
+    :param flow: flow of size ``dim``, with a context unless it is the global one.
+    :param loc: ``(dim,)``, or ``(*plate_sizes, dim)`` where elements have their own.
+    :param log_scale: as ``loc``.
+    :param encoder: encoder to ``(..., c)``, if any.
+    :param head: ``(2 dim, c)``: what the encoding adds to location and log-scale.
+    """
+
+    flow: TransformModule
+    loc: Array
+    log_scale: Array
+    encoder: Any
+    head: Array | None
+
+
+@dataclasses.dataclass
+class Site:
+    """A latent site: the shape of one element's unconstrained value, its batch axes outside plates first."""
+
+    name: str
+    rest: tuple[int, ...]
+    event: tuple[int, ...]
+    axes: tuple[int, ...]  # of the group's plates among the batch axes, from the right
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.rest) * math.prod(self.event)
+
+
+@dataclasses.dataclass
+class Group:
+    """The latents that lie in the same plates."""
+
+    plates: dict[str, int]  # plate -> its dimension, outermost first
+    sizes: tuple[int, ...]  # of the full plates
+    sites: dict[str, Site] = dataclasses.field(default_factory=dict)
+    parents: tuple[str, ...] = ()
+    informed: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def label(self) -> str:
+        return "_".join(self.plates) or "global"
+
+    @property
+    def dim(self) -> int:
+        return sum(site.size for site in self.sites.values())
+
+    def batch_shape(self, indices: dict[str, Array]) -> tuple[int, ...]:
+        shape = [1] * max((-dim for dim in self.plates.values()), default=0)
+        for name, dim in self.plates.items():
+            shape[dim] = len(indices[name])
+        return tuple(shape)
+
+    def flat_mean(self, site: Site, trace: dict[str, Any]) -> Array:
+        """The first unconstrained value of a site as ``(size,)``, the mean over elements."""
+        u = biject_to(trace[site.name]["fn"].support).inv(trace[site.name]["value"])
+        batch = u.ndim - len(site.event)
+        return jnp.mean(u, axis=tuple(batch + axis for axis in site.axes)).reshape(-1)
+
+    def split(self, x: Array) -> dict[str, Array]:
+        """Vectors ``(*batch, dim)`` as values of the sites, each in the layout of its unconstrained value."""
+        ends = np.cumsum([site.size for site in self.sites.values()])
+        parts = jnp.split(x, ends[:-1], -1)
+        return {name: self._layout(site, part) for part, (name, site) in zip(parts, self.sites.items(), strict=True)}
+
+    def _layout(self, site: Site, x: Array) -> Array:
+        sizes = tuple(x.shape[dim - 1] for dim in self.plates.values())
+        value = x.reshape(*sizes, *site.rest, *site.event)
+        batch = value.ndim - len(site.event)
+        # axes of size one stand in for plates of others between those of the group
+        return jnp.moveaxis(value, range(len(sizes)), [batch + axis for axis in site.axes])
+
+
+class _Done(Exception):
+    """Every latent is drawn: what the model does from here on, its likelihood, is not needed."""
+
+
+class _GuideRun(Messenger):
+    """Runs the model with the guide's draws at its latent sites; its plates, masks and scales stay in force."""
+
+    def __init__(
+        self, guide: AutoHierarchicalFlow, modules: dict[str, GroupFlow], key: Array, args: tuple, kwargs: dict
+    ):
+        super().__init__(None)
+        self.guide, self.modules, self.key, self.call = guide, modules, key, (args, kwargs)
+        self.group_of = {name: group for group in guide.groups.values() for name in group.sites}
+        self.indices: dict[str, Array] = {}
+        self.noise: dict[str, Array] = {}  # what the flows give, by group: the contexts of others
+        self.parts: dict[str, tuple[Array, Array, Array]] = {}  # y, loc and log-scale of every site of a group drawn
+        self.log_q: dict[str, Array] = {}  # of a group's flow, until its first site takes it
+        self.values: dict[str, Array] = {}
+        if "global" in guide.groups:
+            self._draw(guide.groups["global"])
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "deterministic":
+            msg["stop"] = True
+        if msg["type"] != "sample":
+            return
+        name = msg["name"]
+        if name not in self.group_of:
+            msg["stop"] = True  # observed, or left to the model
+            if msg["value"] is None:
+                if not msg["fn"].support.is_discrete:
+                    raise ValueError(
+                        f"AutoHierarchicalFlow: latent site {name!r} was not there when the guide was set up. "
+                        "The guide needs a model of fixed structure."
+                    )
+                msg["value"] = first_value(msg)
+            return
+        group = self.group_of[name]
+        if group.label not in self.noise:
+            self._draw(group)
+        msg["value"], msg["fn"] = self._site(group, name, msg["fn"])
+        self.values[name] = msg["value"]
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate":
+            self.indices[msg["name"]] = msg["value"]
+            for group in self.guide.groups.values():
+                position = list(group.plates).index(msg["name"]) if msg["name"] in group.plates else None
+                per_element = self.modules[group.label].loc.ndim > 1
+                if position is not None and per_element and msg["args"][0] != group.sizes[position]:
+                    raise ValueError(
+                        f"AutoHierarchicalFlow: plate {msg['name']!r} has size {msg['args'][0]}, but it had "
+                        f"{group.sizes[position]} when the guide was set up, and its elements have parameters of their "
+                        "own. Keep the size (subsample_size= may change), make a new guide, or use amortise=."
+                    )
+        elif msg["type"] == "sample" and len(self.values) == len(self.group_of):
+            raise _Done
+
+    def _draw(self, group: Group) -> None:
+        """Draws the joint vectors of a group, and their log-density."""
+        module = self.modules[group.label]
+        batch = group.batch_shape(self.indices)
+        contexts = [self.noise[parent] for parent in group.parents]
+        loc, log_scale = module.loc, module.log_scale
+        if loc.ndim > 1:
+            index = tuple(
+                self.indices[name].reshape([-1] + [1] * (-dim - 1)) for name, dim in group.plates.items()
+            )
+            loc, log_scale = loc[index], log_scale[index]
+        if module.encoder is not None:
+            encoding = self.guide._encode(group, module.encoder, self.indices, *self.call)
+            contexts.append(encoding)
+            assert module.head is not None
+            shift, log_factor = jnp.split(encoding @ module.head.T, 2, -1)
+            loc, log_scale = loc + shift, log_scale + log_factor
+        context = None
+        if contexts:
+            context = jnp.concatenate([jnp.broadcast_to(c, (*batch, c.shape[-1])) for c in contexts], -1)
+        number = list(self.guide.groups).index(group.label)
+        base = standard_base(group.dim, like=loc)
+        x = base.sample(jax.random.fold_in(self.key, number), batch)
+        y, log_det = module.flow.forward_and_log_det(x, context)
+        self.noise[group.label], self.log_q[group.label] = y, base.log_prob(x) - log_det
+        loc, log_scale = (jnp.broadcast_to(a, y.shape) for a in (loc, log_scale))
+        ys, locs, log_scales = (group.split(a) for a in (y, loc, log_scale))
+        for name in group.sites:
+            self.parts[name] = ys[name], locs[name], log_scales[name]
+
+    def _site(self, group: Group, name: str, fn: Any) -> tuple[Array, Any]:
+        """Value of a site, and its distribution in the guide: a point that carries the log-density."""
+        y, loc, log_scale = self.parts.pop(name)
+        if name in group.informed:
+            prior_loc, prior_scale = location_and_scale(fn, y.shape)  # type: ignore[misc]
+            log_s = -0.5 * jnp.logaddexp(-2 * log_scale, -2 * jnp.log(prior_scale))
+            u = prior_loc + jnp.exp(2 * (log_s - log_scale)) * (loc - prior_loc) + jnp.exp(log_s) * y
+        else:
+            log_s, u = log_scale, loc + jnp.exp(log_scale) * y
+        bijection = biject_to(fn.support)
+        value = bijection(u)
+        event_dim = fn.event_dim
+        log_det = bijection.log_abs_det_jacobian(u, value)
+        log_det = sum_rightmost(log_det, log_det.ndim - value.ndim + event_dim)
+        log_q = -log_det - sum_rightmost(log_s, len(group.sites[name].event))
+        if group.label in self.log_q:
+            joint = self.log_q.pop(group.label)
+            log_q = log_q + group._layout(Site(name, (1,) * len(group.sites[name].rest), (), group.sites[name].axes),
+                joint[..., None]) / math.prod(group.sites[name].rest)
+        delta = dist.Delta(value, log_q, event_dim)
+        mask = mask_of(fn)
+        return value, delta if mask is None else delta.mask(mask)
+
+
+# -- reading a model -----------------------------------------------------------------------------------------------
+def _is_latent(site: dict[str, Any]) -> bool:
+    return site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+
+
+def first_value(site: dict[str, Any], last: bool = False) -> Array:
+    """The first (or last) value of a discrete site's support."""
+    fn = site["fn"]
+    return jnp.broadcast_to(fn.enumerate_support(expand=False)[-1 if last else 0], fn.shape())
+
+
+def location_and_scale(fn: Any, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
+    """Location and scale of an unconstrained value of ``shape``; ``None`` unless the distribution is of that form."""
+    while isinstance(fn, _WRAPPERS):
+        fn = fn.base_dist
+    if isinstance(fn, dist.MultivariateNormal):
+        loc, scale = fn.loc, jnp.sqrt(jnp.square(fn.scale_tril).sum(-1))
+    elif isinstance(fn, _LOCATION_SCALE):
+        loc, scale = fn.loc, fn.scale
+    else:
+        return None
+    return jnp.broadcast_to(loc, shape), jnp.broadcast_to(scale, shape)
+
+
+def mask_of(fn: Any) -> Array | None:
+    """The mask that handlers have put on a distribution."""
+    mask = None
+    while isinstance(fn, _WRAPPERS):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = fn._mask if mask is None else mask & fn._mask
+        fn = fn.base_dist
+    return mask
+
+
+def _groups(trace: dict[str, Any]) -> dict[str, Group]:
+    """The groups of latents by their labels, in the order of the model."""
+    groups: dict[str, Group] = {}
+    for name, site in trace.items():
+        if not _is_latent(site) or site["fn"].support.is_discrete:
+            continue
+        frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
+        plates = {frame.name: frame.dim for frame in frames}
+        group = Group(plates, tuple(trace[plate]["args"][0] for plate in plates))
+        group = groups.setdefault(group.label, group)
+        bijection, batch = biject_to(site["fn"].support), site["fn"].batch_shape
+        shape = jnp.shape(bijection.inv(site["value"]))
+        event = shape[len(batch) :]
+        rest = tuple(n for i, n in enumerate(batch) if i - len(batch) not in plates.values())
+        group.sites[name] = Site(name, rest, event, tuple(plates.values()))
+    order = list(groups)
+    order.sort(key=lambda label: label != "global")
+    groups = {label: groups[label] for label in order}
+    for n, label in enumerate(order):
+        group = groups[label]
+        group.parents = tuple(other for other in order[:n] if set(groups[other].plates) < set(group.plates))
+    return groups
+
+
+def _check_trace(trace: dict[str, Any]) -> None:
+    latent = {name: site for name, site in trace.items() if _is_latent(site)}
+    discrete = [
+        name
+        for name, site in latent.items()
+        if site["fn"].support.is_discrete and "enumerate" not in site["infer"]
+    ]
+    if discrete:
+        raise ValueError(
+            f"AutoHierarchicalFlow: site(s) {discrete} are discrete and not enumerated, but a flow is a density of "
+            "continuous variables. Wrap the model in numpyro.contrib.funsor.config_enumerate and train with "
+            "TraceEnum_ELBO, or sum them out of the model (as a mixture)."
+        )
+    continuous = {name: site for name, site in latent.items() if not site["fn"].support.is_discrete}
+    if not continuous:
+        raise ValueError("AutoHierarchicalFlow: the model has no continuous latent sites: there is nothing to infer.")
+    if not any(site["cond_indep_stack"] for site in continuous.values()):
+        raise ValueError(
+            "AutoHierarchicalFlow: no latent of the model lies in a plate, so there are no local latents. Use AutoFlow, "
+            "or put the latents that belong to elements into numpyro.plate."
+        )
+    sites = {
+        name: str(jnp.sum(site["fn"].log_prob(site["value"]))) for name, site in trace.items() if site["type"] == "sample"
+    }
+    bad = {name: value for name, value in sites.items() if not np.isfinite(float(value))}
+    if bad:
+        raise ValueError(
+            f"AutoHierarchicalFlow: the model's log-density is not finite at the start: site(s) {bad}. Check the data and "
+            "the priors of what these sites depend on, or give init_loc_fn= a valid start."
+        )
+
+
+def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any, init_scale: Any) -> None:
+    for argument, flow in (("global_flow", global_flow), ("local_flow", local_flow)):
+        if not callable(flow) or isinstance(flow, TransformModule):
+            raise TypeError(
+                f"AutoHierarchicalFlow: {argument} must be a factory 'dim, *, key -> TransformModule', but got "
+                f"{type(flow).__name__}. Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a "
+                "built flow."
+            )
+    for argument, given in (("amortise", amortise), ("data", data)):
+        for each in given.values() if isinstance(given, Mapping) else [given]:
+            if each is not None and not callable(each):
+                raise TypeError(
+                    f"AutoHierarchicalFlow: {argument} must be callable, or a dict of callables, but got "
+                    f"{type(each).__name__}."
+                )
+    if data is not None and amortise is None:
+        raise ValueError("AutoHierarchicalFlow: data= is what an encoder sees: pass amortise= as well, or leave it out.")
+    if not isinstance(init_scale, int | float) or not init_scale > 0:
+        raise ValueError(f"AutoHierarchicalFlow: init_scale must be a positive number, but got {init_scale!r}.")
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, tree)
