@@ -3,9 +3,11 @@
 from pyroflows import conditioners, distributions, flows, transforms, univariate
 from pyroflows.density import fit_density
 from pyroflows.distributions import ConditionalFlowDistribution, FlowDistribution
+from pyroflows.evidence import compare
 from pyroflows.guides import AutoFlow
 from pyroflows.inference import FlowVI
 from pyroflows.posterior import FlowPosterior
+from pyroflows.refinement import RefinedPosterior
 from pyroflows.reparam import FlowReparam
 from pyroflows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule
 
@@ -20,8 +22,10 @@ __all__ = [
     "FlowReparam",
     "FlowVI",
     "Inverse",
+    "RefinedPosterior",
     "Repeat",
     "TransformModule",
+    "compare",
     "conditioners",
     "distributions",
     "fit_density",

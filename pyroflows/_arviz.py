@@ -12,6 +12,7 @@ with warnings.catch_warnings():  # 0.23 announces 1.x on import
     import arviz as az
 
 _HAS_DATA_TREE = int(az.__version__.split(".")[0]) >= 1
+HAS_WAIC = hasattr(az, "waic")  # not in 1.x
 
 
 def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
@@ -41,9 +42,91 @@ def from_groups(groups: dict[str, dict[str, np.ndarray]], attrs: dict[str, Any])
     return data
 
 
-def summary(data: Any, **kwargs: Any) -> Any:
+def summary(data: Any, kind: str = "stats") -> Any:
     """ArviZ's table of the posterior."""
-    return az.summary(data, kind="stats", **kwargs)
+    return az.summary(data, kind=kind)
+
+
+def diagnostics(draws: np.ndarray) -> dict[str, float]:
+    """The worst R-hat, bulk and tail ESS over the elements of ``(chains, draws, dim)``."""
+    table = az.summary(from_groups({"posterior": {"u": draws}}, {}), kind="diagnostics", round_to="none")
+    columns = {"r_hat": table["r_hat"].max(), "ess_bulk": table["ess_bulk"].min(), "ess_tail": table["ess_tail"].min()}
+    return {name: float(value) for name, value in columns.items()}
+
+
+def ess(draws: np.ndarray) -> float:
+    """Effective sample size for the mean of ``(chains, draws)``; all of them, where it is not defined."""
+    if draws.shape[1] < 4 or not np.ptp(draws) > 0:
+        return float(draws.size)
+    if _HAS_DATA_TREE:
+        from arviz_stats.base import array_stats
+
+        found = array_stats.ess(draws, method="mean", chain_axis=0, draw_axis=1)
+    else:
+        found = az.ess(np.asarray(draws, float), method="mean")
+    return float(found) if np.isfinite(found) else float(draws.size)
+
+
+def predictive(data: Any) -> dict[str, Any]:
+    """ArviZ's estimates of the expected log predictive density: LOO, and WAIC where there is one.
+
+    The observed sites count as one, each observation for itself. ``NaN`` where there is none.
+    """
+    row: dict[str, Any] = {"elpd_loo": np.nan, "elpd_loo_se": np.nan, "loo_warning": False, "elpd_waic": np.nan}
+    if "log_likelihood" not in _groups(data):
+        return row
+    sites = [np.asarray(x) for x in data["log_likelihood"].data_vars.values()]
+    pointwise = np.concatenate([x.reshape(*x.shape[:2], -1) for x in sites], -1)
+    one = from_groups({"posterior": {"lp": pointwise.sum(-1)}, "log_likelihood": {"y": pointwise}}, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # told in the table
+        loo = az.loo(one)
+        row["elpd_loo"], row["elpd_loo_se"] = _elpd(loo, "loo")
+        row["loo_warning"] = bool(loo.warning)
+        if HAS_WAIC:
+            row["elpd_waic"] = _elpd(az.waic(one), "waic")[0]
+    return row
+
+
+def _elpd(found: Any, kind: str) -> tuple[float, float]:
+    if _HAS_DATA_TREE:
+        return float(found.elpd), float(found.se)
+    return float(found[f"elpd_{kind}"]), float(found["se"])
+
+
+def _groups(data: Any) -> list[str]:
+    return list(data.children) if _HAS_DATA_TREE else list(data.groups())
+
+
+def plot_chains(data: Any, var_names: list[str] | None) -> Any:
+    """The figure of ``RefinedPosterior.plot``: marginals by chain, and draws in their order."""
+    import matplotlib.pyplot as plt
+
+    panels = _panels(data["posterior"], var_names)[:17]
+    figure, axes = plt.subplots(
+        len(panels), 2, figsize=(10, 1.6 * len(panels)), squeeze=False, layout="constrained", width_ratios=(1, 2)
+    )
+    for (density, trace), (label, values) in zip(axes, panels, strict=True):
+        bins = np.histogram_bin_edges(values, 40)
+        for chain in values:
+            density.hist(chain, bins, density=True, histtype="step")
+            trace.plot(chain, lw=0.4)
+        density.set(title=label, yticks=[])
+        trace.set(title=label)
+    return figure
+
+
+def _panels(data: Any, var_names: list[str] | None) -> list[tuple[str, np.ndarray]]:
+    """Label and draws ``(chains, draws)`` of every element of the variables."""
+    names = list(data.data_vars) if var_names is None else var_names
+    unknown = [name for name in names if name not in data]
+    if unknown:
+        raise ValueError(f"plot: var_names {unknown} are not among {list(data.data_vars)}.")
+    return [
+        (f"{name}[{','.join(map(str, index))}]" if index else name, np.asarray(data[name])[(..., *index)])
+        for name in names
+        for index in np.ndindex(*data[name].shape[2:])
+    ]
 
 
 def plot(posterior: Any, var_names: list[str] | None, num_samples: int) -> Any:
@@ -51,16 +134,7 @@ def plot(posterior: Any, var_names: list[str] | None, num_samples: int) -> Any:
     import matplotlib.pyplot as plt
 
     n = min(num_samples, posterior.num_draws)
-    data = posterior.to_arviz(n)["posterior"]
-    names = list(data.data_vars) if var_names is None else var_names
-    unknown = [name for name in names if name not in data]
-    if unknown:
-        raise ValueError(f"plot: var_names {unknown} are not among {list(data.data_vars)}.")
-    panels = [
-        (f"{name}[{','.join(map(str, index))}]" if index else name, np.asarray(data[name])[(0, slice(None), *index)])
-        for name in names
-        for index in np.ndindex(*data[name].shape[2:])
-    ][:34]
+    panels = [(label, x[0]) for label, x in _panels(posterior.to_arviz(n)["posterior"], var_names)][:34]
     weights = np.exp(np.asarray(posterior._psis[0][:n]))
     columns = 4
     rows = -(-(len(panels) + 2) // columns)

@@ -218,6 +218,20 @@ class LogDensity:
 
         return self._map(single, u)
 
+    def log_likelihood(self, u: Tensor) -> dict[str, Tensor]:
+        """Log-density of each observation at unconstrained vectors ``(n, dim)``; factors are left out.
+
+        Of each observed site ``(n, *site_batch_shape)``, as its mask leaves it, without the scale of a subsample.
+        """
+
+        def single(u: Tensor) -> dict[str, Tensor]:
+            with _Unconstrained(self._unpack(u)):
+                trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            trace.compute_log_prob(lambda name, site: _is_data(site))
+            return {name: site["unscaled_log_prob"] for name, site in trace.nodes.items() if _is_data(site)}
+
+        return self._map(single, u)
+
     @torch.no_grad()
     def _map(self, single: Callable, batch: Any) -> Any:
         """``single`` over the leading axis, by ``vmap`` where the density can."""
@@ -234,15 +248,17 @@ class LogDensity:
         """The observed sites' data."""
         with _Unconstrained(self._unpack(self.prototype)), torch.no_grad():
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-        return {
-            name: site["value"].numpy(force=True)
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample"
-            and site["is_observed"]
-            and not site["infer"].get("_deterministic")
-            and not isinstance(site["fn"], pyro.distributions.Unit)
-            and not poutine.util.site_is_subsample(site)
-        }
+        return {name: site["value"].numpy(force=True) for name, site in trace.nodes.items() if _is_data(site)}
+
+
+def _is_data(site: dict[str, Any]) -> bool:
+    return (
+        site["type"] == "sample"
+        and site["is_observed"]
+        and not site["infer"].get("_deterministic")
+        and not isinstance(site["fn"], pyro.distributions.Unit)
+        and not poutine.util.site_is_subsample(site)
+    )
 
 
 class _Unconstrained(Messenger):

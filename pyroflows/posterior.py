@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -10,32 +9,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
 from torch import Tensor
 
-from pyroflows import _arviz, serialization
+from pyroflows import _arviz, evidence, refinement, serialization
 from pyroflows.distributions import BASES, FlowDistribution
+from pyroflows.evidence import PARETO_K_GOOD, Estimate
 from pyroflows.flows import FLOWS
 from pyroflows.guides import AutoFlow
 from pyroflows.initialization import MAX_HESSIAN_DIM
 from pyroflows.log_density import LogDensity
+from pyroflows.refinement import RefinedPosterior
 from pyroflows.transforms import TriangularAffine
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
 _MANY = 10_000  # and over the flow
 MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
 FLOW_ERROR_BAD = 0.02  # nats of log-determinant, or standard deviations of a round trip
-PARETO_K_GOOD = 0.7  # below it Pareto-smoothed importance sampling is reliable (Vehtari et al. 2024)
-
-
-class Estimate(NamedTuple):
-    """A Monte-Carlo estimate and its standard error."""
-
-    value: float
-    standard_error: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} +- {self.standard_error:.3f}"
 
 
 class History(NamedTuple):
@@ -121,6 +110,50 @@ class FlowPosterior:
         index = torch.multinomial(weights, num_samples, replacement=True)
         return self._constrain(self.draws.unconstrained[index.to(self.draws.unconstrained.device)])
 
+    def refine(
+        self,
+        method: str = "nuts",
+        *,
+        num_samples: int = 1000,
+        num_warmup: int = 500,
+        num_chains: int = 4,
+        target_accept_prob: float = 0.9,
+        max_tree_depth: int = 10,
+        progress_bar: bool = True,
+    ) -> RefinedPosterior:
+        """Draws of the posterior from those of the guide, from quick to exact.
+
+        - ``"resample"``: Pareto-smoothed importance resampling. No more evaluations of the model; as good as the
+          weights are.
+        - ``"flow_mh"``: independence Metropolis-Hastings with the guide as proposal, each followed by a local step
+          (MALA) in the base space of the flow. Exact for many draws; two gradients a draw.
+        - ``"nuts"``: NUTS in the base space (neural transport, Hoffman et al. 2019). Exact for many draws; some seven
+          gradients a draw where the guide is good.
+
+        Chains start at draws of the guide, resampled by their weights. Ctrl-C ends it with the draws made until then.
+
+        :param method: one of the above.
+        :param num_samples: draws of each chain.
+        :param num_warmup: iterations before them, in which the step size (and the mass of NUTS) is adapted.
+        :param num_chains: chains, side by side.
+        :param target_accept_prob: of NUTS.
+        :param max_tree_depth: of NUTS: at most ``2**max_tree_depth`` gradients a draw.
+        :param progress_bar: whether to show one.
+        :returns: a :class:`RefinedPosterior`: draws, R-hat, ESS, acceptance rates, evidence by bridge sampling.
+        :raises ValueError: for an unknown method, and numbers with which nothing can be drawn.
+        :raises KeyboardInterrupt: if interrupted before the first draw.
+        """
+        return refinement.refine(
+            self,
+            method,
+            num_samples=num_samples,
+            num_warmup=num_warmup,
+            num_chains=num_chains,
+            target_accept_prob=target_accept_prob,
+            max_tree_depth=max_tree_depth,
+            progress_bar=progress_bar,
+        )
+
     def _constrain(self, u: Tensor) -> dict[str, Tensor]:
         parts = [self.log_density.constrain(part) for part in u.split(_BATCH)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -167,9 +200,7 @@ class FlowPosterior:
 
     def _log_evidence(self) -> Estimate:
         # smoothing leaves the sum of the weights nearly untouched; the plain sum is unbiased
-        value = float(logsumexp(self._log_ratios) - np.log(self.num_draws))
-        relative = np.exp(self._log_ratios - value)
-        return Estimate(value, float(relative.std() / self.num_draws**0.5))
+        return evidence.importance(self._log_ratios)
 
     @property
     def effective_sample_size(self) -> float:
@@ -177,12 +208,13 @@ class FlowPosterior:
         return float(1 / np.square(np.exp(self._psis[0])).sum())
 
     def _warn_if_unreliable(self, what: str) -> None:
-        if not self.pareto_k < PARETO_K_GOOD:
-            warnings.warn(
-                f"{what}: Pareto k is {self.pareto_k:.2f}, above {PARETO_K_GOOD}: the guide misses mass of the "
-                "posterior, and importance weights cannot mend it. Try a richer flow= or more num_steps=.",
-                stacklevel=3,
-            )
+        fix = "Try a richer flow=, more num_steps= or refine(method='nuts')."
+        evidence.warn_if_unreliable(self.pareto_k, what, fix, stacklevel=3)
+
+    @property
+    def misses_modes(self) -> bool:
+        """Whether a part of the posterior was found where the guide has nearly no mass."""
+        return self.history.missed >= MISSED_BAD
 
     @cached_property
     def flow_error(self) -> float:
@@ -221,7 +253,7 @@ class FlowPosterior:
                 f"Do not trust: the flow's log-determinant or inverse is wrong by {self.flow_error:.3g} at its own "
                 f"draws, and so is every number here. Use another flow=, or float64 ({numbers})."
             )
-        if self.history.missed >= MISSED_BAD:
+        if self.misses_modes:
             return (
                 f"Do not trust: about {self.history.missed:.0%} of the posterior lies where the guide has nearly no "
                 "mass: in another mode, or outside its flow's image. Fit it with base=partial("
@@ -229,7 +261,10 @@ class FlowPosterior:
                 f"({numbers})."
             )
         if not k < PARETO_K_GOOD:
-            return f"Do not trust: the guide misses mass. Try a richer flow= or reparametrise ({numbers})."
+            return (
+                "Do not trust: the guide misses mass. Try refine(method='nuts'), a richer flow= or reparametrise "
+                f"({numbers})."
+            )
         if gap < 0.05:
             return f"Good: use the draws as they are ({numbers})."
         return f"Usable: prefer importance_resample() ({numbers})."
@@ -242,7 +277,19 @@ class FlowPosterior:
             print(f"{self.history.skipped} of {len(self.history.elbo)} steps were skipped: gradient not finite.")
         print(self.verdict())
 
-    def to_arviz(self, num_samples: int = 4000) -> Any:
+    def _weighted(self) -> RefinedPosterior:
+        """What stands for the posterior in ArviZ's cross-validation."""
+        with torch.random.fork_rng():
+            return self.refine("resample", num_samples=4000, num_chains=1)
+
+    def _log_likelihood(self, unconstrained: Tensor) -> dict[str, np.ndarray]:
+        """Log-density of each observation at points ``(*batch, dim)``: ``(*batch, *site_batch_shape)`` by site."""
+        batch = unconstrained.shape[:-1]
+        parts = [self.log_density.log_likelihood(part) for part in unconstrained.flatten(0, -2).split(_BATCH)]
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: x.reshape(*batch, *x.shape[1:]).numpy(force=True) for name, x in found.items()}
+
+    def to_arviz(self, num_samples: int = 4000, *, log_likelihood: bool = False) -> Any:
         """ArviZ data (``InferenceData``, in ArviZ 1.x a ``DataTree``).
 
         Groups: ``posterior`` (draws of the guide, latent and deterministic sites), ``sample_stats`` (``lp``, the
@@ -250,6 +297,8 @@ class FlowPosterior:
         smoothed importance weight) and ``observed_data``.
 
         :param num_samples: draws, at most ``num_draws``.
+        :param log_likelihood: adds the group of that name: of each observation. ``arviz.loo`` takes draws for the
+            posterior's, so give it ``refine(...).to_arviz(log_likelihood=True)`` where the guide is not good.
         """
         n = min(num_samples, self.num_draws)
         sites = {name: x.numpy(force=True)[None] for name, x in self._constrain(self.draws.unconstrained[:n]).items()}
@@ -259,6 +308,8 @@ class FlowPosterior:
             "log_weight": self._psis[0][None, :n],
         }
         groups = {"posterior": sites, "sample_stats": stats, "observed_data": self.log_density.observed()}
+        if log_likelihood:
+            groups["log_likelihood"] = self._log_likelihood(self.draws.unconstrained[None, :n])
         attrs = {
             "inference_library": "pyroflows",
             "pareto_k": self.pareto_k,
