@@ -123,7 +123,7 @@ class FlowPosterior:
     def refine(
         self,
         rng_key: Array,
-        method: str = "nuts",
+        method: str = "flow_mh",
         *,
         num_samples: int = 1000,
         num_warmup: int = 500,
@@ -137,9 +137,10 @@ class FlowPosterior:
         - ``"resample"``: Pareto-smoothed importance resampling. No more evaluations of the model; as good as the
           weights are.
         - ``"flow_mh"``: independence Metropolis-Hastings with the guide as proposal, each followed by a local step
-          (MALA) in the base space of the flow. Exact for many draws; two gradients a draw.
-        - ``"nuts"``: NUTS in the base space (neural transport, Hoffman et al. 2019). Exact for many draws; some seven
-          gradients a draw where the guide is good.
+          (MALA) in the base space of the flow. Exact for many draws; two gradients a draw. The best where the guide is
+          good, so that most of its proposals are accepted.
+        - ``"nuts"``: NUTS in the base space (neural transport, Hoffman et al. 2019). Exact for many draws, from poor
+          guides too; some seven gradients a draw where the guide is good.
 
         Chains start at draws of the guide, resampled by their weights. Ctrl-C ends it with the draws made until then.
 

@@ -225,10 +225,11 @@ class RefinedPosterior:
             if not self.pareto_k < evidence.PARETO_K_GOOD:
                 return f"Do not trust: importance weights cannot mend this guide. Use refine('nuts') ({numbers})."
             return f"Good: the guide's error is mended as far as its weights tell ({numbers})."
+        longer = "more num_samples=" + ("" if self.method == "nuts" else ", or refine(method='nuts')")
         if not self.r_hat < R_HAT_GOOD:
-            return f"Do not trust: the chains do not agree. Use more num_warmup= and num_samples= ({numbers})."
+            return f"Do not trust: the chains do not agree. Use {longer} ({numbers})."
         if not min(self.ess_bulk, self.ess_tail) >= ESS_PER_CHAIN_GOOD * chains:
-            return f"Use with care: too few effective draws. Use more num_samples= ({numbers})."
+            return f"Use with care: too few effective draws. Use {longer} ({numbers})."
         if self.divergences:
             return (
                 f"Use with care: divergences tell of a part of the posterior that is hardly reached. Use "
@@ -277,7 +278,7 @@ class RefinedPosterior:
 def refine(
     posterior: Any,
     rng_key: Array,
-    method: str = "nuts",
+    method: str = "flow_mh",
     *,
     num_samples: int = 1000,
     num_warmup: int = 500,

@@ -51,7 +51,7 @@ class BaseSpace:
     def __init__(self, posterior: Any):
         transform, base = posterior._transform, posterior.guide.get_base_dist()
         if isinstance(base, FlowDistribution):  # a learned one, of normals: they are the better space
-            transform, base = Compose([base.transform, transform]), base.base_dist
+            transform, base = Compose([base.transform, transform]), base.base_dist  # type: ignore[list-item]
         self.transform: TransformModule = transform.requires_grad_(False)
         self.base, self._density = base, posterior.log_density
         self.dim = posterior.log_density.dim
@@ -238,10 +238,11 @@ class RefinedPosterior:
             if not self.pareto_k < evidence.PARETO_K_GOOD:
                 return f"Do not trust: importance weights cannot mend this guide. Use refine('nuts') ({numbers})."
             return f"Good: the guide's error is mended as far as its weights tell ({numbers})."
+        longer = "more num_samples=" + ("" if self.method == "nuts" else ", or refine(method='nuts')")
         if not self.r_hat < R_HAT_GOOD:
-            return f"Do not trust: the chains do not agree. Use more num_warmup= and num_samples= ({numbers})."
+            return f"Do not trust: the chains do not agree. Use {longer} ({numbers})."
         if not min(self.ess_bulk, self.ess_tail) >= ESS_PER_CHAIN_GOOD * chains:
-            return f"Use with care: too few effective draws. Use more num_samples= ({numbers})."
+            return f"Use with care: too few effective draws. Use {longer} ({numbers})."
         if self.divergences:
             return (
                 f"Use with care: divergences tell of a part of the posterior that is hardly reached. Use "
@@ -289,7 +290,7 @@ class RefinedPosterior:
 
 def refine(
     posterior: Any,
-    method: str = "nuts",
+    method: str = "flow_mh",
     *,
     num_samples: int = 1000,
     num_warmup: int = 500,
@@ -372,7 +373,8 @@ def _flow_mh(space: BaseSpace, z: Tensor, num_warmup: int, num_samples: int, bar
     state, log_step = score(z), math.log(1.65 * space.dim ** (-1 / 6))
     draws: list[Tensor] = []
     accepted: list[Tensor] = []
-    done, interrupted, queue = 0, False, []
+    queue: list[_Chain] = []
+    done, interrupted = 0, False
     try:
         while done < num_warmup + num_samples:
             queue = queue or proposals(min(_CHUNK, num_warmup + num_samples - done))
