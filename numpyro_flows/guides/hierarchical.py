@@ -73,8 +73,8 @@ class AutoHierarchicalFlow(AutoGuide):
     :param init_scale: first scale on the unconstrained space, a positive number.
     :raises TypeError: for flows or encoders that cannot be called.
     :raises ValueError: at the first call, for a model without plates or local latents, discrete latents that are not
-        enumerated, or a log-density that is not finite at the start; at any call, for a plate whose size has changed, or
-        data and encodings of a wrong shape.
+        enumerated, or a log-density that is not finite at the start; at any call, for a plate whose size has changed,
+        or data and encodings of a wrong shape.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class AutoHierarchicalFlow(AutoGuide):
         self.global_flow, self.local_flow, self.amortise, self.data = global_flow, local_flow, amortise, data
         self.element_parameters, self.noncentered, self._init_scale = element_parameters, noncentered, init_scale
         self.groups: dict[str, Group] = {}
-        self.modules: dict[str, GroupFlow] = {}
+        self.group_flows: dict[str, GroupFlow] = {}
 
     # -- structure -------------------------------------------------------------------------------------------------
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +111,7 @@ class AutoHierarchicalFlow(AutoGuide):
             group.informed = informed & set(group.sites)
             modules[group.label] = self._module(group, groups, trace, args, kwargs, jax.random.fold_in(key, n + 1))
         self._check_keys(groups)
-        self.groups, self.modules, self.prototype_trace = groups, modules, trace
+        self.groups, self.group_flows, self.prototype_trace = groups, modules, trace
         self._prototype_call = args, kwargs
 
     def _run_model(self, key: Array, args: tuple, kwargs: dict, value: Callable) -> dict[str, Any]:
@@ -165,13 +165,13 @@ class AutoHierarchicalFlow(AutoGuide):
                 unknown = sorted(set(given) - set(local))
                 if unknown:
                     raise ValueError(
-                        f"AutoHierarchicalFlow: {argument} has the key(s) {unknown}, but the groups of local latents are "
-                        f"{local}."
+                        f"AutoHierarchicalFlow: {argument} has the key(s) {unknown}, but the groups of local latents "
+                        f"are {local}."
                     )
             elif given is not None and argument == "amortise" and len(local) > 1:
                 raise ValueError(
-                    f"AutoHierarchicalFlow: amortise is a single encoder, but there are several groups of local latents: "
-                    f"{local}. Pass a dict from group to encoder (and data= likewise)."
+                    f"AutoHierarchicalFlow: amortise is a single encoder, but there are several groups of local "
+                    f"latents: {local}. Pass a dict from group to encoder (and data= likewise)."
                 )
 
     def _module(
@@ -189,7 +189,10 @@ class AutoHierarchicalFlow(AutoGuide):
             sizes = {name: trace[name]["value"] for name in group.plates}
             encoding = self._encode(group, encoder, sizes, args, kwargs)
             context_dim += encoding.shape[-1]
-            head = jnp.zeros((2 * group.dim, encoding.shape[-1]), start.dtype)
+            # small, not zero: many encoders give zeros at the start, and a product of zeros has no gradient
+            limit = 0.1 / math.sqrt(encoding.shape[-1])
+            head_key, key = jax.random.split(key)
+            head = jax.random.uniform(head_key, (2 * group.dim, encoding.shape[-1]), start.dtype, -limit, limit)
         if self.element_parameters or (self.element_parameters is None and encoder is None):
             start, log_scale = (jnp.broadcast_to(a, (*group.sizes, group.dim)) for a in (start, log_scale))
         flow = self.local_flow(group.dim, context_dim=context_dim, key=key)
@@ -199,9 +202,7 @@ class AutoHierarchicalFlow(AutoGuide):
     def _of_group(given: Any, group: Group) -> Any:
         return given.get(group.label) if isinstance(given, Mapping) else given
 
-    def _encode(
-        self, group: Group, encoder: Callable, indices: dict[str, Array], args: tuple, kwargs: dict
-    ) -> Array:
+    def _encode(self, group: Group, encoder: Callable, indices: dict[str, Array], args: tuple, kwargs: dict) -> Array:
         """Encodings ``(*batch, c)`` of the present elements, in the plates' dimensions."""
         function = self._of_group(self.data, group)
         if function is None and not args:
@@ -215,17 +216,17 @@ class AutoHierarchicalFlow(AutoGuide):
         if data.ndim <= depth or data.shape[:depth] not in (present, group.sizes):
             raise ValueError(
                 f"AutoHierarchicalFlow: data for {group.label!r} has shape {data.shape}, but expected "
-                f"{(*present, 'features')} or, for all elements, {(*group.sizes, 'features')}. Pass data= a function of "
-                "the model's arguments that returns one of them."
+                f"{(*present, 'features')} or, for all elements, {(*group.sizes, 'features')}. Pass data= a function "
+                "of the model's arguments that returns one of them."
             )
         if data.shape[:depth] != present:
             data = data[jnp.ix_(*(indices[name] for name in group.plates))]
         encoding = encoder(data)
         if jnp.shape(encoding)[:-1] != present:
             raise ValueError(
-                f"AutoHierarchicalFlow: the encoder of {group.label!r} returned shape {jnp.shape(encoding)} for data of "
-                f"shape {data.shape}, but expected {(*present, 'c')}. amortise= takes a batch of elements to one vector "
-                "for each (wrap a network of single elements in jax.vmap)."
+                f"AutoHierarchicalFlow: the encoder of {group.label!r} returned shape {jnp.shape(encoding)} for data "
+                f"of shape {data.shape}, but expected {(*present, 'c')}. amortise= takes a batch of elements to one "
+                "vector for each (wrap a network of single elements in jax.vmap)."
             )
         return encoding.reshape(*group.batch_shape(indices), encoding.shape[-1])
 
@@ -234,9 +235,7 @@ class AutoHierarchicalFlow(AutoGuide):
         """Draws of the latents present in this call, by site."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        modules = {
-            label: flow_module(f"{self.prefix}_{label}", module) for label, module in self.modules.items()
-        }
+        modules = {label: flow_module(f"{self.prefix}_{label}", module) for label, module in self.group_flows.items()}
         run = _GuideRun(self, modules, numpyro.prng_key(), args, kwargs)
         with contextlib.suppress(_Done), run:
             self.model(*args, **kwargs)
@@ -363,9 +362,9 @@ class Group:
         """Vectors ``(*batch, dim)`` as values of the sites, each in the layout of its unconstrained value."""
         ends = np.cumsum([site.size for site in self.sites.values()])
         parts = jnp.split(x, ends[:-1], -1)
-        return {name: self._layout(site, part) for part, (name, site) in zip(parts, self.sites.items(), strict=True)}
+        return {name: self.layout(site, part) for part, (name, site) in zip(parts, self.sites.items(), strict=True)}
 
-    def _layout(self, site: Site, x: Array) -> Array:
+    def layout(self, site: Site, x: Array) -> Array:
         sizes = tuple(x.shape[dim - 1] for dim in self.plates.values())
         value = x.reshape(*sizes, *site.rest, *site.event)
         batch = value.ndim - len(site.event)
@@ -438,9 +437,7 @@ class _GuideRun(Messenger):
         contexts = [self.noise[parent] for parent in group.parents]
         loc, log_scale = module.loc, module.log_scale
         if loc.ndim > 1:
-            index = tuple(
-                self.indices[name].reshape([-1] + [1] * (-dim - 1)) for name, dim in group.plates.items()
-            )
+            index = tuple(self.indices[name].reshape([-1] + [1] * (-dim - 1)) for name, dim in group.plates.items())
             loc, log_scale = loc[index], log_scale[index]
         if module.encoder is not None:
             encoding = self.guide._encode(group, module.encoder, self.indices, *self.call)
@@ -475,11 +472,12 @@ class _GuideRun(Messenger):
         event_dim = fn.event_dim
         log_det = bijection.log_abs_det_jacobian(u, value)
         log_det = sum_rightmost(log_det, log_det.ndim - value.ndim + event_dim)
-        log_q = -log_det - sum_rightmost(log_s, len(group.sites[name].event))
-        if group.label in self.log_q:
-            joint = self.log_q.pop(group.label)
-            log_q = log_q + group._layout(Site(name, (1,) * len(group.sites[name].rest), (), group.sites[name].axes),
-                joint[..., None]) / math.prod(group.sites[name].rest)
+        site = group.sites[name]
+        log_q = -log_det - sum_rightmost(log_s, len(site.event))
+        if group.label in self.log_q:  # spread over the batch axes outside plates
+            joint = self.log_q.pop(group.label)[..., None]
+            once = dataclasses.replace(site, rest=(1,) * len(site.rest), event=())
+            log_q = log_q + group.layout(once, joint) / math.prod(site.rest)
         delta = dist.Delta(value, log_q, event_dim)
         mask = mask_of(fn)
         return value, delta if mask is None else delta.mask(mask)
@@ -546,9 +544,7 @@ def _groups(trace: dict[str, Any]) -> dict[str, Group]:
 def _check_trace(trace: dict[str, Any]) -> None:
     latent = {name: site for name, site in trace.items() if _is_latent(site)}
     discrete = [
-        name
-        for name, site in latent.items()
-        if site["fn"].support.is_discrete and "enumerate" not in site["infer"]
+        name for name, site in latent.items() if site["fn"].support.is_discrete and "enumerate" not in site["infer"]
     ]
     if discrete:
         raise ValueError(
@@ -561,17 +557,19 @@ def _check_trace(trace: dict[str, Any]) -> None:
         raise ValueError("AutoHierarchicalFlow: the model has no continuous latent sites: there is nothing to infer.")
     if not any(site["cond_indep_stack"] for site in continuous.values()):
         raise ValueError(
-            "AutoHierarchicalFlow: no latent of the model lies in a plate, so there are no local latents. Use AutoFlow, "
-            "or put the latents that belong to elements into numpyro.plate."
+            "AutoHierarchicalFlow: no latent of the model lies in a plate, so there are no local latents. Use "
+            "AutoFlow, or put the latents that belong to elements into numpyro.plate."
         )
     sites = {
-        name: str(jnp.sum(site["fn"].log_prob(site["value"]))) for name, site in trace.items() if site["type"] == "sample"
+        name: str(jnp.sum(site["fn"].log_prob(site["value"])))
+        for name, site in trace.items()
+        if site["type"] == "sample"
     }
     bad = {name: value for name, value in sites.items() if not np.isfinite(float(value))}
     if bad:
         raise ValueError(
-            f"AutoHierarchicalFlow: the model's log-density is not finite at the start: site(s) {bad}. Check the data and "
-            "the priors of what these sites depend on, or give init_loc_fn= a valid start."
+            f"AutoHierarchicalFlow: the model's log-density is not finite at the start: site(s) {bad}. Check the data "
+            "and the priors of what these sites depend on, or give init_loc_fn= a valid start."
         )
 
 
@@ -591,7 +589,9 @@ def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any
                     f"{type(each).__name__}."
                 )
     if data is not None and amortise is None:
-        raise ValueError("AutoHierarchicalFlow: data= is what an encoder sees: pass amortise= as well, or leave it out.")
+        raise ValueError(
+            "AutoHierarchicalFlow: data= is what an encoder sees: pass amortise= as well, or leave it out."
+        )
     if not isinstance(init_scale, int | float) or not init_scale > 0:
         raise ValueError(f"AutoHierarchicalFlow: init_scale must be a positive number, but got {init_scale!r}.")
 
