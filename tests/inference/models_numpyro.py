@@ -129,3 +129,10 @@ def mixed():
 def without_theta():
     numpyro.sample("mu", dist.Normal(0.0, 5.0))
     numpyro.sample("tau", dist.HalfCauchy(5.0))
+
+
+def regression(x, y):
+    """A linear regression of closed evidence."""
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[-1]]).to_event(1))
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)

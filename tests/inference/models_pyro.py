@@ -130,3 +130,10 @@ def mixed():
 def without_theta():
     pyro.sample("mu", dist.Normal(0.0, 5.0))
     pyro.sample("tau", dist.HalfCauchy(5.0))
+
+
+def regression(x, y):
+    """A linear regression of closed evidence."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[-1]).to(x), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)

@@ -13,61 +13,7 @@ import pytest
 from scipy import stats
 from scipy.special import expit
 
-from tests import backends
-
 EVIDENCE_EIGHT_SCHOOLS = -31.311  # by two-dimensional quadrature, and by long NUTS runs
-
-
-class Fitter:
-    """FlowVI in one package, with numpy in and out; every fit is made once."""
-
-    def __init__(self, name):
-        self.name = name
-        backends.get(name)
-        self.pkg = importlib.import_module({"torch": "pyroflows", "jax": "numpyro_flows"}[name])
-        self.models = importlib.import_module(f"tests.inference.models_{'pyro' if name == 'torch' else 'numpyro'}")
-        self.fits = {}
-
-    def array(self, x):
-        if self.name == "jax":
-            return importlib.import_module("jax.numpy").asarray(x)
-        return importlib.import_module("torch").as_tensor(x)
-
-    def key(self, seed=0):
-        """The leading argument of sampling calls, or the seed set."""
-        if self.name == "jax":
-            return (importlib.import_module("jax").random.key(seed),)
-        importlib.import_module("pyro").set_rng_seed(seed)
-        return ()
-
-    def run(self, model, *args, seed=0, **options):
-        vi = self.pkg.FlowVI(getattr(self.models, model), **{"progress_bar": False, **options})
-        return vi.run(*self.key(seed), *args)
-
-    def fit(self, model, *args):
-        if model not in self.fits:
-            self.fits[model] = self.run(model, *args)
-        return self.fits[model]
-
-    def sample(self, posterior, n, seed=1):
-        return {k: np.asarray(v) for k, v in posterior.sample(*self.key(seed), (n,)).items()}
-
-    def resample(self, posterior, n, seed=1):
-        return {k: np.asarray(v) for k, v in posterior.importance_resample(*self.key(seed), n).items()}
-
-
-_fitters = {}
-
-
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("torch", "jax")])
-def fitter(request):
-    if request.param not in _fitters:
-        _fitters[request.param] = Fitter(request.param)
-    if request.param == "torch":
-        torch = importlib.import_module("torch")
-        torch.set_default_dtype(torch.float64)
-        request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
-    return _fitters[request.param]
 
 
 DATA = np.random.default_rng(0).normal(1.0, 1.0, 20)
