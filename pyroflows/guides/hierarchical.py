@@ -1,0 +1,606 @@
+"""A guide that follows the plates of a model: a flow of the global latents, conditional flows of the local ones."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyroflows import flows
+from pyroflows.distributions import standard_base
+from pyroflows.guides.auto_flow import AutoFlow
+from pyroflows.noncentering import _LOCATION_SCALE, _WRAPPERS
+from pyroflows.transform_module import TransformModule
+
+LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
+
+
+class AutoHierarchicalFlow(AutoGuide):
+    """Guide ``q(global) prod_i q(local_i | global)`` by a flow and conditional flows, read off the model's plates.
+
+    The latents outside plates have one flow, jointly. The latents of a plate have one conditional flow, shared by all
+    its elements, jointly over an element's latents; its context is the global latents (as the flow gives them, before
+    their location and scale) and, in nested or crossed plates, the latents of every plate around. What a network does
+    not share is the location and scale of an element: with ``amortise=None`` they are parameters of the element, of the
+    plate's full size, gathered by the subsample's indices; with an encoder they are functions of the element's data.
+
+    They are those of a pseudo-observation. An element ``u`` of a latent whose prior is of location-scale form
+    ``(m, s)``, which depend on other latents, is, with ``y`` from the flow::
+
+        v = (s^-2 + exp(-2 log_scale))^(-1/2),    u = m + v^2 exp(-2 log_scale) (loc - m) + v y
+
+    This is the exact conditional posterior where the likelihood is normal: a local latent moves with the global ones as
+    far as its data leave it free to (partial non-centring, Papaspiliopoulos et al. 2007; the model's prior as a part of
+    the guide, Ambrogioni et al. 2021). For all other latents ``u = loc + exp(log_scale) y``.
+
+    The guide runs the model up to its last latent and puts its own draws at the model's sites, so plates, subsample
+    indices, masks and scales are the model's: in Pyro's ``SVI`` the ELBO of a subsample is unbiased. Discrete latents
+    are left to enumeration (``config_enumerate``, ``TraceEnum_ELBO``). Parameters are those of the modules
+    ``group_flows.{group}``: ``global``, and the plates' names joined by ``_``, outermost first. In the param store they
+    stand under the guide's name, as those of ``AutoFlow`` do.
+
+    :param model: Pyro model with latents in plates.
+    :param global_flow: factory ``flow(dim) -> TransformModule`` for the latents outside plates.
+    :param local_flow: factory ``flow(dim, context_dim=c) -> TransformModule`` for those in a plate; four layers of
+        ``flows.realnvp`` unless given.
+    :param amortise: encoder from the data of elements ``(..., features)`` to contexts ``(..., c)``, such as a
+        ``conditioners.MLP``; trained with the guide if it is a module. A dict from group to encoder for a model with
+        several groups of local latents.
+    :param data: function of the model's arguments that gives the encoder's data: ``(subsample_size, features)``, or
+        all the plate's, ``(size, features)``, which are then indexed by the subsample. In nested plates an axis for
+        each, outermost first. The model's first argument unless given; a dict as for ``amortise``.
+    :param element_parameters: whether every element has its own location and scale; unless given, where it has no
+        encoder. With both, the encoder gives the first guess (semi-amortised, Kim et al. 2018).
+    :param noncentered: whether the model's conditional priors are used, as above.
+    :param init_loc_fn: Pyro's initialisation strategy, which gives the first locations.
+    :param init_scale: first scale on the unconstrained space, a positive number.
+    :raises TypeError: for flows or encoders that cannot be called.
+    :raises ValueError: at the first call, for a model without plates or local latents, discrete latents that are not
+        enumerated, or a log-density that is not finite at the start; at any call, for a plate whose size has changed,
+        or data and encodings of a wrong shape.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        global_flow: Callable[..., TransformModule] = flows.realnvp,
+        local_flow: Callable[..., TransformModule] = LOCAL_FLOW,
+        amortise: Callable | Mapping[str, Callable] | None = None,
+        *,
+        data: Callable | Mapping[str, Callable] | None = None,
+        element_parameters: bool | None = None,
+        noncentered: bool = True,
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 0.1,
+    ):
+        _check_arguments(global_flow, local_flow, amortise, data, init_scale)
+        super().__init__(model)
+        self.global_flow, self.local_flow, self.data = global_flow, local_flow, data
+        self._given = (amortise,)  # not a submodule: what is trained stands with its group
+        self.element_parameters, self.noncentered = element_parameters, noncentered
+        self.init_loc_fn, self._init_scale = init_loc_fn, init_scale
+        self.groups: dict[str, Group] = {}
+        self.group_flows = nn.ModuleDict()
+
+    @property
+    def amortise(self) -> Callable | Mapping[str, Callable] | None:
+        return self._given[0]
+
+    # -- structure -------------------------------------------------------------------------------------------------
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        seed = int(torch.randint(2**31, ()))
+        trace = self._run_model(seed, args, kwargs, self._initial_value)
+        _check_trace(trace)
+        groups = _groups(trace)
+        informed = self._informed(seed, args, kwargs, trace) if self.noncentered else set()
+        modules = nn.ModuleDict()
+        for group in groups.values():
+            group.informed = informed & set(group.sites)
+            modules[group.label] = self._module(group, groups, trace, args, kwargs)
+        self._check_keys(groups)
+        self.groups, self.group_flows = groups, modules
+        self.prototype_trace = trace
+
+    def _run_model(self, seed: int, args: tuple, kwargs: dict, value: Callable) -> poutine.Trace:
+        with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return poutine.trace(InitMessenger(value)(self.model)).get_trace(*args, **kwargs)
+
+    def _initial_value(self, site: dict) -> Tensor:
+        return first_value(site) if site["fn"].support.is_discrete else self.init_loc_fn(site)
+
+    def _informed(self, seed: int, args: tuple, kwargs: dict, trace: poutine.Trace) -> set[str]:
+        """Sites whose prior is of location-scale form and depends on other continuous latents, and on no discrete."""
+        start = {
+            name: biject_to(site["fn"].support).inv(site["value"])
+            for name, site in trace.nodes.items()
+            if _is_latent(site) and not site["fn"].support.is_discrete
+        }
+        generator = torch.Generator().manual_seed(0)
+        noise = {name: 0.1 * torch.randn(u.shape, generator=generator).to(u) for name, u in start.items()}
+
+        def moved(size: float, last: bool) -> Callable:
+            def value(site: dict) -> Tensor:
+                name = site["name"]
+                if name in start:
+                    return biject_to(site["fn"].support)(start[name] + size * noise[name])
+                return first_value(site, last)
+
+            return value
+
+        how = ((0.0, False), (1.0, False), (0.0, True))
+        runs = [self._run_model(seed, args, kwargs, moved(*each)).nodes for each in how]
+        informed = set()
+        for name, u in start.items():
+            priors = [location_and_scale(run[name]["fn"], u) for run in runs if name in run]
+            if len(priors) < 3 or any(prior is None for prior in priors):
+                continue
+            moves, jumps = (
+                any(not torch.equal(a, b) for a, b in zip(priors[0], other, strict=True))  # type: ignore[arg-type]
+                for other in priors[1:]
+            )
+            if moves and not jumps:
+                informed.add(name)
+        return informed
+
+    def _check_keys(self, groups: dict[str, Group]) -> None:
+        local = [label for label in groups if label != "global"]
+        for argument, given in (("amortise", self.amortise), ("data", self.data)):
+            if isinstance(given, Mapping):
+                unknown = sorted(set(given) - set(local))
+                if unknown:
+                    raise ValueError(
+                        f"AutoHierarchicalFlow: {argument} has the key(s) {unknown}, but the groups of local latents "
+                        f"are {local}."
+                    )
+            elif given is not None and argument == "amortise" and len(local) > 1:
+                raise ValueError(
+                    f"AutoHierarchicalFlow: {argument} is a single encoder, but there are several groups of local "
+                    f"latents: {local}. Pass a dict from group to encoder (and data= likewise)."
+                )
+
+    @torch.no_grad()
+    def _module(
+        self, group: Group, groups: dict[str, Group], trace: poutine.Trace, args: tuple, kwargs: dict
+    ) -> GroupFlow:
+        start = torch.cat([group.flat_mean(site, trace) for site in group.sites.values()])
+        log_scale = torch.full_like(start, math.log(self._init_scale))
+        encoder = self._of_group(self.amortise, group)
+        if not group.plates:
+            return GroupFlow(self.global_flow(group.dim).to(start), start, log_scale, None, None)
+        context_dim = sum(groups[parent].dim for parent in group.parents)
+        head = None
+        if encoder is not None:
+            indices = {name: trace.nodes[name]["value"] for name in group.plates}
+            encoding = self._encode(group, encoder, indices, args, kwargs)
+            context_dim += encoding.shape[-1]
+            # small, not zero: many encoders give zeros at the start, and a product of zeros has no gradient
+            limit = 0.1 / math.sqrt(encoding.shape[-1])
+            head = start.new_empty(2 * group.dim, encoding.shape[-1]).uniform_(-limit, limit)
+        if self.element_parameters or (self.element_parameters is None and encoder is None):
+            start, log_scale = (t.expand(*group.sizes, group.dim).clone() for t in (start, log_scale))
+        flow = self.local_flow(group.dim, context_dim=context_dim).to(start)
+        return GroupFlow(flow, start, log_scale, encoder, head)
+
+    @staticmethod
+    def _of_group(given: Any, group: Group) -> Any:
+        return given.get(group.label) if isinstance(given, Mapping) else given
+
+    def _encode(self, group: Group, encoder: Callable, indices: dict[str, Tensor], args: tuple, kwargs: dict) -> Tensor:
+        """Encodings ``(*batch, c)`` of the present elements, in the plates' dimensions."""
+        function = self._of_group(self.data, group)
+        if function is None and not args:
+            raise ValueError(
+                "AutoHierarchicalFlow: the model has no positional argument which the encoder's data could be. "
+                "Pass data=, a function of the model's arguments."
+            )
+        data = torch.as_tensor(args[0] if function is None else function(*args, **kwargs))
+        present = tuple(len(indices[name]) for name in group.plates)
+        depth = len(present)
+        if data.dim() <= depth or tuple(data.shape[:depth]) not in (present, group.sizes):
+            raise ValueError(
+                f"AutoHierarchicalFlow: data for {group.label!r} has shape {tuple(data.shape)}, but expected "
+                f"{(*present, 'features')} or, for all elements, {(*group.sizes, 'features')}. Pass data= a function "
+                "of the model's arguments that returns one of them."
+            )
+        if tuple(data.shape[:depth]) != present:
+            data = data[torch.meshgrid(*(indices[name] for name in group.plates), indexing="ij")]
+        encoding = encoder(data)
+        if tuple(encoding.shape[:-1]) != present:
+            raise ValueError(
+                f"AutoHierarchicalFlow: the encoder of {group.label!r} returned shape {tuple(encoding.shape)} for data "
+                f"of shape {tuple(data.shape)}, but expected {(*present, 'c')}. amortise= takes a batch of elements to "
+                "one vector for each."
+            )
+        return encoding.reshape((*group.batch_shape(indices), encoding.shape[-1]))
+
+    # -- the guide -------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws of the latents present in this call, by site."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        modules = self._modules["group_flows"]
+        if not pyro.settings.get("module_local_params"):
+            AutoFlow._register(self, "group_flows", modules)  # type: ignore[arg-type]
+        run = _GuideRun(self, modules, args, kwargs)  # type: ignore[arg-type]
+        with contextlib.suppress(_Done), run:
+            self.model(*args, **kwargs)
+        missing = [name for group in self.groups.values() for name in group.sites if name not in run.values]
+        if missing:
+            raise ValueError(
+                f"AutoHierarchicalFlow: latent site(s) {missing} were there when the guide was set up, but not in this "
+                "call. The guide needs a model of fixed structure."
+            )
+        return run.values
+
+    @torch.no_grad()
+    def sample_posterior(self, *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any) -> dict[str, Tensor]:
+        """Draws of the latents, ``(*sample_shape, *site_shape)``: all elements where the model's plates are full.
+
+        They are made at once, in a plate of draws around the model: its statements up to the last latent must
+        broadcast, as for ``Trace_ELBO(vectorize_particles=True)``.
+
+        :param args: the model's arguments.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        if not sample_shape:
+            with poutine.block():
+                return self(*args, **kwargs)
+        nesting = max(-dim for group in self.groups.values() for dim in group.plates.values())
+        with poutine.block(), pyro.plate("_draws", math.prod(sample_shape), dim=-1 - nesting):
+            draws = self(*args, **kwargs)
+        result = {}
+        for name, value in draws.items():
+            fn = self.prototype_trace.nodes[name]["fn"]  # type: ignore[attr-defined]
+            inner = value.shape[value.dim() - len(fn.batch_shape) - fn.event_dim :]
+            result[name] = value.reshape(*sample_shape, *inner)
+        return result
+
+    def quantiles(self, quantiles: Any, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
+        """Quantiles of each latent site, from draws.
+
+        :returns: dict of tensors ``(len(quantiles), *site_shape)``, or ``site_shape`` for a single number.
+        """
+        draws = self.sample_posterior(*args, sample_shape=(num_samples,), **kwargs)
+        return {
+            name: torch.quantile(x, torch.as_tensor(quantiles, dtype=x.dtype, device=x.device), dim=0)
+            for name, x in draws.items()
+        }
+
+    def median(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
+        """Median of each latent site, from draws."""
+        return self.quantiles(0.5, *args, num_samples=num_samples, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # unlike the base class's, leaves this guide as it is; the copied parameters are free of Pyro's weak references
+        return {**self.__dict__, "master": None, "_modules": copy.deepcopy(self._modules)}
+
+
+class GroupFlow(nn.Module):
+    """What is learned of one group of latents: its flow, location and scale, and its encoder.
+
+    :param flow: flow of size ``dim``, with a context unless it is the global one.
+    :param loc: ``(dim,)``, or ``(*plate_sizes, dim)`` where elements have their own.
+    :param log_scale: as ``loc``.
+    :param encoder: encoder to ``(..., c)``, if any.
+    :param head: ``(2 dim, c)``: what the encoding adds to location and log-scale.
+    """
+
+    def __init__(
+        self, flow: TransformModule, loc: Tensor, log_scale: Tensor, encoder: Callable | None, head: Tensor | None
+    ):
+        super().__init__()
+        self.flow, self.encoder = flow, encoder
+        self.loc, self.log_scale = nn.Parameter(loc), nn.Parameter(log_scale)
+        self.head = None if head is None else nn.Parameter(head)
+
+
+@dataclasses.dataclass
+class Site:
+    """A latent site: the shape of one element's unconstrained value."""
+
+    name: str
+    event: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.event)
+
+
+@dataclasses.dataclass
+class Group:
+    """The latents that lie in the same plates."""
+
+    plates: dict[str, int]  # plate -> its dimension, outermost first
+    sizes: tuple[int, ...]  # of the full plates
+    sites: dict[str, Site] = dataclasses.field(default_factory=dict)
+    parents: tuple[str, ...] = ()
+    informed: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def label(self) -> str:
+        return "_".join(self.plates).replace(".", "_") or "global"  # a module's name has no dots
+
+    @property
+    def dim(self) -> int:
+        return sum(site.size for site in self.sites.values())
+
+    def batch_shape(self, indices: dict[str, Tensor]) -> tuple[int, ...]:
+        shape = [1] * max((-dim for dim in self.plates.values()), default=0)
+        for name, dim in self.plates.items():
+            shape[dim] = len(indices[name])
+        return tuple(shape)
+
+    def flat_mean(self, site: Site, trace: poutine.Trace) -> Tensor:
+        """The first unconstrained value of a site as ``(size,)``, the mean over elements."""
+        node = trace.nodes[site.name]
+        u = biject_to(node["fn"].support).inv(node["value"])
+        return u.reshape(-1, site.size).mean(0)
+
+    def split(self, x: Tensor) -> dict[str, Tensor]:
+        """Vectors ``(*batch, dim)`` as unconstrained values of the sites, ``(*batch, *event)``."""
+        parts = x.split([site.size for site in self.sites.values()], -1)
+        return {
+            name: part.reshape((*x.shape[:-1], *site.event))
+            for part, (name, site) in zip(parts, self.sites.items(), strict=True)
+        }
+
+
+class _Done(Exception):
+    """Every latent is drawn: what the model does from here on, its likelihood, is not needed."""
+
+
+class _GuideRun(Messenger):
+    """Runs the model with the guide's draws at its latent sites; its plates, masks and scales stay in force."""
+
+    def __init__(self, guide: AutoHierarchicalFlow, modules: nn.ModuleDict, args: tuple, kwargs: dict):
+        super().__init__()
+        self.guide, self.modules, self.call = guide, modules, (args, kwargs)
+        self.group_of = {name: group for group in guide.groups.values() for name in group.sites}
+        self.noise_sites = {f"_{guide._pyro_name}_{label}_noise": label for label in guide.groups}
+        self.indices: dict[str, Tensor] = {}
+        self.noise: dict[str, Tensor] = {}  # what the flows give, by group: the contexts of others
+        self.parts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # y, loc and log-scale of every site of a group drawn
+        self.log_q: dict[str, Tensor] = {}  # of a group's flow, until its first site takes it
+        self.values: dict[str, Tensor] = {}
+        if "global" in guide.groups:
+            self._draw(guide.groups["global"])
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.noise_sites or site_is_subsample(msg):
+            return
+        if name not in self.group_of or msg["is_observed"]:
+            msg["stop"] = True  # observed, or left to the model
+            if msg["value"] is None:
+                if not msg["fn"].support.is_discrete:
+                    raise ValueError(
+                        f"AutoHierarchicalFlow: latent site {name!r} was not there when the guide was set up. "
+                        "The guide needs a model of fixed structure."
+                    )
+                msg["value"], msg["done"] = first_value(msg), True
+            return
+        group = self.group_of[name]
+        if group.label not in self.noise:
+            self._draw(group)
+        msg["value"], msg["fn"] = self._site(group, name, msg["fn"])
+        msg["done"] = True
+        self.values[name] = msg["value"]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self._check_plate(msg["name"], msg["fn"].size)
+            self.indices[msg["name"]] = torch.as_tensor(msg["value"])
+        elif len(self.values) == len(self.group_of):
+            raise _Done
+
+    def _check_plate(self, name: str, size: int) -> None:
+        for group in self.guide.groups.values():
+            if name not in group.plates or self.modules[group.label].loc.dim() == 1:
+                continue
+            expected = group.sizes[list(group.plates).index(name)]
+            if size != expected:
+                raise ValueError(
+                    f"AutoHierarchicalFlow: plate {name!r} has size {size}, but it had {expected} when the guide was "
+                    "set up, and its elements have parameters of their own. Keep the size (subsample_size= may "
+                    "change), make a new guide, or use amortise=."
+                )
+
+    def _draw(self, group: Group) -> None:
+        """Draws the joint vectors of a group, and their log-density."""
+        module: GroupFlow = self.modules[group.label]  # type: ignore[assignment]
+        loc, log_scale = module.loc, module.log_scale
+        base = standard_base(group.dim, like=loc.detach())
+        # the noise's own density is part of that of the flow: the site only makes it follow plates of particles
+        name = f"_{self.guide._pyro_name}_{group.label}_noise"
+        x = pyro.sample(name, base.mask(False), infer={"is_auxiliary": True})
+        contexts = [self.noise[parent] for parent in group.parents]
+        if loc.dim() > 1:
+            index = tuple(self.indices[name].reshape([-1] + [1] * (-dim - 1)) for name, dim in group.plates.items())
+            loc, log_scale = loc[index], log_scale[index]
+        if module.encoder is not None:
+            encoding = self.guide._encode(group, module.encoder, self.indices, *self.call)
+            contexts.append(encoding)
+            assert module.head is not None
+            shift, log_factor = (encoding @ module.head.T).chunk(2, -1)
+            loc, log_scale = loc + shift, log_scale + log_factor
+        context = None
+        if contexts:
+            batch = x.shape[:-1]
+            context = torch.cat([c.expand(*batch, c.shape[-1]) for c in contexts], -1)
+        y, log_det = module.flow.forward_and_log_det(x, context)
+        self.noise[group.label], self.log_q[group.label] = y, base.log_prob(x) - log_det
+        ys, locs, log_scales = (group.split(t) for t in (y, loc, log_scale))
+        for name in group.sites:
+            self.parts[name] = ys[name], locs[name], log_scales[name]
+
+    def _site(self, group: Group, name: str, fn: Any) -> tuple[Tensor, Any]:
+        """Value of a site, and its distribution in the guide: a point that carries the log-density."""
+        y, loc, log_scale = self.parts.pop(name)
+        if name in group.informed:
+            prior_loc, prior_scale = location_and_scale(fn, y)  # type: ignore[misc]
+            log_s = -0.5 * torch.logaddexp(-2 * log_scale, -2 * prior_scale.log())
+            u = prior_loc + (2 * (log_s - log_scale)).exp() * (loc - prior_loc) + log_s.exp() * y
+        else:
+            log_s, u = log_scale.expand(y.shape), loc + log_scale.exp() * y
+        bijection = biject_to(fn.support)
+        value = bijection(u)
+        log_det = bijection.log_abs_det_jacobian(u, value)
+        log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
+        log_q = -log_det - sum_rightmost(log_s, len(group.sites[name].event))
+        if group.label in self.log_q:
+            log_q = log_q + self.log_q.pop(group.label)
+        delta = dist.Delta(value, log_q, event_dim=fn.event_dim)
+        mask = mask_of(fn)
+        return value, delta if mask is None else delta.mask(mask)
+
+
+# -- reading a model -----------------------------------------------------------------------------------------------
+def _is_latent(site: dict) -> bool:
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not site["infer"].get("is_auxiliary", False)
+    )
+
+
+def first_value(site: Any, last: bool = False) -> Tensor:
+    """The first (or last) value of a discrete site's support."""
+    fn = site["fn"]
+    return fn.enumerate_support(expand=False)[-1 if last else 0].expand(fn.shape())
+
+
+def location_and_scale(fn: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Location and scale of an unconstrained value; ``None`` unless the distribution is of that form."""
+    while isinstance(fn, _WRAPPERS):
+        fn = fn.base_dist
+    if isinstance(fn, torch.distributions.MultivariateNormal):
+        loc, scale = fn.loc, fn.scale_tril.square().sum(-1).sqrt()
+    elif isinstance(fn, _LOCATION_SCALE):
+        loc, scale = fn.loc, fn.scale
+    else:
+        return None
+    shape = torch.broadcast_shapes(loc.shape, like.shape)
+    return loc.expand(shape), scale.expand(shape)
+
+
+def mask_of(fn: Any) -> Any:
+    """The mask that a distribution itself carries; that of handlers stands at the site."""
+    mask = None
+    while isinstance(fn, _WRAPPERS):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = fn._mask if mask is None else mask & fn._mask
+        fn = fn.base_dist
+    return mask
+
+
+def _frames(site: dict) -> list:
+    """The plates of a site, outermost first, without those that are iterated."""
+    return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda frame: frame.dim)
+
+
+def _groups(trace: poutine.Trace) -> dict[str, Group]:
+    """The groups of latents by their labels, in the order of the model."""
+    groups: dict[str, Group] = {}
+    for name, site in trace.nodes.items():
+        if not _is_latent(site) or site["fn"].support.is_discrete:
+            continue
+        frames = _frames(site)
+        group = Group({f.name: f.dim for f in frames}, tuple(f.full_size or f.size for f in frames))
+        group = groups.setdefault(group.label, group)
+        batch = site["fn"].batch_shape
+        outside = [size for dim, size in enumerate(batch, -len(batch)) if size > 1 and dim not in group.plates.values()]
+        if outside:
+            raise ValueError(
+                f"AutoHierarchicalFlow: site {name!r} has batch shape {tuple(batch)}, of which plates explain only the "
+                f"dimension(s) {list(group.plates.values())}. Put the rest into a plate, or declare it by .to_event()."
+            )
+        shape = biject_to(site["fn"].support).inv(site["value"]).shape
+        group.sites[name] = Site(name, tuple(shape[len(batch) :]))
+    order = sorted(groups, key=lambda label: label != "global")
+    groups = {label: groups[label] for label in order}
+    for n, label in enumerate(order):
+        group = groups[label]
+        group.parents = tuple(other for other in order[:n] if set(groups[other].plates) < set(group.plates))
+    return groups
+
+
+def _check_trace(trace: poutine.Trace) -> None:
+    latent = {name: site for name, site in trace.nodes.items() if _is_latent(site)}
+    discrete = [
+        name for name, site in latent.items() if site["fn"].support.is_discrete and not site["infer"].get("enumerate")
+    ]
+    if discrete:
+        raise ValueError(
+            f"AutoHierarchicalFlow: site(s) {discrete} are discrete and not enumerated, but a flow is a density of "
+            "continuous variables. Wrap the model in pyro.infer.config_enumerate and train with TraceEnum_ELBO, or sum "
+            "them out of the model (as a mixture)."
+        )
+    continuous = {name: site for name, site in latent.items() if not site["fn"].support.is_discrete}
+    if not continuous:
+        raise ValueError("AutoHierarchicalFlow: the model has no continuous latent sites: there is nothing to infer.")
+    if not any(_frames(site) for site in continuous.values()):
+        raise ValueError(
+            "AutoHierarchicalFlow: no latent of the model lies in a plate, so there are no local latents. Use "
+            "AutoFlow, or put the latents that belong to elements into pyro.plate (as a context)."
+        )
+    for name, site in continuous.items():
+        for frame in site["cond_indep_stack"]:
+            if not frame.vectorized and frame.full_size not in (None, frame.size):
+                raise ValueError(
+                    f"AutoHierarchicalFlow: site {name!r} lies in plate {frame.name!r}, which is iterated and "
+                    "subsampled. Enter it as a context, 'with pyro.plate(...)'."
+                )
+    with pyro.validation_enabled(False):
+        trace.compute_log_prob()
+    bad = {
+        name: float(site["log_prob_sum"])
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["log_prob_sum"]))
+    }
+    if bad:
+        raise ValueError(
+            f"AutoHierarchicalFlow: the model's log-density is not finite at the start: site(s) {bad}. Check the data "
+            "and the priors of what these sites depend on, or give init_loc_fn= a valid start."
+        )
+
+
+def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any, init_scale: Any) -> None:
+    for argument, flow in (("global_flow", global_flow), ("local_flow", local_flow)):
+        if not callable(flow) or isinstance(flow, TransformModule):
+            raise TypeError(
+                f"AutoHierarchicalFlow: {argument} must be a factory 'dim -> TransformModule', but got "
+                f"{type(flow).__name__}. Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a "
+                "built flow."
+            )
+    for argument, given in (("amortise", amortise), ("data", data)):
+        for each in given.values() if isinstance(given, Mapping) else [given]:
+            if each is not None and not callable(each):
+                raise TypeError(
+                    f"AutoHierarchicalFlow: {argument} must be callable, or a dict of callables, but got "
+                    f"{type(each).__name__}."
+                )
+    if data is not None and amortise is None:
+        raise ValueError(
+            "AutoHierarchicalFlow: data= is what an encoder sees: pass amortise= as well, or leave it out."
+        )
+    if not isinstance(init_scale, int | float) or not init_scale > 0:
+        raise ValueError(f"AutoHierarchicalFlow: init_scale must be a positive number, but got {init_scale!r}.")
