@@ -413,7 +413,7 @@ class _GuideRun(Messenger):
 
     def _check_plate(self, name: str, size: int) -> None:
         for group in self.guide.groups.values():
-            if name not in group.plates or self.modules[group.label].loc.dim() == 1:
+            if name not in group.plates or self.modules[group.label].loc.dim() == 1:  # type: ignore[operator]
                 continue
             expected = group.sizes[list(group.plates).index(name)]
             if size != expected:
@@ -426,7 +426,8 @@ class _GuideRun(Messenger):
     def _draw(self, group: Group) -> None:
         """Draws the joint vectors of a group, and their log-density."""
         module: GroupFlow = self.modules[group.label]  # type: ignore[assignment]
-        loc, log_scale = module.loc, module.log_scale
+        loc: Tensor = module.loc
+        log_scale: Tensor = module.log_scale
         base = standard_base(group.dim, like=loc.detach())
         # the noise's own density is part of that of the flow: the site only makes it follow plates of particles
         name = f"_{self.guide._pyro_name}_{group.label}_noise"
