@@ -7,7 +7,7 @@ import multiprocessing
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -33,6 +33,7 @@ from numpyro_flows.posterior import Estimate
 LOG_LIKELIHOOD = "log_likelihood"
 _OWNER = "simulation_based_calibration"
 _SIGNIFICANCE = 0.05
+_REDRAWS = 20  # after which a model that still draws the same (discrete values may) is seeded
 _MAX_ROWS = 50  # scalars that the summary prints
 _BATCH = 256  # draws per pass over the model: bounds the memory
 _KEPT_FITS = 20  # fits after which their compiled functions, some 80 MB each, are thrown away
@@ -386,7 +387,7 @@ class _Simulator:
         """Raises a ``ValueError`` where the data cannot be simulated; settles what is ranked."""
         keys = jax.random.split(key)
         try:
-            trace, other = (self._trace(k) for k in keys)
+            trace = self._trace(keys[0])
         except NotImplementedError as error:
             raise ValueError(
                 f"{_OWNER}: the model cannot be drawn from ({error}). Every latent needs a proper prior, and every "
@@ -420,7 +421,7 @@ class _Simulator:
                 )
         latent = {name: site for name, site in sites.items() if name not in data}
         self._check_weights(sites, latent)
-        if latent and all(np.array_equal(trace[n]["value"], other[n]["value"]) for n in latent):
+        if all(_equal(trace, self._trace(k), sites) for k in jax.random.split(keys[1], _REDRAWS)):
             raise ValueError(f"{_OWNER}: the model draws the same each time. Leave out its own handlers.seed.")
         with handlers.block(), handlers.seed(rng_seed=keys[0]):
             plain = handlers.trace(self.model).get_trace(*self.args, **self.kwargs)
@@ -545,6 +546,10 @@ def _ranked(truth: dict[str, Any], draws: dict[str, Any], names: Sequence[str], 
     if bad:
         raise FloatingPointError(f"draws of {bad} are not finite")
     return _Outcome(true, {name: _ranks(true[name], posterior[name], rng) for name in names})
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any], names: Iterable[str]) -> bool:
+    return all(np.array_equal(one[name]["value"], other[name]["value"]) for name in names)
 
 
 def _is_data(site: dict[str, Any]) -> bool:

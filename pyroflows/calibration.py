@@ -31,6 +31,7 @@ from pyroflows.posterior import Estimate
 LOG_LIKELIHOOD = "log_likelihood"
 _OWNER = "simulation_based_calibration"
 _SIGNIFICANCE = 0.05
+_REDRAWS = 20  # after which a model that still draws the same (discrete values may) is seeded
 _MAX_ROWS = 50  # scalars that the summary prints
 
 
@@ -369,11 +370,11 @@ class _Simulator:
     def check(self) -> None:
         """Raises a ``ValueError`` where the data cannot be simulated; settles what is ranked."""
         try:
-            trace, other = self._trace(), self._trace()
+            trace = self._trace()
         except NotImplementedError as error:
             raise ValueError(
-                f"{_OWNER}: the model cannot be drawn from ({error}). Every latent needs a proper prior, and every "
-                "observed site a distribution that can be sampled."
+                f"{_OWNER}: the model cannot be drawn from ({str(error).splitlines()[0]}). Every latent needs a proper "
+                "prior, and every observed site a distribution that can be sampled."
             ) from error
         plates = [
             n for n, s in trace.items() if _is_subsample(s) and s["fn"].subsample_size not in (None, s["fn"].size)
@@ -405,7 +406,7 @@ class _Simulator:
                 )
         latent = {name: site for name, site in sites.items() if name not in data}
         self._check_weights(sites, latent)
-        if latent and all(torch.equal(trace[n]["value"], other[n]["value"]) for n in latent):
+        if all(_equal(trace, self._trace(), sites) for _ in range(_REDRAWS)):
             raise ValueError(f"{_OWNER}: the model draws the same each time. Leave out its own poutine.seed.")
         if self.uses_flow_vi:
             with poutine.block(), torch.no_grad():
@@ -545,6 +546,10 @@ def _ranked(truth: dict[str, Any], draws: dict[str, Any], names: Sequence[str], 
 
 def _array(x: Any) -> np.ndarray:
     return torch.as_tensor(x).numpy(force=True)
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any], names: Iterable[str]) -> bool:
+    return all(torch.equal(one[name]["value"], other[name]["value"]) for name in names)
 
 
 def _is_subsample(site: dict[str, Any]) -> bool:
