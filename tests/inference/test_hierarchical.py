@@ -1,0 +1,573 @@
+"""AutoHierarchicalFlow in both packages: closed forms, subsampling, structure, data and errors."""
+
+import copy
+import functools
+import importlib
+import itertools
+import math
+import pickle
+
+import numpy as np
+import pytest
+from scipy.stats import multivariate_normal, norm
+
+SCALE = 0.7  # of the groups' means, where it is known
+
+
+class NumPyro:
+    """What the tests ask of the two packages; here of ``numpyro_flows``."""
+
+    def __init__(self):
+        self.ppl, self.jax = importlib.import_module("numpyro"), importlib.import_module("jax")
+        self.np, self.infer = self.jax.numpy, importlib.import_module("numpyro.infer")
+        self.dist, self.handlers = importlib.import_module("numpyro.distributions"), self.ppl.handlers
+        self.flows = importlib.import_module("numpyro_flows").flows
+        self.guides = importlib.import_module("numpyro_flows.guides.hierarchical")
+        self.conditioners = importlib.import_module("numpyro_flows.conditioners")
+
+    array = staticmethod(lambda x: importlib.import_module("jax.numpy").asarray(x))
+
+    def mask(self, mask):
+        return self.handlers.mask(mask=mask)
+
+    def plate(self, name, size, batch=None, index=None, dim=None):
+        with self.handlers.substitute(data={} if index is None else {name: index}):
+            return self.ppl.plate(name, size, subsample_size=batch if index is None else len(index), dim=dim)
+
+    def mlp(self, features, context_dim):
+        return self.conditioners.MLP(features, (8,), context_dim, key=self.jax.random.key(7))
+
+    def guide(self, model, **kwargs):
+        small = functools.partial(self.flows.realnvp, num_layers=2, hidden_dims=(8,))
+        kwargs = {"global_flow": small, "local_flow": small, **kwargs}
+        return self.guides.AutoHierarchicalFlow(model, **kwargs)
+
+    def start(self, guide, *args):
+        with self.handlers.seed(rng_seed=0), self.handlers.trace() as trace:
+            guide(*args)
+        return {name: dict(site["value"]) for name, site in trace.items() if site["type"] == "param"}
+
+    def get(self, guide, params, group):
+        return {name: np.asarray(value) for name, value in params[f"auto_{group}$params"].items()}
+
+    def put(self, guide, params, group, values):
+        values = {name: self.np.asarray(value, dtype=float) for name, value in values.items()}
+        return {**params, f"auto_{group}$params": {**params[f"auto_{group}$params"], **values}}
+
+    def fit(self, model, guide, *args, steps, rate, particles=8, loss=None):
+        schedule = lambda i: rate * 0.5 * (1 + self.np.cos(math.pi * i / steps))  # noqa: E731
+        loss = self.infer.Trace_ELBO(num_particles=particles) if loss is None else loss
+        svi = self.infer.SVI(model, guide, self.ppl.optim.Adam(schedule), loss)
+        return svi.run(self.jax.random.key(0), steps, *args, progress_bar=False).params
+
+    def elbos(self, model, guide, params, *args, n=1, seed=0, loss=None):
+        """ELBO of every of ``n`` draws."""
+        loss = self.infer.Trace_ELBO() if loss is None else loss
+        keys = self.jax.random.split(self.jax.random.key(seed), n)
+        return -np.asarray(self.jax.vmap(lambda key: loss.loss(key, params, model, guide, *args))(keys))
+
+    def enumerated_elbo(self):
+        pytest.importorskip("funsor")
+        return self.infer.TraceEnum_ELBO()
+
+    def enumerated(self, model):
+        pytest.importorskip("funsor")
+        return importlib.import_module("numpyro.contrib.funsor").config_enumerate(model)
+
+    def draws(self, guide, params, *args, n=1000):
+        draws = guide.sample_posterior(self.jax.random.key(1), params, *args, sample_shape=(n,))
+        return {name: np.asarray(value) for name, value in draws.items()}
+
+    def predictive(self, model, guide, params, *args, n=4):
+        draws = self.infer.Predictive(model, guide=guide, params=params, num_samples=n)(self.jax.random.key(0), *args)
+        return {name: value.shape for name, value in draws.items()}
+
+
+class Pyro:
+    """The same of ``pyroflows``."""
+
+    def __init__(self):
+        self.ppl, self.torch = importlib.import_module("pyro"), importlib.import_module("torch")
+        self.np, self.infer = self.torch, importlib.import_module("pyro.infer")
+        self.dist = importlib.import_module("pyro.distributions")
+        self.flows = importlib.import_module("pyroflows").flows
+        self.guides = importlib.import_module("pyroflows.guides.hierarchical")
+        self.conditioners = importlib.import_module("pyroflows.conditioners")
+        self.ppl.clear_param_store()
+        self.ppl.set_rng_seed(0)
+
+    def array(self, x):
+        x = self.torch.as_tensor(np.array(x))
+        return x.to(self.torch.get_default_dtype()) if x.is_floating_point() else x
+
+    def mask(self, mask):
+        return self.ppl.poutine.mask(mask=mask)
+
+    def plate(self, name, size, batch=None, index=None, dim=None):
+        return self.ppl.plate(name, size, subsample_size=batch, subsample=index, dim=dim)
+
+    def mlp(self, features, context_dim):
+        return self.conditioners.MLP(features, (8,), context_dim)
+
+    guide = NumPyro.guide
+
+    def start(self, guide, *args):
+        guide(*args)
+
+    def get(self, guide, params, group):
+        module = guide._modules["group_flows"][group]
+        return {name: value.detach().numpy().copy() for name, value in module.named_parameters()}
+
+    def put(self, guide, params, group, values):
+        parameters = dict(guide._modules["group_flows"][group].named_parameters())
+        with self.torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(self.array(value).expand(parameters[name].shape))
+
+    def fit(self, model, guide, *args, steps, rate, particles=8, loss=None):
+        schedule = {"optimizer": self.torch.optim.Adam, "optim_args": {"lr": rate}, "T_max": steps}
+        optimizer = self.ppl.optim.CosineAnnealingLR(schedule)
+        if loss is None:
+            loss = self.infer.Trace_ELBO(num_particles=particles, vectorize_particles=True, max_plate_nesting=2)
+        svi = self.infer.SVI(model, guide, optimizer, loss)
+        for _ in range(steps):
+            svi.step(*args)
+            optimizer.step()
+
+    def elbos(self, model, guide, params, *args, n=1, seed=0, loss=None):
+        self.ppl.set_rng_seed(seed)
+        loss = self.infer.Trace_ELBO() if loss is None else loss
+        return -np.array([loss.loss(model, guide, *args) for _ in range(n)])
+
+    def enumerated_elbo(self):
+        return self.infer.TraceEnum_ELBO(max_plate_nesting=1)
+
+    def enumerated(self, model):
+        return self.infer.config_enumerate(model)
+
+    def draws(self, guide, params, *args, n=1000):
+        self.ppl.set_rng_seed(1)
+        return {name: x.numpy() for name, x in guide.sample_posterior(*args, sample_shape=(n,)).items()}
+
+    def predictive(self, model, guide, params, *args, n=4):
+        return {
+            name: tuple(x.shape) for name, x in self.infer.Predictive(model, guide=guide, num_samples=n)(*args).items()
+        }
+
+
+BACKENDS = [
+    pytest.param(("numpyro", NumPyro), id="numpyro", marks=pytest.mark.xdist_group("jax")),
+    pytest.param(("pyro", Pyro), id="pyro", marks=pytest.mark.xdist_group("torch")),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    name, make = request.param
+    pytest.importorskip(name)
+    return make()
+
+
+# -- a normal hierarchy and its closed form ------------------------------------------------------------------------
+def normal_hierarchy(b):
+    """``mu ~ N(0, 3), theta_i ~ N(mu, 0.7), y_ij ~ N(theta_i, 1)``; the rows of ``y`` are groups."""
+
+    def model(y, batch=None, index=None, size=None, mask=None):
+        mu = b.ppl.sample("mu", b.dist.Normal(0.0, 3.0))
+        with b.plate("groups", len(y) if size is None else size, batch, index) as i:
+            present = y if size is not None else y[i]
+            keep = b.array(np.ones(len(present), bool)) if mask is None else mask[i]
+            with b.mask(keep):
+                theta = b.ppl.sample("theta", b.dist.Normal(mu, SCALE))
+                b.ppl.sample("y", b.dist.Normal(theta[..., None], 1.0).to_event(1).expand_by([]), obs=present)
+
+    return model
+
+
+def observations(num_groups, n=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return 1.0 + SCALE * rng.normal(size=(num_groups, 1)) + rng.normal(size=(num_groups, n))
+
+
+def closed_form(y):
+    """Mean and sd of ``mu``, means ``(groups,)`` and sd of ``theta``, and the log evidence."""
+    num_groups, n = y.shape
+    v, mean = SCALE**2 + 1 / n, y.mean(1)
+    var = 1 / (1 / 9 + num_groups / v)
+    mu, weight = var * mean.sum() / v, SCALE**2 / v
+    theta = (1 - weight) * mu + weight * mean
+    sd = math.sqrt(SCALE**2 * (1 - weight) + (1 - weight) ** 2 * var)
+    covariance = 9 + np.kron(SCALE**2 * np.eye(num_groups), np.ones((n, n))) + np.eye(y.size)
+    return mu, math.sqrt(var), theta, sd, multivariate_normal(np.zeros(y.size), covariance).logpdf(y.ravel())
+
+
+def at_the_posterior(b, guide, y, *args):
+    """Parameters at which the guide is the posterior of the normal hierarchy: its flows are the identity."""
+    params = b.start(guide, b.array(y), *args)
+    mu, sd = closed_form(y)[:2]
+    params = b.put(guide, params, "global", {"loc": np.array([mu]), "log_scale": np.log([sd])})
+    element = {"loc": y.mean(1, keepdims=True), "log_scale": np.full((len(y), 1), -0.5 * math.log(y.shape[1]))}
+    return b.put(guide, params, "groups", element)
+
+
+def moved(b, guide, params, size=0.2):
+    """Every parameter moved by noise, so that no flow is the identity."""
+    rng = np.random.default_rng(3)
+    for group in guide.groups:
+        values = b.get(guide, params, group)
+        noise = {name: value + size * rng.normal(size=value.shape) for name, value in sorted(values.items())}
+        params = b.put(guide, params, group, noise)
+    return params
+
+
+def test_exact_at_the_posterior(backend):
+    """Every draw's ELBO is the evidence there, so location, scale, prior and density of every site are right."""
+    y = observations(6)
+    guide = backend.guide(normal_hierarchy(backend))
+    params = at_the_posterior(backend, guide, y)
+    elbos = backend.elbos(guide.model, guide, params, backend.array(y), n=4)
+    np.testing.assert_allclose(elbos, closed_form(y)[-1], rtol=1e-5)
+    draws = backend.draws(guide, params, backend.array(y), n=4000)
+    mu, _, theta, sd, _ = closed_form(y)
+    assert draws["theta"].shape == (4000, 6) and abs(draws["mu"].mean() - mu) < 0.02
+    np.testing.assert_allclose(draws["theta"].mean(0), theta, atol=0.08 * sd)
+    np.testing.assert_allclose(draws["theta"].std(0), sd, rtol=0.06)
+
+
+@pytest.mark.parametrize("batch", [None, 5])
+def test_trained_on_the_normal_hierarchy(backend, batch):
+    y = observations(20)
+    guide = backend.guide(normal_hierarchy(backend))
+    params = backend.fit(guide.model, guide, backend.array(y), batch, steps=1500 if batch else 1000, rate=2e-2)
+    mu, mu_sd, theta, sd, evidence = closed_form(y)
+    elbo = backend.elbos(guide.model, guide, params, backend.array(y), n=200).mean()
+    assert evidence - 0.2 < elbo < evidence + 0.1
+    draws = backend.draws(guide, params, backend.array(y), n=8000)
+    errors = np.abs(draws["theta"].mean(0) - theta) / sd
+    assert errors.mean() < 0.05 and errors.max() < 0.2
+    assert abs(draws["mu"].mean() - mu) < 0.15 * mu_sd
+    np.testing.assert_allclose(draws["theta"].std(0), sd, rtol=0.25)
+
+
+def test_subsampled_elbo_is_unbiased_draw_by_draw(backend):
+    """With exact conditionals what is left depends on ``mu`` alone: the mean over all subsamples is the full ELBO."""
+    y = observations(5)
+    guide = backend.guide(normal_hierarchy(backend))
+    params = at_the_posterior(backend, guide, y)
+    params = backend.put(guide, params, "global", {"loc": np.array([0.5]), "log_scale": np.array([-0.2])})
+    full = backend.elbos(guide.model, guide, params, backend.array(y), seed=3)[0]
+    subsets = list(itertools.combinations(range(5), 2))
+    values = [
+        backend.elbos(guide.model, guide, params, backend.array(y), None, backend.array(np.array(subset)), seed=3)[0]
+        for subset in subsets
+    ]
+    assert np.std(values) > 1  # they differ, and by a lot
+    np.testing.assert_allclose(np.mean(values), full, rtol=1e-5)
+
+
+def test_subsampled_elbo_is_unbiased_for_any_parameters(backend):
+    y = observations(5)
+    guide = backend.guide(normal_hierarchy(backend))
+    params = moved(backend, guide, at_the_posterior(backend, guide, y), 0.1)
+    full = backend.elbos(guide.model, guide, params, backend.array(y), n=1000, seed=1)
+    part = backend.elbos(guide.model, guide, params, backend.array(y), 2, n=2500, seed=2)
+    error = math.hypot(full.std() / math.sqrt(len(full)), part.std() / math.sqrt(len(part)))
+    assert abs(full.mean() - part.mean()) < 4 * error < 0.15 * part.std()
+
+
+def test_density_with_all_parameters_moved(backend):
+    """Importance weights average to the evidence for any guide whose density is that of its draws."""
+    y = observations(3)
+    guide = backend.guide(normal_hierarchy(backend))
+    params = moved(backend, guide, at_the_posterior(backend, guide, y), 0.1)
+    log_weights = backend.elbos(guide.model, guide, params, backend.array(y), n=2000) - closed_form(y)[-1]
+    assert -1.0 < log_weights.mean() < -0.02
+    weights = np.exp(log_weights)
+    assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(len(weights)) < 0.2
+
+
+# -- structure -----------------------------------------------------------------------------------------------------
+def nested_hierarchy(b):
+    """Groups in groups, both plates subsampled on demand: ``a_i ~ N(mu, 1), c_ij ~ N(a_i, 0.5), y_ij ~ N(c_ij, 1)``."""
+
+    def model(y, outer=None, inner=None):
+        mu = b.ppl.sample("mu", b.dist.Normal(0.0, 2.0))
+        with b.plate("outer", y.shape[0], outer, dim=-2) as i:
+            a = b.ppl.sample("a", b.dist.Normal(mu, 1.0))
+            with b.plate("inner", y.shape[1], inner, dim=-1) as j:
+                c = b.ppl.sample("c", b.dist.Normal(a, 0.5))
+                b.ppl.sample("y", b.dist.Normal(c, 1.0), obs=y[i][:, j])
+
+    return model
+
+
+def nested_evidence(y):
+    rows, columns = y.shape
+    covariance = 4 + np.kron(np.eye(rows), np.ones((columns, columns))) + 1.25 * np.eye(y.size)
+    return multivariate_normal(np.zeros(y.size), covariance).logpdf(y.ravel())
+
+
+def test_nested_plates(backend):
+    y = np.random.default_rng(1).normal(size=(4, 3)) + 1.0
+    guide = backend.guide(nested_hierarchy(backend))
+    params = backend.fit(guide.model, guide, backend.array(y), steps=800, rate=1e-2)
+    groups = guide.groups
+    assert list(groups) == ["global", "outer", "outer_inner"]
+    assert groups["outer_inner"].parents == ("global", "outer")
+    assert backend.get(guide, params, "outer_inner")["loc"].shape == (4, 3, 1)
+    elbos = backend.elbos(guide.model, guide, params, backend.array(y), n=400)
+    evidence = nested_evidence(y)
+    assert evidence - 0.3 < elbos.mean() < evidence + 0.05
+    assert abs(np.exp(elbos - evidence).mean() - 1) < 0.1
+    part = backend.elbos(guide.model, guide, params, backend.array(y), 2, 2, n=2000, seed=1)
+    assert abs(part.mean() - elbos.mean()) < 4 * part.std() / math.sqrt(len(part)) + 0.05
+    assert backend.draws(guide, params, backend.array(y), 2, 2, n=3)["c"].shape == (3, 2, 2)
+    shapes = backend.predictive(guide.model, guide, params, backend.array(y))
+    assert shapes["y"] == (4, 4, 3)
+
+
+def test_masked_elements_count_for_nothing(backend):
+    y = observations(6)
+    guide = backend.guide(normal_hierarchy(backend))
+    params = at_the_posterior(backend, guide, y)
+    mu, sd, *_, evidence = closed_form(y[:4])
+    params = backend.put(guide, params, "global", {"loc": np.array([mu]), "log_scale": np.log([sd])})
+    mask = backend.array(np.arange(6) < 4)
+    elbos = backend.elbos(guide.model, guide, params, backend.array(y), None, None, None, mask, n=4)
+    np.testing.assert_allclose(elbos, evidence, rtol=1e-5)
+
+
+def all_supports(b):
+    def model(batch=None):
+        scale = b.ppl.sample("scale", b.dist.LogNormal(0.0, 0.5))
+        with b.plate("elements", 3, batch):
+            b.ppl.sample("real", b.dist.Normal(0.0, scale))
+            b.ppl.sample("positive", b.dist.Gamma(3.0, 2.0))
+            b.ppl.sample("interval", b.dist.Beta(2.0, 3.0))
+            b.ppl.sample("simplex", b.dist.Dirichlet(b.array(np.array([2.0, 3.0, 4.0]))))
+            b.ppl.sample("vector", b.dist.Normal(b.array(np.zeros(2)), 1.0).to_event(1))
+        b.ppl.sample("late", b.dist.HalfNormal(1.0))
+
+    return model
+
+
+def test_supports(backend):
+    """Without data the evidence is 1, on every support."""
+    guide = backend.guide(all_supports(backend), init_scale=0.5)
+    params = backend.fit(guide.model, guide, steps=500, rate=2e-2, particles=4)
+    log_weights = backend.elbos(guide.model, guide, params, n=1000)
+    assert -0.7 < log_weights.mean() < 0.05
+    assert abs(np.exp(log_weights).mean() - 1) < 0.15
+    draws = backend.draws(guide, params, n=500)
+    assert draws["simplex"].shape == (500, 3, 3) and draws["scale"].shape == (500,)
+    np.testing.assert_allclose(draws["simplex"].sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(draws["simplex"].mean((0, 1)), np.array([2, 3, 4]) / 9, atol=0.04)
+    assert (draws["positive"] > 0).all() and ((draws["interval"] > 0) & (draws["interval"] < 1)).all()
+
+
+def mixture(b, summed_out):
+    def model(y, batch=None):
+        mu = b.ppl.sample("mu", b.dist.Normal(b.array(np.array([-2.0, 2.0])), 1.0).to_event(1))
+        with b.plate("elements", len(y), batch) as i:
+            if not summed_out:
+                z = b.ppl.sample("z", b.dist.Categorical(b.array(np.array([0.3, 0.7]))))
+            shift = b.ppl.sample("shift", b.dist.Normal(0.0, 1.0))
+            if summed_out:
+                weights = b.dist.Categorical(b.array(np.array([0.3, 0.7])))
+                parts = b.dist.Normal(mu + shift[..., None], 1.0)
+                family = "MixtureSameFamily"
+                b.ppl.sample("y", getattr(b.dist, family)(weights, parts), obs=y[i])
+            else:
+                b.ppl.sample("y", b.dist.Normal(mu[z] + shift, 1.0), obs=y[i])
+
+    return model
+
+
+def test_enumerated_discrete_latents(backend):
+    y, loss = backend.array(np.random.default_rng(0).normal(size=6) * 2), backend.enumerated_elbo()
+    model, same = backend.enumerated(mixture(backend, False)), mixture(backend, True)
+    guides = [backend.guide(model), backend.guide(same)]
+    values = []
+    for each, guide, elbo in zip((model, same), guides, (loss, None), strict=True):
+        params = moved(backend, guide, backend.start(guide, y))
+        for group in ("global", "elements"):  # the first locations are random
+            params = backend.put(guide, params, group, {"loc": 0.3 * np.ones(2 if group == "global" else (6, 1))})
+        values.append(backend.elbos(each, guide, params, y, loss=elbo)[0])
+    assert [set(guide.groups["elements"].sites) for guide in guides] == [{"shift"}, {"shift"}]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+    params = backend.fit(model, guides[0], y, 3, steps=20, rate=1e-2, loss=loss)
+    assert np.isfinite(backend.elbos(model, guides[0], params, y, loss=loss)).all()
+
+
+def test_prior_that_depends_on_a_discrete_latent_is_not_used(backend):
+    def model(y):
+        mu = backend.ppl.sample("mu", backend.dist.Normal(0.0, 1.0))
+        with backend.plate("elements", len(y)):
+            z = backend.ppl.sample("z", backend.dist.Bernoulli(0.5))
+            theta = backend.ppl.sample("theta", backend.dist.Normal(mu + 3.0 * z, 1.0))
+            backend.ppl.sample("y", backend.dist.Normal(theta, 1.0), obs=y)
+
+    guide = backend.guide(backend.enumerated(model))
+    backend.start(guide, backend.array(np.zeros(3)))
+    assert guide.groups["elements"].informed == set()
+
+
+# -- minibatches and encoders --------------------------------------------------------------------------------------
+def test_minibatches_as_arguments(backend):
+    """Only the present elements' parameters are trained, and the draws are theirs."""
+    y, index = observations(6), np.array([4, 1])
+    guide = backend.guide(normal_hierarchy(backend))
+    args = backend.array(y[index]), None, backend.array(index), 6
+    before = backend.get(guide, backend.start(guide, *args), "groups")["loc"]
+    after = backend.get(guide, backend.fit(guide.model, guide, *args, steps=2, rate=1e-2), "groups")["loc"]
+    assert before.shape == (6, 1) and len(np.unique(before)) == 1
+    change = np.ptp(after[[0, 2, 3, 5]]), *(abs(after[index] - after[0]) > 1e-3)
+    assert change == (0, True, True)
+    params = at_the_posterior(backend, guide, y)
+    draws = backend.draws(guide, params, *args, n=4000)["theta"]
+    np.testing.assert_allclose(draws.mean(0), closed_form(y)[2][index], atol=0.05)
+
+
+@pytest.mark.parametrize("element_parameters", [None, True])
+def test_amortised(backend, element_parameters):
+    y = observations(20)
+    features = lambda y, *_: y.mean(1, keepdims=True)  # noqa: E731
+    guide = backend.guide(
+        normal_hierarchy(backend),
+        amortise=backend.mlp(1, 3),
+        data=features if element_parameters is None else lambda y, *_: y,
+        element_parameters=element_parameters,
+    ) if element_parameters is None else backend.guide(
+        normal_hierarchy(backend), amortise=backend.mlp(4, 3), element_parameters=True
+    )
+    params = backend.fit(guide.model, guide, backend.array(y), 10, steps=1000, rate=1e-2)
+    values = backend.get(guide, params, "groups")
+    assert values["loc"].shape == ((20, 1) if element_parameters else (1,))
+    assert values["head"].shape == (2, 3) and "encoder.layers.0.weight" in values
+    draws = backend.draws(guide, params, backend.array(y), n=4000)["theta"]
+    _, _, theta, sd, _ = closed_form(y)
+    assert (np.abs(draws.mean(0) - theta) / sd).mean() < 0.15
+    if element_parameters is None:  # another data set, of another size
+        new = observations(30, seed=5)
+        draws = backend.draws(guide, params, backend.array(new), n=4000)["theta"]
+        within = (1 - SCALE**2 / (SCALE**2 + 0.25)) * closed_form(y)[0]  # mu is as it was
+        expected = within + SCALE**2 / (SCALE**2 + 0.25) * new.mean(1)
+        assert (np.abs(draws.mean(0) - expected) / sd).mean() < 0.2
+
+
+# -- the guide as an object ----------------------------------------------------------------------------------------
+def test_copies_and_quantiles(backend):
+    y = backend.array(observations(4))
+    guide = backend.guide(normal_hierarchy(backend))
+    params = moved(backend, guide, backend.start(guide, y))
+    copied = copy.deepcopy(guide)
+    np.testing.assert_array_equal(
+        backend.draws(copied, params, y, n=3)["theta"], backend.draws(guide, params, y, n=3)["theta"]
+    )
+    first = () if params is None else (params,)
+    low, high = (np.asarray(guide.quantiles(*first, q, y)["theta"]) for q in (0.1, 0.9))
+    assert low.shape == (4,) and (low < high).all()
+    assert np.asarray(guide.quantiles(*first, [0.1, 0.9], y)["mu"]).shape == (2,)
+    assert np.asarray(guide.median(*first, y)["theta"]).shape == (4,)
+
+
+def test_parameters_are_alike():
+    """Names and shapes of the two packages' parameters."""
+    for name in ("numpyro", "pyro"):
+        pytest.importorskip(name)
+    shapes = []
+    for b in (NumPyro(), Pyro()):
+        one = functools.partial(b.flows.realnvp, num_layers=1)
+        guide = b.guide(normal_hierarchy(b), amortise=b.mlp(4, 3), element_parameters=True, local_flow=one)
+        params = b.start(guide, b.array(observations(5)))
+        found = {name: value.shape for name, value in b.get(guide, params, "groups").items()}
+        shapes.append({name: shape for name, shape in found.items() if not name.startswith("flow.")})
+    assert shapes[0] == shapes[1] and shapes[0]["loc"] == (5, 1)
+
+
+def test_parameters_stand_in_the_param_store():
+    pytest.importorskip("pyro")
+    b = Pyro()
+    y, guides = b.array(observations(4)), [b.guide(normal_hierarchy(b)) for _ in range(2)]
+    for guide in guides:
+        b.start(guide, y)
+        assert {id(p) for p in guide.parameters()} == {id(p) for p in b.ppl.get_param_store()._params.values()}
+    again = pickle.loads(pickle.dumps(guides[0]._modules["group_flows"]))
+    assert set(again.state_dict()) == set(guides[0]._modules["group_flows"].state_dict())
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+def test_errors_of_the_constructor(backend):
+    model, make = normal_hierarchy(backend), backend.guides.AutoHierarchicalFlow
+    for argument in ("global_flow", "local_flow"):
+        with pytest.raises(TypeError, match=f"{argument} must be a factory"):
+            make(model, **{argument: 3})
+    with pytest.raises(TypeError, match="amortise must be callable"):
+        make(model, amortise=3)
+    with pytest.raises(ValueError, match="pass amortise="):
+        make(model, data=len)
+    with pytest.raises(ValueError, match="init_scale must be a positive number"):
+        make(model, init_scale=0.0)
+
+
+def test_errors_of_the_model(backend):
+    def without_plates():
+        backend.ppl.sample("z", backend.dist.Normal(0.0, 1.0))
+
+    def discrete():
+        with backend.plate("elements", 3):
+            backend.ppl.sample("z", backend.dist.Bernoulli(0.5))
+
+    def infinite():
+        with backend.plate("elements", 3):
+            z = backend.ppl.sample("z", backend.dist.Normal(0.0, 1.0))
+            backend.ppl.sample("y", backend.dist.Normal(z, 1.0), obs=backend.array(np.full(3, np.inf)))
+
+    with pytest.raises(ValueError, match="Use AutoFlow"):
+        backend.start(backend.guide(without_plates))
+    with pytest.raises(ValueError, match="discrete and not enumerated.*TraceEnum_ELBO"):
+        backend.start(backend.guide(discrete))
+    with pytest.raises(ValueError, match="not finite at the start.*'y'"):
+        backend.start(backend.guide(infinite))
+
+
+def test_errors_of_a_call(backend):
+    guide = backend.guide(normal_hierarchy(backend))
+    backend.start(guide, backend.array(observations(4)))
+    with pytest.raises(ValueError, match="'groups' has size 5, but it had 4.*amortise="):
+        backend.start(guide, backend.array(observations(5)))
+
+    def changing(y, late):
+        with backend.plate("elements", 3):
+            backend.ppl.sample("z", backend.dist.Normal(0.0, 1.0))
+            if late:
+                backend.ppl.sample("late", backend.dist.Normal(0.0, 1.0))
+
+    guide = backend.guide(changing)
+    backend.start(guide, None, True)
+    with pytest.raises(ValueError, match=r"site\(s\) \['late'\] were there"):
+        backend.start(guide, None, False)
+
+
+def test_errors_of_encoders(backend):
+    y, model = backend.array(observations(4)), normal_hierarchy(backend)
+    with pytest.raises(ValueError, match=r"encoder of 'groups' returned shape \(4,\).*expected \(4, 'c'\)"):
+        backend.start(backend.guide(model, amortise=lambda x: x.sum(-1)), y)
+    with pytest.raises(ValueError, match=r"data for 'groups' has shape \(3, 4\).*Pass data="):
+        backend.start(backend.guide(model, amortise=lambda x: x, data=lambda y: y[:3]), y)
+    with pytest.raises(ValueError, match=r"key\(s\) \['pupils'\].*\['groups'\]"):
+        backend.start(backend.guide(model, amortise={"pupils": lambda x: x}), y)
+    nested = backend.guide(nested_hierarchy(backend), amortise=lambda x: x[..., None])
+    with pytest.raises(ValueError, match="several groups.*Pass a dict"):
+        backend.start(nested, backend.array(np.zeros((2, 3))))
+
+
+def test_normal_quantiles_of_elements(backend):
+    """An element's quantiles are those of the normal posterior."""
+    y = observations(5)
+    guide = backend.guide(normal_hierarchy(backend))
+    params = at_the_posterior(backend, guide, y)
+    first = () if params is None else (params,)
+    found = np.asarray(guide.quantiles(*first, [0.05, 0.95], backend.array(y), num_samples=8000)["theta"])
+    _, _, theta, sd, _ = closed_form(y)
+    np.testing.assert_allclose(found, theta + sd * norm.ppf([[0.05], [0.95]]), atol=0.06)
