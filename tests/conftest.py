@@ -20,11 +20,14 @@ except ImportError:
     pass
 
 
+_COMPILED = {"conformance", "parity", "test_reparam.py", "test_refinement.py", "test_evidence.py"}
+
+
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
     """Where jax compiles far longer than it runs, without its slower optimisations."""
     jax = sys.modules.get("jax")
-    if jax is None or not {"conformance", "parity", "test_reparam.py"} & set(request.path.parts):
+    if jax is None or not _COMPILED & set(request.path.parts):
         yield
         return
     jax.config.update("jax_disable_most_optimizations", True)
