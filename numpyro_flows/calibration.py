@@ -66,16 +66,20 @@ def simulation_based_calibration(
     ``infer={"num_steps": 1000, "num_particles": 64}``, it takes little longer than its compilation (20 s), which every
     new data set needs; what is then calibrated is the inference with that budget. Another inference is a function::
 
-        mcmc = MCMC(NUTS(model), num_warmup=500, num_samples=990, thinning=10, jit_model_args=True, progress_bar=False)
+        mcmc = MCMC(NUTS(model), num_warmup=500, num_samples=990, thinning=10, progress_bar=False)
+
+        @jax.jit  # compiled once, as y is an argument of the model
+        def draws(rng_key, y):
+            mcmc.run(rng_key, y=y)
+            return mcmc.get_samples()
 
         def nuts(conditioned, args, kwargs, rng_key, num_draws):
-            mcmc.run(rng_key, y=conditioned.data["y"])  # compiled once, as y is an argument of the model
-            return mcmc.get_samples()
+            return draws(rng_key, conditioned.data["y"])
 
         simulation_based_calibration(random.key(0), model, kwargs={"y": y}, infer=nuts).print_summary()
 
-    or in general ``MCMC(NUTS(conditioned), ...).run(rng_key, *args, **kwargs)``. Draws of MCMC must be thinned until
-    they are nearly independent, for the ranks of autocorrelated draws are not uniform; that is left to ``infer``.
+    or, compiled each time, ``MCMC(NUTS(conditioned), ...).run(rng_key, *args, **kwargs)``. Draws of MCMC must be thinned
+    until they are nearly independent, for the ranks of autocorrelated draws are not uniform; that is left to ``infer``.
 
     :param rng_key: jax's key.
     :param model: NumPyro model with observed sites and proper priors.
