@@ -78,8 +78,9 @@ def simulation_based_calibration(
 
         simulation_based_calibration(random.key(0), model, kwargs={"y": y}, infer=nuts).print_summary()
 
-    or, compiled each time, ``MCMC(NUTS(conditioned), ...).run(rng_key, *args, **kwargs)``. Draws of MCMC must be thinned
-    until they are nearly independent, for the ranks of autocorrelated draws are not uniform; that is left to ``infer``.
+    or, compiled each time, ``MCMC(NUTS(conditioned), ...).run(rng_key, *args, **kwargs)``. Draws of MCMC must be
+    thinned until they are nearly independent, for the ranks of autocorrelated draws are not uniform; that is left to
+    ``infer``.
 
     :param rng_key: jax's key.
     :param model: NumPyro model with observed sites and proper priors.

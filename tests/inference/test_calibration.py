@@ -114,7 +114,7 @@ def test_eight_schools_by_nuts(lab):
         model,
         (host.array(np.zeros(8)),),
         infer=host.nuts(model, num_draws),
-        num_simulations=400 if lab.name == "jax" else 40,
+        num_simulations=400 if lab.name == "jax" else 25,
         num_draws=num_draws,
     )
     assert not run.failures and run.verdict().startswith("Calibrated"), run.verdict()
