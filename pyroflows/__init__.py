@@ -1,6 +1,7 @@
 """Normalizing flows for Pyro: guides, reparameterizations and densities with exact log-determinants."""
 
 from pyroflows import conditioners, distributions, flows, transforms, univariate
+from pyroflows.calibration import Calibration, simulation_based_calibration
 from pyroflows.density import fit_density
 from pyroflows.distributions import ConditionalFlowDistribution, FlowDistribution
 from pyroflows.evidence import compare
@@ -14,6 +15,7 @@ from pyroflows.transform_module import Compose, Conditioned, Inverse, Repeat, Tr
 __version__ = "0.1.0"
 __all__ = [
     "AutoFlow",
+    "Calibration",
     "Compose",
     "ConditionalFlowDistribution",
     "Conditioned",
@@ -30,6 +32,7 @@ __all__ = [
     "distributions",
     "fit_density",
     "flows",
+    "simulation_based_calibration",
     "transforms",
     "univariate",
 ]
