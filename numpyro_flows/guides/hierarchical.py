@@ -105,12 +105,12 @@ class AutoHierarchicalFlow(AutoGuide):
         trace = self._run_model(key, args, kwargs, self._initial_value)
         _check_trace(trace)
         groups = _groups(trace)
+        self._check_keys(groups)
         informed = self._informed(key, args, kwargs, trace) if self.noncentered else set()
         modules = {}
         for n, group in enumerate(groups.values()):
             group.informed = informed & set(group.sites)
             modules[group.label] = self._module(group, groups, trace, args, kwargs, jax.random.fold_in(key, n + 1))
-        self._check_keys(groups)
         self.groups, self.group_flows, self.prototype_trace = groups, modules, trace
         self._prototype_call = args, kwargs
 
@@ -295,6 +295,10 @@ class AutoHierarchicalFlow(AutoGuide):
     ) -> dict[str, Array]:
         """Median of each latent site, from draws."""
         return self.quantiles(params, 0.5, *args, rng_key=rng_key, num_samples=num_samples, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # of the trace no more is needed than that there was one; its handlers' closures cannot be pickled
+        return {**super().__getstate__(), "prototype_trace": None if self.prototype_trace is None else {}}
 
 
 class GroupFlow(eqx.Module):

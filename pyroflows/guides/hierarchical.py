@@ -108,12 +108,12 @@ class AutoHierarchicalFlow(AutoGuide):
         trace = self._run_model(seed, args, kwargs, self._initial_value)
         _check_trace(trace)
         groups = _groups(trace)
+        self._check_keys(groups)
         informed = self._informed(seed, args, kwargs, trace) if self.noncentered else set()
         modules = nn.ModuleDict()
         for group in groups.values():
             group.informed = informed & set(group.sites)
             modules[group.label] = self._module(group, groups, trace, args, kwargs)
-        self._check_keys(groups)
         self.groups, self.group_flows = groups, modules
         self.prototype_trace = trace
 
@@ -266,10 +266,10 @@ class AutoHierarchicalFlow(AutoGuide):
         nesting = max(-dim for group in self.groups.values() for dim in group.plates.values())
         with poutine.block(), pyro.plate("_draws", math.prod(sample_shape), dim=-1 - nesting):
             draws = self(*args, **kwargs)
+        depths = {name: site.dim for group in self.groups.values() for name, site in group.sites.items()}
         result = {}
         for name, value in draws.items():
-            fn = self.prototype_trace.nodes[name]["fn"]  # type: ignore[attr-defined]
-            inner = value.shape[value.dim() - len(fn.batch_shape) - fn.event_dim :]
+            inner = value.shape[value.dim() - depths[name] :]
             result[name] = value.reshape(*sample_shape, *inner)
         return result
 
@@ -290,7 +290,8 @@ class AutoHierarchicalFlow(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         # unlike the base class's, leaves this guide as it is; the copied parameters are free of Pyro's weak references
-        return {**self.__dict__, "master": None, "_modules": copy.deepcopy(self._modules)}
+        trace = None if self.prototype_trace is None else poutine.Trace()
+        return {**self.__dict__, "master": None, "prototype_trace": trace, "_modules": copy.deepcopy(self._modules)}
 
 
 class GroupFlow(nn.Module):
@@ -314,10 +315,11 @@ class GroupFlow(nn.Module):
 
 @dataclasses.dataclass
 class Site:
-    """A latent site: the shape of one element's unconstrained value."""
+    """A latent site: the shape of one element's unconstrained value, and the number of axes of the site's."""
 
     name: str
     event: tuple[int, ...]
+    dim: int
 
     @property
     def size(self) -> int:
@@ -535,7 +537,7 @@ def _groups(trace: poutine.Trace) -> dict[str, Group]:
                 f"dimension(s) {list(group.plates.values())}. Put the rest into a plate, or declare it by .to_event()."
             )
         shape = biject_to(site["fn"].support).inv(site["value"]).shape
-        group.sites[name] = Site(name, tuple(shape[len(batch) :]))
+        group.sites[name] = Site(name, tuple(shape[len(batch) :]), site["value"].dim())
     order = sorted(groups, key=lambda label: label != "global")
     groups = {label: groups[label] for label in order}
     for n, label in enumerate(order):

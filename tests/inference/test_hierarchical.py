@@ -64,7 +64,15 @@ class NumPyro:
         """ELBO of every of ``n`` draws."""
         loss = self.infer.Trace_ELBO() if loss is None else loss
         keys = self.jax.random.split(self.jax.random.key(seed), n)
-        return -np.asarray(self.jax.vmap(lambda key: loss.loss(key, params, model, guide, *args))(keys))
+        arrays, others = [isinstance(x, self.jax.Array) for x in args], list(args)
+
+        def elbo(key, params, data):
+            data = iter(data)
+            full = [next(data) if is_array else x for is_array, x in zip(arrays, others, strict=True)]
+            return loss.loss(key, params, model, guide, *full)
+
+        data = [x for is_array, x in zip(arrays, args, strict=True) if is_array]
+        return -np.asarray(self.jax.jit(self.jax.vmap(elbo, (0, None, None)))(keys, params, data))
 
     def enumerated_elbo(self):
         pytest.importorskip("funsor")
@@ -75,8 +83,8 @@ class NumPyro:
         return importlib.import_module("numpyro.contrib.funsor").config_enumerate(model)
 
     def draws(self, guide, params, *args, n=1000):
-        draws = guide.sample_posterior(self.jax.random.key(1), params, *args, sample_shape=(n,))
-        return {name: np.asarray(value) for name, value in draws.items()}
+        sample = self.jax.jit(lambda key, params: guide.sample_posterior(key, params, *args, sample_shape=(n,)))
+        return {name: np.asarray(value) for name, value in sample(self.jax.random.key(1), params).items()}
 
     def predictive(self, model, guide, params, *args, n=4):
         draws = self.infer.Predictive(model, guide=guide, params=params, num_samples=n)(self.jax.random.key(0), *args)
@@ -165,7 +173,13 @@ BACKENDS = [
 def backend(request):
     name, make = request.param
     pytest.importorskip(name)
-    return make()
+    backend = make()
+    if name == "pyro":
+        yield backend
+        return
+    backend.jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longer than running
+    yield backend
+    backend.jax.config.update("jax_disable_most_optimizations", False)
 
 
 # -- a normal hierarchy and its closed form ------------------------------------------------------------------------
@@ -179,7 +193,7 @@ def normal_hierarchy(b):
             keep = b.array(np.ones(len(present), bool)) if mask is None else mask[i]
             with b.mask(keep):
                 theta = b.ppl.sample("theta", b.dist.Normal(mu, SCALE))
-                b.ppl.sample("y", b.dist.Normal(theta[..., None], 1.0).to_event(1).expand_by([]), obs=present)
+                b.ppl.sample("y", b.dist.Normal(theta[..., None], 1.0).to_event(1), obs=present)
 
     return model
 
@@ -389,9 +403,12 @@ def test_enumerated_discrete_latents(backend):
     guides = [backend.guide(model), backend.guide(same)]
     values = []
     for each, guide, elbo in zip((model, same), guides, (loss, None), strict=True):
-        params = moved(backend, guide, backend.start(guide, y))
-        for group in ("global", "elements"):  # the first locations are random
-            params = backend.put(guide, params, group, {"loc": 0.3 * np.ones(2 if group == "global" else (6, 1))})
+        params = backend.start(guide, y)
+        if not values:
+            params = moved(backend, guide, params)
+            first = {group: backend.get(guide, params, group) for group in guide.groups}
+        for group in guide.groups:
+            params = backend.put(guide, params, group, first[group])
         values.append(backend.elbos(each, guide, params, y, loss=elbo)[0])
     assert [set(guide.groups["elements"].sites) for guide in guides] == [{"shift"}, {"shift"}]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
@@ -431,15 +448,11 @@ def test_minibatches_as_arguments(backend):
 @pytest.mark.parametrize("element_parameters", [None, True])
 def test_amortised(backend, element_parameters):
     y = observations(20)
-    features = lambda y, *_: y.mean(1, keepdims=True)  # noqa: E731
-    guide = backend.guide(
-        normal_hierarchy(backend),
-        amortise=backend.mlp(1, 3),
-        data=features if element_parameters is None else lambda y, *_: y,
-        element_parameters=element_parameters,
-    ) if element_parameters is None else backend.guide(
-        normal_hierarchy(backend), amortise=backend.mlp(4, 3), element_parameters=True
-    )
+    if element_parameters:
+        options = {"amortise": backend.mlp(4, 3), "element_parameters": True}
+    else:
+        options = {"amortise": backend.mlp(1, 3), "data": lambda y, *_: y.mean(1)[:, None]}
+    guide = backend.guide(normal_hierarchy(backend), **options)
     params = backend.fit(guide.model, guide, backend.array(y), 10, steps=1000, rate=1e-2)
     values = backend.get(guide, params, "groups")
     assert values["loc"].shape == ((20, 1) if element_parameters else (1,))
@@ -461,6 +474,7 @@ def test_copies_and_quantiles(backend):
     guide = backend.guide(normal_hierarchy(backend))
     params = moved(backend, guide, backend.start(guide, y))
     copied = copy.deepcopy(guide)
+    assert pickle.loads(pickle.dumps(backend.guide(len))).model is len  # as far as the model is of a module
     np.testing.assert_array_equal(
         backend.draws(copied, params, y, n=3)["theta"], backend.draws(guide, params, y, n=3)["theta"]
     )
@@ -492,8 +506,6 @@ def test_parameters_stand_in_the_param_store():
     for guide in guides:
         b.start(guide, y)
         assert {id(p) for p in guide.parameters()} == {id(p) for p in b.ppl.get_param_store()._params.values()}
-    again = pickle.loads(pickle.dumps(guides[0]._modules["group_flows"]))
-    assert set(again.state_dict()) == set(guides[0]._modules["group_flows"].state_dict())
 
 
 # -- errors --------------------------------------------------------------------------------------------------------
@@ -510,6 +522,7 @@ def test_errors_of_the_constructor(backend):
         make(model, init_scale=0.0)
 
 
+@pytest.mark.filterwarnings("ignore:Out-of-support")
 def test_errors_of_the_model(backend):
     def without_plates():
         backend.ppl.sample("z", backend.dist.Normal(0.0, 1.0))
