@@ -207,3 +207,11 @@ def conjugate_regression(X, loc, precision, shape, rate, y=None):
     beta = numpyro.sample("beta", dist.Normal(loc, lax.rsqrt(precision * tau)).to_event(1))
     with numpyro.plate("data", len(X)):
         numpyro.sample("y", dist.Normal(X @ beta, lax.rsqrt(tau)), obs=y)
+
+
+def gauss_modes(loc, scale, log_mass):
+    """A mixture of normals, under a factor: the evidence is one. ``loc`` and ``scale`` are ``(modes, dim)``."""
+    wide = dist.Normal(jnp.zeros(loc.shape[-1]), 10.0).to_event(1)
+    z = numpyro.sample("z", wide)
+    terms = dist.Normal(loc, scale).to_event(1).log_prob(z[..., None, :]) + log_mass
+    numpyro.factor("modes", logsumexp(terms, -1) - wide.log_prob(z))

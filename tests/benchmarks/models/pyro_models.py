@@ -221,3 +221,11 @@ def conjugate_regression(X, loc, precision, shape, rate, y=None):
     tau = pyro.sample("tau", dist.Gamma(shape, rate))[..., None]
     beta = pyro.sample("beta", dist.Normal(loc, (precision * tau).rsqrt()).to_event(1))
     pyro.sample("y", dist.Normal(beta @ X.T, tau.rsqrt()).to_event(1), obs=y)
+
+
+def gauss_modes(loc, scale, log_mass):
+    """A mixture of normals, under a factor: the evidence is one. ``loc`` and ``scale`` are ``(modes, dim)``."""
+    wide = dist.Normal(torch.zeros(loc.shape[-1]).to(loc), 10.0).to_event(1)
+    z = pyro.sample("z", wide)
+    terms = dist.Normal(loc, scale).to_event(1).log_prob(z[..., None, :]) + log_mass
+    pyro.factor("modes", torch.logsumexp(terms, -1) - wide.log_prob(z))
