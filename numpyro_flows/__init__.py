@@ -5,7 +5,7 @@ from numpyro_flows.calibration import Calibration, simulation_based_calibration
 from numpyro_flows.density import fit_density
 from numpyro_flows.distributions import ConditionalFlowDistribution, FlowDistribution
 from numpyro_flows.evidence import compare
-from numpyro_flows.guides import AutoFlow
+from numpyro_flows.guides import AutoFlow, AutoHierarchicalFlow
 from numpyro_flows.inference import FlowVI
 from numpyro_flows.posterior import FlowPosterior
 from numpyro_flows.refinement import RefinedPosterior
@@ -15,6 +15,7 @@ from numpyro_flows.transform_module import Compose, Conditioned, Inverse, Repeat
 __version__ = "0.1.0"
 __all__ = [
     "AutoFlow",
+    "AutoHierarchicalFlow",
     "Calibration",
     "Compose",
     "ConditionalFlowDistribution",

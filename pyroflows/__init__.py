@@ -5,7 +5,7 @@ from pyroflows.calibration import Calibration, simulation_based_calibration
 from pyroflows.density import fit_density
 from pyroflows.distributions import ConditionalFlowDistribution, FlowDistribution
 from pyroflows.evidence import compare
-from pyroflows.guides import AutoFlow
+from pyroflows.guides import AutoFlow, AutoHierarchicalFlow
 from pyroflows.inference import FlowVI
 from pyroflows.posterior import FlowPosterior
 from pyroflows.refinement import RefinedPosterior
@@ -15,6 +15,7 @@ from pyroflows.transform_module import Compose, Conditioned, Inverse, Repeat, Tr
 __version__ = "0.1.0"
 __all__ = [
     "AutoFlow",
+    "AutoHierarchicalFlow",
     "Calibration",
     "Compose",
     "ConditionalFlowDistribution",
