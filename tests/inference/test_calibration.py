@@ -138,7 +138,7 @@ def test_workers_give_the_same_result(lab):
     assert two.true["theta"].dtype == np.float64 and 0 < len(one.failures) < 8
     assert one.failures == two.failures
     for name in ("theta", "log_likelihood"):
-        np.testing.assert_array_equal(one.true[name], two.true[name])
+        np.testing.assert_allclose(one.true[name], two.true[name], rtol=1e-12)  # compiled in another way
         np.testing.assert_array_equal(one.ranks[name], two.ranks[name])
 
 
