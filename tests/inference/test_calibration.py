@@ -88,7 +88,7 @@ def failing(conditioned, args, kwargs, *rest):
 
 # -- exact inference ---------------------------------------------------------------------------------------------------
 def test_exact_draws_are_calibrated(lab, no_warnings):
-    runs = [lab.conjugate(exact, num_simulations=100, num_draws=19, seed=seed) for seed in range(10)]
+    runs = [lab.conjugate(exact, num_simulations=60, num_draws=19, seed=seed) for seed in range(10)]
     rejected = sum(run.verdict().startswith("Miscalibrated") for run in runs)
     assert rejected <= 3  # of 10 at 5 %: more has a probability of 0.001
     p_values = np.array([list(run.p_values().values()) for run in runs])
@@ -99,7 +99,7 @@ def test_exact_draws_are_calibrated(lab, no_warnings):
         assert stats.chisquare(np.bincount(ranks, minlength=20)).pvalue > 0.001
     for level in (0.5, 0.8, 0.95):
         covered = np.mean([run.coverage()["theta"][level].value for run in runs])
-        assert covered == pytest.approx(level, abs=4 * (level * (1 - level) / 1000) ** 0.5)
+        assert covered == pytest.approx(level, abs=4 * (level * (1 - level) / 600) ** 0.5)
     true = np.concatenate([run.true["theta"] for run in runs])
     assert stats.kstest(true / 2.0, "norm").pvalue > 0.001
 
@@ -406,9 +406,9 @@ def test_options_of_flow_vi(lab, monkeypatch):
     assert check is not lab.module.FlowVI
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quick_compilation():
-    """Where jax compiles for far longer than it runs."""
+    """In place of that of conftest: jax compiles for far longer here than it runs."""
     config = getattr(importlib.import_module("jax"), "config", None) if importlib.util.find_spec("jax") else None
     if config is not None:
         config.update("jax_disable_most_optimizations", True)
@@ -417,7 +417,7 @@ def quick_compilation():
         config.update("jax_disable_most_optimizations", False)
 
 
-def test_flow_vi(lab, quick_compilation):
+def test_flow_vi(lab):
     options = {"num_steps": 50, "num_particles": 32, "num_starts": 1, "base": None, "noncentered": False}
     run = lab.conjugate(options, num_simulations=1)
     assert not run.failures and 0 <= run.ranks["theta"][0] <= 99 and np.isfinite(run.true["log_likelihood"][0])
