@@ -75,6 +75,43 @@ def fit_density(
     :raises ValueError: for data that are no finite matrix, or options with which nothing can be fitted.
     :raises RuntimeError: if no step had a finite gradient.
     """
+    trained, learned_base, outer, history = fit_modules(
+        flow,
+        data,
+        base=base,
+        context=context,
+        objective=objective,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        validation=validation,
+        patience=patience,
+        standardize=standardize,
+        progress_bar=progress_bar,
+        key=key,
+    )
+    whole = trained if outer is None else Compose([trained, outer])
+    density: Callable = FlowDistribution if context is None else ConditionalFlowDistribution
+    return density(learned_base, whole), history
+
+
+def fit_modules(
+    flow: TransformModule,
+    data: Array,
+    *,
+    base: dist.Distribution | Base | None,
+    context: Array | None,
+    objective: str,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    validation: float,
+    patience: int,
+    standardize: bool,
+    progress_bar: bool,
+    key: Array,
+) -> tuple[TransformModule, dist.Distribution | Base, TransformModule | None, FitHistory]:
+    """What ``fit_density`` does: returns flow and base, trained, the standardising map, if any, and the history."""
     begin = time.perf_counter()
     check_fit(data.shape, bool(jnp.isfinite(data).all()), objective, num_steps, batch_size, validation)
     n, dim = data.shape
@@ -168,9 +205,7 @@ def fit_density(
         interrupted,
         time.perf_counter() - begin,
     )
-    whole = trained if outer is None else Compose([trained, outer])
-    density: Callable = FlowDistribution if context is None else ConditionalFlowDistribution
-    return density(base if learned_base is None else learned_base, whole), history
+    return trained, base if learned_base is None else learned_base, outer, history
 
 
 def _standardization(data: Array) -> tuple[Array, Array]:

@@ -30,7 +30,6 @@ from numpyro_flows.initialization import (
     find_modes,
     find_start,
     gaussian_around,
-    missed_mass,
     pseudo_observations,
 )
 from numpyro_flows.log_density import LogDensity, prototype_trace
@@ -252,21 +251,16 @@ class FlowVI:
         Walks uphill from more points by ``init_loc_fn``, and from as many spread widely around the start.
         """
         rng = _numpy_rng(key)
-        guide, dtype = posterior.guide, posterior.guide.init_loc.dtype
-        points = self._points(guide, posterior.log_density, target, key, _NUM_PROBES)
+        points = self._points(posterior.guide, posterior.log_density, target, key, _NUM_PROBES)
         wide = start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T
         points += [point for point in wide if np.isfinite(target.value_and_grad(point)[0])]
         found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
         modes = distinct([*start.modes, *found])
 
-        def log_guide(x: np.ndarray) -> np.ndarray:
-            u, log_det = guide.coordinates.forward_and_log_det(jnp.asarray(x, dtype))
-            return np.asarray(posterior._log_guide(u) + log_det, float)
-
-        missed = missed_mass(modes, target.log_density, log_guide, posterior._log_evidence().value, rng)
+        posterior.look_at(modes, rng, target.log_density)
         history = posterior.history
         posterior.history = history._replace(
-            missed=missed, gradients=history.gradients + gradients, seconds=time.perf_counter() - begin
+            gradients=history.gradients + gradients, seconds=time.perf_counter() - begin
         )
         return modes
 

@@ -18,8 +18,9 @@ from numpyro_flows.distributions import BASES
 from numpyro_flows.evidence import PARETO_K_GOOD, Estimate
 from numpyro_flows.flows import FLOWS
 from numpyro_flows.guides import AutoFlow
-from numpyro_flows.initialization import MAX_HESSIAN_DIM
+from numpyro_flows.initialization import MAX_HESSIAN_DIM, Start, missed_mass
 from numpyro_flows.log_density import LogDensity
+from numpyro_flows.noncentering import pulled_back
 from numpyro_flows.refinement import RefinedPosterior
 from numpyro_flows.transform_module import TransformModule, parameters
 from numpyro_flows.transforms import TriangularAffine
@@ -73,6 +74,7 @@ class FlowPosterior:
     ):
         self.guide, self.params, self.log_density, self.history = guide, params, log_density, history
         self.num_draws, self._key = num_draws, jax.random.key(0) if rng_key is None else rng_key
+        self._modes: tuple[Start, ...] = ()  # which a search found, to hold the guide against
         self._distribution = guide.get_posterior(params)
         self._transform: Any = self._distribution.transform
         self._base = guide.get_base(params)
@@ -130,6 +132,7 @@ class FlowPosterior:
         num_chains: int = 4,
         target_accept_prob: float = 0.9,
         max_tree_depth: int = 10,
+        adapt: bool = False,
         progress_bar: bool = True,
     ) -> RefinedPosterior:
         """Draws of the posterior from those of the guide, from quick to exact.
@@ -151,6 +154,8 @@ class FlowPosterior:
         :param num_chains: chains, side by side.
         :param target_accept_prob: of NUTS.
         :param max_tree_depth: of NUTS: at most ``2**max_tree_depth`` gradients a draw.
+        :param adapt: trains the flow on the draws of a first run, of ``num_warmup`` draws a chain, before the run
+            proper (:meth:`RefinedPosterior.adapt`): for guides of a short fit, or that miss a tail.
         :param progress_bar: whether to show one.
         :returns: a :class:`RefinedPosterior`: draws, R-hat, ESS, acceptance rates, evidence by bridge sampling.
         :raises ValueError: for an unknown method, and numbers with which nothing can be drawn.
@@ -165,6 +170,7 @@ class FlowPosterior:
             num_chains=num_chains,
             target_accept_prob=target_accept_prob,
             max_tree_depth=max_tree_depth,
+            adapt=adapt,
             progress_bar=progress_bar,
         )
 
@@ -218,6 +224,35 @@ class FlowPosterior:
     def _warn_if_unreliable(self, what: str) -> None:
         fix = "Try a richer flow=, more num_steps= or refine(method='nuts')."
         evidence.warn_if_unreliable(self.pareto_k, what, fix, stacklevel=3)
+
+    def look_at(self, modes: tuple[Start, ...], rng: np.random.Generator, log_density: Callable | None = None) -> None:
+        """Notes in the history what share of the posterior around ``modes`` the guide misses.
+
+        :param modes: Gaussians in the guide's coordinates, there and elsewhere.
+        :param rng: draws from them.
+        :param log_density: of the model in these coordinates, ``(n, dim) -> (n,)``, if at hand.
+        """
+        coordinates = self.guide.coordinates
+        if log_density is None:
+            batch = jax.jit(jax.vmap(pulled_back(self.log_density, self.guide.noncentering)))
+
+            def log_density(x: np.ndarray) -> np.ndarray:
+                return np.asarray(batch(x), float)
+
+        def log_guide(x: np.ndarray) -> np.ndarray:
+            u, log_det = coordinates.forward_and_log_det(jnp.asarray(x, self.guide.init_loc.dtype))
+            return np.asarray(self._log_guide(u) + log_det, float)
+
+        missed = missed_mass(modes, log_density, log_guide, self._log_evidence().value, rng)
+        self._modes, self.history = modes, self.history._replace(missed=missed)
+
+    def _with(self, params: dict[str, Any], rng_key: Array, gradients: int, seconds: float) -> FlowPosterior:
+        """The posterior with other parameters of its guide, which took so many gradients and seconds more."""
+        history = self.history._replace(gradients=gradients, seconds=self.history.seconds + seconds)
+        new = type(self)(self.guide, params, self.log_density, history, num_draws=self.num_draws, rng_key=rng_key)
+        if self._modes:
+            new.look_at(self._modes, np.random.default_rng(0))
+        return new
 
     @property
     def misses_modes(self) -> bool:

@@ -16,9 +16,10 @@ from numpyro.infer import NUTS
 from tqdm import tqdm
 
 from numpyro_flows import _arviz, evidence
+from numpyro_flows.density import fit_modules
 from numpyro_flows.distributions import FlowDistribution
 from numpyro_flows.evidence import Estimate
-from numpyro_flows.transform_module import Compose
+from numpyro_flows.transform_module import Compose, parameters
 
 METHODS = ("resample", "flow_mh", "nuts")
 R_HAT_GOOD = 1.01  # Vehtari et al. (2021)
@@ -89,7 +90,8 @@ class RefinedPosterior:
     :ivar acceptance: rates of acceptance by kind of move: ``"flow"`` (independent proposals of the guide) and
         ``"local"``.
     :ivar divergences: of NUTS, after warm-up.
-    :ivar gradients: evaluations of the model's gradient by what they served: ``"fit"``, ``"warm-up"``, ``"sampling"``.
+    :ivar gradients: evaluations of the model's gradient by what they served: ``"fit"``, ``"adaptation"`` (of the flow,
+        if asked for), ``"warm-up"``, ``"sampling"``.
     :ivar seconds: of the refinement.
     :ivar interrupted: whether it was ended by Ctrl-C, with the draws made until then.
     """
@@ -116,6 +118,44 @@ class RefinedPosterior:
         if group_by_chain:
             return dict(self._sites)
         return {name: x.reshape(-1, *x.shape[2:]) for name, x in self._sites.items()}
+
+    def adapt(self, rng_key: Array, *, num_steps: int = 1000, progress_bar: bool = True) -> Any:
+        """The guide with its flow trained further on these draws, by maximum likelihood: a new ``FlowPosterior``.
+
+        That is the divergence from posterior to guide, which makes the guide cover what it missed, where the ELBO makes
+        it avoid what it should not cover. A fifth of the draws is held out, and the best parameters on them are kept.
+        The model is not evaluated; its gradients spent so far are counted as the new guide's.
+
+        :param rng_key: random key.
+        :param num_steps: gradient steps at most.
+        :param progress_bar: whether to show one.
+        """
+        guide, old = self.posterior.guide, self.posterior._transform
+        outer = Compose(guide.outer_layers)
+        inner = Compose(old.layers[: -len(guide.outer_layers)])
+        base = guide.get_base_dist(self.posterior.params) if self.posterior._base is None else self.posterior._base
+        flat = self.unconstrained.reshape(-1, self.unconstrained.shape[-1])
+        x = jax.jit(lambda u: outer.inverse_and_log_det(u)[0])(flat)
+        fit_key, draw_key = jax.random.split(rng_key)
+        trained, learned_base, _, fit = fit_modules(
+            inner,
+            x,
+            base=base,
+            context=None,
+            objective="likelihood",
+            num_steps=num_steps,
+            batch_size=256,
+            learning_rate=1e-3,
+            validation=0.2,
+            patience=num_steps,
+            standardize=False,
+            progress_bar=progress_bar,
+            key=fit_key,
+        )
+        params = {f"{guide.prefix}_flow$params": parameters(Compose([trained, outer]))}
+        if self.posterior._base is not None:
+            params[f"{guide.prefix}_base$params"] = parameters(learned_base)
+        return self.posterior._with(params, draw_key, sum(self.gradients.values()), self.seconds + fit.seconds)
 
     # -- diagnostics -----------------------------------------------------------------------------------------------
     @cached_property
@@ -285,14 +325,32 @@ def refine(
     num_chains: int = 4,
     target_accept_prob: float = 0.9,
     max_tree_depth: int = 10,
+    adapt: bool = False,
     progress_bar: bool = True,
 ) -> RefinedPosterior:
     """See :meth:`FlowPosterior.refine`."""
     check_options(method, num_samples, num_warmup, num_chains)
     begin = time.perf_counter()
+    before = {"fit": posterior.history.gradients}
+    if adapt and method != "resample":
+        first_key, adapt_key, rng_key = jax.random.split(rng_key, 3)
+        first = refine(
+            posterior,
+            first_key,
+            method,
+            num_samples=max(num_warmup, 4),
+            num_warmup=num_warmup // 2,
+            num_chains=num_chains,
+            target_accept_prob=target_accept_prob,
+            max_tree_depth=max_tree_depth,
+            progress_bar=progress_bar,
+        )
+        if first.interrupted:
+            return first
+        posterior = first.adapt(adapt_key, progress_bar=progress_bar)
+        before["adaptation"] = posterior.history.gradients - before["fit"]
     space = BaseSpace(posterior)
     start_key, run_key = jax.random.split(rng_key)
-    fit = {"fit": posterior.history.gradients}
     if method == "resample":
         scored, run = _resample(posterior, run_key, num_chains, num_samples)
     else:
@@ -308,7 +366,7 @@ def refine(
             raise KeyboardInterrupt("refine: interrupted during warm-up, before the first draw.")
         flat = space.score(jnp.asarray(run.z.reshape(-1, space.dim), space.dtype))
         scored = jax.tree.map(lambda x: x.reshape(*run.z.shape[:2], *x.shape[1:]), flat)
-    run = run._replace(gradients={**fit, **run.gradients})
+    run = run._replace(gradients={**before, **run.gradients})
     return RefinedPosterior(posterior, method, scored, run, time.perf_counter() - begin)
 
 

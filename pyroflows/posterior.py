@@ -16,8 +16,9 @@ from pyroflows.distributions import BASES, FlowDistribution
 from pyroflows.evidence import PARETO_K_GOOD, Estimate
 from pyroflows.flows import FLOWS
 from pyroflows.guides import AutoFlow
-from pyroflows.initialization import MAX_HESSIAN_DIM
+from pyroflows.initialization import MAX_HESSIAN_DIM, Start, missed_mass
 from pyroflows.log_density import LogDensity
+from pyroflows.noncentering import pulled_back
 from pyroflows.refinement import RefinedPosterior
 from pyroflows.transforms import TriangularAffine
 
@@ -58,6 +59,7 @@ class FlowPosterior:
 
     def __init__(self, guide: AutoFlow, log_density: LogDensity, history: History, *, num_draws: int = 40_000):
         self.guide, self.log_density, self.history, self.num_draws = guide, log_density, history, num_draws
+        self._modes: tuple[Start, ...] = ()  # which a search found, to hold the guide against
         self._transform: Any = guide.get_transform()
         self._base = guide.get_base()
         base = guide.get_base_dist() if self._base is None else self._base
@@ -119,6 +121,7 @@ class FlowPosterior:
         num_chains: int = 4,
         target_accept_prob: float = 0.9,
         max_tree_depth: int = 10,
+        adapt: bool = False,
         progress_bar: bool = True,
     ) -> RefinedPosterior:
         """Draws of the posterior from those of the guide, from quick to exact.
@@ -139,6 +142,8 @@ class FlowPosterior:
         :param num_chains: chains, side by side.
         :param target_accept_prob: of NUTS.
         :param max_tree_depth: of NUTS: at most ``2**max_tree_depth`` gradients a draw.
+        :param adapt: trains the flow on the draws of a first run, of ``num_warmup`` draws a chain, before the run
+            proper (:meth:`RefinedPosterior.adapt`): for guides of a short fit, or that miss a tail.
         :param progress_bar: whether to show one.
         :returns: a :class:`RefinedPosterior`: draws, R-hat, ESS, acceptance rates, evidence by bridge sampling.
         :raises ValueError: for an unknown method, and numbers with which nothing can be drawn.
@@ -152,6 +157,7 @@ class FlowPosterior:
             num_chains=num_chains,
             target_accept_prob=target_accept_prob,
             max_tree_depth=max_tree_depth,
+            adapt=adapt,
             progress_bar=progress_bar,
         )
 
@@ -211,6 +217,37 @@ class FlowPosterior:
     def _warn_if_unreliable(self, what: str) -> None:
         fix = "Try a richer flow=, more num_steps= or refine(method='nuts')."
         evidence.warn_if_unreliable(self.pareto_k, what, fix, stacklevel=3)
+
+    def look_at(self, modes: tuple[Start, ...], rng: np.random.Generator, log_density: Callable | None = None) -> None:
+        """Notes in the history what share of the posterior around ``modes`` the guide misses.
+
+        :param modes: Gaussians in the guide's coordinates, there and elsewhere.
+        :param rng: draws from them.
+        :param log_density: of the model in these coordinates, ``(n, dim) -> (n,)``, if at hand.
+        """
+        coordinates, like = self.guide.coordinates, self.log_density.prototype
+        if log_density is None:
+            batch = pulled_back(self.log_density, self.guide.noncentering)
+
+            @torch.no_grad()
+            def log_density(x: np.ndarray) -> np.ndarray:
+                return batch(torch.as_tensor(x).to(like)).double().numpy(force=True)
+
+        @torch.no_grad()
+        def log_guide(x: np.ndarray) -> np.ndarray:
+            u, log_det = coordinates.forward_and_log_det(torch.as_tensor(x).to(like))
+            return (self._log_guide(u) + log_det).double().numpy(force=True)
+
+        missed = missed_mass(modes, log_density, log_guide, self._log_evidence().value, rng)
+        self._modes, self.history = modes, self.history._replace(missed=missed)
+
+    def _with(self, guide: AutoFlow, gradients: int, seconds: float) -> FlowPosterior:
+        """The posterior with another guide of its kind, which took so many gradients and seconds more."""
+        history = self.history._replace(gradients=gradients, seconds=self.history.seconds + seconds)
+        new = type(self)(guide, self.log_density, history, num_draws=self.num_draws)
+        if self._modes:
+            new.look_at(self._modes, np.random.default_rng(0))
+        return new
 
     @property
     def misses_modes(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroflows import _arviz, evidence
+from pyroflows.density import fit_density
 from pyroflows.distributions import FlowDistribution
 from pyroflows.evidence import Estimate
 from pyroflows.transform_module import Compose, TransformModule
@@ -99,7 +101,8 @@ class RefinedPosterior:
     :ivar acceptance: rates of acceptance by kind of move: ``"flow"`` (independent proposals of the guide) and
         ``"local"``.
     :ivar divergences: of NUTS, after warm-up.
-    :ivar gradients: evaluations of the model's gradient by what they served: ``"fit"``, ``"warm-up"``, ``"sampling"``.
+    :ivar gradients: evaluations of the model's gradient by what they served: ``"fit"``, ``"adaptation"`` (of the flow,
+        if asked for), ``"warm-up"``, ``"sampling"``.
     :ivar seconds: of the refinement.
     :ivar interrupted: whether it was ended by Ctrl-C, with the draws made until then.
     """
@@ -128,6 +131,37 @@ class RefinedPosterior:
         if group_by_chain:
             return dict(self._sites)
         return {name: x.reshape(-1, *x.shape[2:]) for name, x in self._sites.items()}
+
+    def adapt(self, *, num_steps: int = 1000, progress_bar: bool = True) -> Any:
+        """The guide with its flow trained further on these draws, by maximum likelihood: a new ``FlowPosterior``.
+
+        That is the divergence from posterior to guide, which makes the guide cover what it missed, where the ELBO makes
+        it avoid what it should not cover. A fifth of the draws is held out, and the best parameters on them are kept.
+        The model is not evaluated; its gradients spent so far are counted as the new guide's.
+
+        :param num_steps: gradient steps at most.
+        :param progress_bar: whether to show one.
+        """
+        posterior = self.posterior
+        guide = copy.deepcopy(posterior.guide)
+        layers = list(guide.transform.layers)  # type: ignore[union-attr, arg-type]
+        count = len(guide.outer_layers)
+        inner, outer = Compose(layers[:-count]).requires_grad_(True), Compose(layers[-count:])
+        base = guide._modules.get("learned_base")
+        with torch.no_grad():
+            x = outer.inverse_and_log_det(self.unconstrained.flatten(0, 1))[0]
+        _, fit = fit_density(  # in place
+            inner,
+            x,
+            base=guide.get_base_dist() if base is None else base,  # type: ignore[arg-type]
+            num_steps=num_steps,
+            learning_rate=1e-3,
+            validation=0.2,
+            patience=num_steps,
+            standardize=False,
+            progress_bar=progress_bar,
+        )
+        return posterior._with(guide, sum(self.gradients.values()), self.seconds + fit.seconds)
 
     # -- diagnostics -----------------------------------------------------------------------------------------------
     @cached_property
@@ -297,13 +331,29 @@ def refine(
     num_chains: int = 4,
     target_accept_prob: float = 0.9,
     max_tree_depth: int = 10,
+    adapt: bool = False,
     progress_bar: bool = True,
 ) -> RefinedPosterior:
     """See :meth:`FlowPosterior.refine`."""
     check_options(method, num_samples, num_warmup, num_chains)
     begin = time.perf_counter()
+    before = {"fit": posterior.history.gradients}
+    if adapt and method != "resample":
+        first = refine(
+            posterior,
+            method,
+            num_samples=max(num_warmup, 4),
+            num_warmup=num_warmup // 2,
+            num_chains=num_chains,
+            target_accept_prob=target_accept_prob,
+            max_tree_depth=max_tree_depth,
+            progress_bar=progress_bar,
+        )
+        if first.interrupted:
+            return first
+        posterior = first.adapt(progress_bar=progress_bar)
+        before["adaptation"] = posterior.history.gradients - before["fit"]
     space = BaseSpace(posterior)
-    fit = {"fit": posterior.history.gradients}
     if method == "resample":
         scored, run = _resample(posterior, num_chains, num_samples)
     else:
@@ -319,7 +369,7 @@ def refine(
             raise KeyboardInterrupt("refine: interrupted during warm-up, before the first draw.")
         flat = space.score(run.z.reshape(-1, space.dim))
         scored = Scored(*(x.reshape(*run.z.shape[:2], *x.shape[1:]) for x in flat))
-    run = run._replace(gradients={**fit, **run.gradients})
+    run = run._replace(gradients={**before, **run.gradients})
     return RefinedPosterior(posterior, method, scored, run, time.perf_counter() - begin)
 
 

@@ -345,7 +345,7 @@ def test_nothing_is_lost_in_the_look_elsewhere(fitter, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inference, "missed_mass", interrupt)
+    monkeypatch.setattr(fitter.module("posterior"), "missed_mass", interrupt)
     posterior = fitter.run("conjugate", fitter.array(DATA), **options)
     assert len(posterior.history.elbo) == 20 and posterior.verdict().startswith("Interrupted")
 

@@ -52,6 +52,24 @@ def test_nuts_in_the_base_space(fitter):
     assert refined.gradients["sampling"] < 800 * 30
 
 
+def test_a_flow_adapted_to_the_draws(fitter):
+    """Of a guide of few steps the skewness is learned from the draws of a first run; the model pays for those alone."""
+    flow = fitter.pkg.transforms.ElementwiseAffine
+    posterior = fitter.fit("gumbel", flow=lambda dim, key=None: flow(dim), num_steps=5, num_particles=64)
+    options = {"num_samples": 500, "num_warmup": 1000}
+    plain, refined = (fitter.refine(posterior, "flow_mh", adapt=adapt, **options) for adapt in (False, True))
+    assert plain.posterior is posterior and refined.posterior is not posterior
+    before, after = posterior.elbo.value, refined.posterior.elbo.value
+    assert before < -0.03 and before / 3 < after < 0.001
+    assert refined.acceptance["flow"] > plain.acceptance["flow"] + 0.02
+    assert numpy_draws(refined)["z"].mean() == pytest.approx(np.euler_gamma, abs=6 / refined.ess_bulk**0.5)
+    # a first run of half the warm-up and as many draws, with two gradients each in four chains, then the run proper
+    assert refined.gradients["adaptation"] == 4 + 8 * 1500
+    assert {k: v for k, v in refined.gradients.items() if k != "adaptation"} == plain.gradients
+    assert refined.posterior.history.gradients == posterior.history.gradients + refined.gradients["adaptation"]
+    assert refined.posterior.history.missed < 0.01
+
+
 def test_resampled_draws(fitter):
     posterior = fitter.fit("eight_schools", **QUICK)
     if posterior.pareto_k < 0.7:
