@@ -482,12 +482,12 @@ class _GuideRun(Messenger):
         y, loc, log_scale = self.parts.pop(name)
         centre, log_s = loc, log_scale
         if name in group.informed:
-            prior = location_and_scale(fn, y.shape)
-            centre, log_s = _with_prior(loc, log_scale, prior)  # type: ignore[arg-type]
+            prior_loc, prior_scale = location_and_scale(fn, y.shape)  # type: ignore[misc]
+            centre, log_s = _with_prior(loc, log_scale, prior_loc, prior_scale)
         u = centre + jnp.exp(log_s) * y
         if self.guide.path_gradient and name in group.informed:
-            fixed = lax.stop_gradient(prior)
-            self._standardise(group, name, u, *_with_prior(loc, log_scale, fixed))  # type: ignore[arg-type]
+            fixed = _with_prior(loc, log_scale, lax.stop_gradient(prior_loc), lax.stop_gradient(prior_scale))
+            self._standardise(group, name, u, *fixed)
         bijection = biject_to(fn.support)
         value = bijection(u)
         event_dim = fn.event_dim
@@ -541,9 +541,8 @@ def _joined(contexts: list[Array], batch: tuple[int, ...]) -> Array | None:
     return jnp.concatenate([jnp.broadcast_to(c, (*batch, c.shape[-1])) for c in contexts], -1)
 
 
-def _with_prior(loc: Array, log_scale: Array, prior: tuple[Array, Array]) -> tuple[Array, Array]:
+def _with_prior(loc: Array, log_scale: Array, prior_loc: Array, prior_scale: Array) -> tuple[Array, Array]:
     """Centre and log-scale of a latent with its prior and pseudo-observation."""
-    prior_loc, prior_scale = prior
     log_s = -0.5 * jnp.logaddexp(-2 * log_scale, -2 * jnp.log(prior_scale))
     return prior_loc + jnp.exp(2 * (log_s - log_scale)) * (loc - prior_loc), log_s
 

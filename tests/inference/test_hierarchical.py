@@ -74,6 +74,14 @@ class NumPyro:
         data = [x for is_array, x in zip(arrays, args, strict=True) if is_array]
         return -np.asarray(self.jax.jit(self.jax.vmap(elbo, (0, None, None)))(keys, params, data))
 
+    def gradients(self, model, guide, params, *args, n=1):
+        """Mean gradients of the ELBO over ``n`` draws and their standard errors, by parameter."""
+        elbo = lambda params, key: -self.infer.Trace_ELBO().loss(key, params, model, guide, *args)  # noqa: E731
+        keys = self.jax.random.split(self.jax.random.key(2), n)
+        found = self.jax.jit(self.jax.vmap(self.jax.grad(elbo), (None, 0)))(params, keys)
+        flat = np.concatenate([np.asarray(x).reshape(n, -1) for x in self.jax.tree.leaves(found)], 1)
+        return flat.mean(0), flat.std(0) / math.sqrt(n)
+
     def enumerated_elbo(self):
         pytest.importorskip("funsor")
         return self.infer.TraceEnum_ELBO()
@@ -146,6 +154,15 @@ class Pyro:
         self.ppl.set_rng_seed(seed)
         loss = self.infer.Trace_ELBO() if loss is None else loss
         return -np.array([loss.loss(model, guide, *args) for _ in range(n)])
+
+    def gradients(self, model, guide, params, *args, n=1):
+        rows = []
+        self.ppl.set_rng_seed(2)
+        for _ in range(n):
+            guide.zero_grad()
+            self.infer.Trace_ELBO().loss_and_grads(model, guide, *args)
+            rows.append(np.concatenate([-p.grad.numpy().ravel() for p in guide.parameters() if p.grad is not None]))
+        return np.mean(rows, 0), np.std(rows, 0) / math.sqrt(n)
 
     def enumerated_elbo(self):
         return self.infer.TraceEnum_ELBO(max_plate_nesting=1)
@@ -252,7 +269,7 @@ def test_exact_at_the_posterior(backend):
 def test_trained_on_the_normal_hierarchy(backend, batch):
     y = observations(20)
     guide = backend.guide(normal_hierarchy(backend))
-    params = backend.fit(guide.model, guide, backend.array(y), batch, steps=1500 if batch else 1000, rate=2e-2)
+    params = backend.fit(guide.model, guide, backend.array(y), batch, steps=1000 if batch else 600, rate=3e-2)
     mu, mu_sd, theta, sd, evidence = closed_form(y)
     elbo = backend.elbos(guide.model, guide, params, backend.array(y), n=200).mean()
     assert evidence - 0.2 < elbo < evidence + 0.1
@@ -283,10 +300,10 @@ def test_subsampled_elbo_is_unbiased_for_any_parameters(backend):
     y = observations(5)
     guide = backend.guide(normal_hierarchy(backend))
     params = moved(backend, guide, at_the_posterior(backend, guide, y), 0.1)
-    full = backend.elbos(guide.model, guide, params, backend.array(y), n=1000, seed=1)
-    part = backend.elbos(guide.model, guide, params, backend.array(y), 2, n=2500, seed=2)
+    full = backend.elbos(guide.model, guide, params, backend.array(y), n=400, seed=1)
+    part = backend.elbos(guide.model, guide, params, backend.array(y), 2, n=1000, seed=2)
     error = math.hypot(full.std() / math.sqrt(len(full)), part.std() / math.sqrt(len(part)))
-    assert abs(full.mean() - part.mean()) < 4 * error < 0.15 * part.std()
+    assert abs(full.mean() - part.mean()) < 4 * error < 0.2 * part.std()
 
 
 def test_density_with_all_parameters_moved(backend):
@@ -294,10 +311,25 @@ def test_density_with_all_parameters_moved(backend):
     y = observations(3)
     guide = backend.guide(normal_hierarchy(backend))
     params = moved(backend, guide, at_the_posterior(backend, guide, y), 0.1)
-    log_weights = backend.elbos(guide.model, guide, params, backend.array(y), n=2000) - closed_form(y)[-1]
+    log_weights = backend.elbos(guide.model, guide, params, backend.array(y), n=1000) - closed_form(y)[-1]
     assert -1.0 < log_weights.mean() < -0.02
     weights = np.exp(log_weights)
     assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(len(weights)) < 0.2
+
+
+def test_path_gradient(backend):
+    """It is zero for every draw where the guide is exact, and has the plain one's mean elsewhere."""
+    y = observations(4)
+    guide = backend.guide(normal_hierarchy(backend), path_gradient=True)
+    params = at_the_posterior(backend, guide, y)
+    exact, _ = backend.gradients(guide.model, guide, params, backend.array(y), n=2)
+    assert np.abs(exact).max() < 1e-3
+    params = moved(backend, guide, params, 0.1)
+    path, path_error = backend.gradients(guide.model, guide, params, backend.array(y), n=400)
+    guide.path_gradient = False
+    plain, plain_error = backend.gradients(guide.model, guide, params, backend.array(y), n=400)
+    z = (path - plain) / np.hypot(path_error, plain_error).clip(1e-6)
+    assert np.abs(plain / plain_error.clip(1e-6)).max() > 5 and np.abs(z).max() < 5
 
 
 # -- structure -----------------------------------------------------------------------------------------------------
@@ -324,7 +356,7 @@ def nested_evidence(y):
 def test_nested_plates(backend):
     y = np.random.default_rng(1).normal(size=(4, 3)) + 1.0
     guide = backend.guide(nested_hierarchy(backend))
-    params = backend.fit(guide.model, guide, backend.array(y), steps=800, rate=1e-2)
+    params = backend.fit(guide.model, guide, backend.array(y), steps=400, rate=2e-2)
     groups = guide.groups
     assert list(groups) == ["global", "outer", "outer_inner"]
     assert groups["outer_inner"].parents == ("global", "outer")
@@ -333,7 +365,7 @@ def test_nested_plates(backend):
     evidence = nested_evidence(y)
     assert evidence - 0.3 < elbos.mean() < evidence + 0.05
     assert abs(np.exp(elbos - evidence).mean() - 1) < 0.1
-    part = backend.elbos(guide.model, guide, params, backend.array(y), 2, 2, n=2000, seed=1)
+    part = backend.elbos(guide.model, guide, params, backend.array(y), 2, 2, n=600, seed=1)
     assert abs(part.mean() - elbos.mean()) < 4 * part.std() / math.sqrt(len(part)) + 0.05
     assert backend.draws(guide, params, backend.array(y), 2, 2, n=3)["c"].shape == (3, 2, 2)
     shapes = backend.predictive(guide.model, guide, params, backend.array(y))
@@ -368,7 +400,7 @@ def all_supports(b):
 def test_supports(backend):
     """Without data the evidence is 1, on every support."""
     guide = backend.guide(all_supports(backend), init_scale=0.5)
-    params = backend.fit(guide.model, guide, steps=500, rate=2e-2, particles=4)
+    params = backend.fit(guide.model, guide, steps=300, rate=3e-2, particles=4)
     log_weights = backend.elbos(guide.model, guide, params, n=1000)
     assert -0.7 < log_weights.mean() < 0.05
     assert abs(np.exp(log_weights).mean() - 1) < 0.15
@@ -453,7 +485,7 @@ def test_amortised(backend, element_parameters):
     else:
         options = {"amortise": backend.mlp(1, 3), "data": lambda y, *_: y.mean(1)[:, None]}
     guide = backend.guide(normal_hierarchy(backend), **options)
-    params = backend.fit(guide.model, guide, backend.array(y), 10, steps=1000, rate=1e-2)
+    params = backend.fit(guide.model, guide, backend.array(y), 10, steps=600, rate=2e-2)
     values = backend.get(guide, params, "groups")
     assert values["loc"].shape == ((20, 1) if element_parameters else (1,))
     assert values["head"].shape == (2, 3) and "encoder.layers.0.weight" in values
