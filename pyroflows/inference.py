@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -130,7 +131,11 @@ class FlowVI:
                 guide = self._guide(None, partial(MixtureBase, num_components=len(modes)), args, kwargs)
                 if noncentering is not None:
                     guide.set_noncentering(noncentering)
-                again = self._fit(guide, log_density, start, posterior.history.gradients, begin)
+                try:
+                    again = self._fit(guide, log_density, start, posterior.history.gradients, begin)
+                except RuntimeError as error:  # no finite gradient: the first fit stands, with what it misses
+                    warnings.warn(f"FlowVI: a second fit, with a mixture base, failed: {error}", stacklevel=2)
+                    return posterior
                 if again.elbo.value > posterior.elbo.value:
                     posterior = again
                     self._look_elsewhere(posterior, target, start, begin)

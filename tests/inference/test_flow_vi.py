@@ -297,6 +297,24 @@ def test_a_missed_mode_is_seen_and_fitted(fitter):
     assert -0.05 < posterior.elbo.value < 4 * posterior.elbo.standard_error
 
 
+def test_a_second_fit_that_fails_leaves_the_first(fitter, monkeypatch):
+    kind, calls = fitter.pkg.FlowVI, []
+    fit = kind._fit
+
+    def failing(self, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("no step had a finite gradient")
+        return fit(self, *args)
+
+    monkeypatch.setattr(kind, "_fit", failing)
+    flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+    with pytest.warns(UserWarning, match="a second fit, with a mixture base, failed: no step had"):
+        posterior = fitter.run("bimodal", flow=flow, num_steps=50, num_particles=64)
+    assert len(calls) == 2 and len(posterior.history.elbo) == 50
+    assert posterior.verdict().startswith("Do not trust: about")
+
+
 def test_a_wrong_log_determinant_is_not_trusted(fitter):
     """It lifts the ELBO above the evidence, with the best of Pareto k's: only the Jacobian tells."""
 
