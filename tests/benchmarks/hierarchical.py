@@ -32,7 +32,7 @@ def simulated(num_groups: int, seed: int = 0) -> np.ndarray:
 
 
 def closed_form(y: np.ndarray) -> tuple[np.ndarray, float, float, float]:
-    """Means ``(groups,)`` and sd of the groups, means of ``mu`` and ``tau``; exact but for a quadrature over ``tau``."""
+    """Means ``(groups,)`` and sd of the groups, means of ``mu`` and ``tau``: exact but for quadrature over ``tau``."""
     num_groups, n = y.shape
     means = y.mean(1).astype(float)
     log_tau = np.linspace(np.log(0.05), np.log(5), 40_001)
