@@ -300,8 +300,8 @@ class FlowPosterior:
             )
         if not k < PARETO_K_GOOD:
             return (
-                "Do not trust: the guide misses mass. Try refine(method='nuts'), a richer flow= or reparametrise "
-                f"({numbers})."
+                "Do not trust: the guide misses mass. Try refine(method='nuts', adapt=True), a richer flow= or "
+                f"reparametrise ({numbers})."
             )
         if gap < 0.05:
             return f"Good: use the draws as they are ({numbers})."

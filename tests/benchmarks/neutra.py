@@ -5,7 +5,8 @@
 Methods: ``NUTS`` (diagonal mass matrix), ``dense`` (linear preconditioning: a dense one), ``nutpie`` (low-rank
 adaptation; for NumPyro, where it is installed), ``IAF`` and ``BNAF`` (the ecosystem's ``NeuTraReparam`` on its own
 guides; the latter NumPyro's), and ``ours``: ``FlowVI`` with ``--steps`` steps of ``--particles`` draws, then
-``FlowReparam``. The ecosystem's guides are trained with Adam for 5000 steps of 8 draws.
+``FlowReparam``; from the same fit ``MH`` (``refine("flow_mh")``) and ``adapted`` (``refine("nuts", adapt=True)``), both
+with half the warm-up. The ecosystem's guides are trained with Adam for 5000 steps of 8 draws.
 
 Columns: least bulk and tail ESS of all latent scalars; gradient evaluations of training, warm-up and draws; least ESS
 per 1000 gradients of all three, and per second (of everything, compilation included); divergences; largest R-hat; and
@@ -34,7 +35,7 @@ with warnings.catch_warnings():  # 0.23 announces 1.x on import
 Y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 NUM_TIMES, NUM_PERSONS, NUM_ITEMS = 40, 25, 8
-METHODS = ["NUTS", "dense", "nutpie", "IAF", "BNAF", "ours"]
+METHODS = ["NUTS", "dense", "nutpie", "IAF", "BNAF", "ours", "MH", "adapted"]
 
 
 class Target(NamedTuple):
@@ -197,6 +198,9 @@ class NumPyro:
     def fit(self, model: Callable, seed: int, **options: Any) -> Any:
         return self.package.FlowVI(model, progress_bar=False, **options).run(self.jax.random.key(seed))
 
+    def refine(self, posterior: Any, seed: int, method: str, **options: Any) -> Any:
+        return posterior.refine(self.jax.random.key(seed), method, progress_bar=False, **options)
+
 
 class Pyro:
     def __init__(self) -> None:
@@ -257,6 +261,10 @@ class Pyro:
         self.pyro.set_rng_seed(seed)
         return self.package.FlowVI(model, progress_bar=False, **options).run()
 
+    def refine(self, posterior: Any, seed: int, method: str, **options: Any) -> Any:
+        self.pyro.set_rng_seed(seed)
+        return posterior.refine(method, num_chains=2, progress_bar=False, **options)
+
 
 def sampled(lab: Any, model: Callable, method: str, options: argparse.Namespace) -> Run | None:
     """A run of one method; ``None`` where the ecosystem has none."""
@@ -268,6 +276,13 @@ def sampled(lab: Any, model: Callable, method: str, options: argparse.Namespace)
     if method in ("IAF", "BNAF"):
         return lab.transported(model, method, *size)
     posterior = lab.fit(model, options.seed, num_steps=options.steps, num_particles=options.particles)
+    if method in ("MH", "adapted"):
+        how = {"method": "flow_mh"} if method == "MH" else {"method": "nuts", "adapt": True}
+        refined = lab.refine(posterior, options.seed, num_samples=options.draws, num_warmup=options.warmup // 2, **how)
+        spent = refined.gradients
+        gradients = spent["fit"] + spent.get("adaptation", 0), spent["warm-up"], spent["sampling"]
+        draws = {name: np.asarray(x) for name, x in refined.get_samples(group_by_chain=True).items()}
+        return Run(draws, gradients, refined.divergences, time.perf_counter() - begin)
     neutra = lab.package.FlowReparam(posterior)
     run = lab.nuts(neutra.reparam(model), *size)
     draws = neutra.transform_sample({name: lab.array(x) for name, x in run.draws.items()})
