@@ -24,6 +24,7 @@ class NumPyro:
         self.flows = importlib.import_module("numpyro_flows").flows
         self.guides = importlib.import_module("numpyro_flows.guides.hierarchical")
         self.conditioners = importlib.import_module("numpyro_flows.conditioners")
+        self.compiled = {}
 
     array = staticmethod(lambda x: importlib.import_module("jax.numpy").asarray(x))
 
@@ -72,7 +73,14 @@ class NumPyro:
             return loss.loss(key, params, model, guide, *full)
 
         data = [x for is_array, x in zip(arrays, args, strict=True) if is_array]
-        return -np.asarray(self.jax.jit(self.jax.vmap(elbo, (0, None, None)))(keys, params, data))
+        signature = (
+            id(guide),
+            type(loss),
+            tuple(None if is_array else x for is_array, x in zip(arrays, args, strict=True)),
+        )
+        if signature not in self.compiled:
+            self.compiled[signature] = self.jax.jit(self.jax.vmap(elbo, (0, None, None)))
+        return -np.asarray(self.compiled[signature](keys, params, data))
 
     def gradients(self, model, guide, params, *args, n=1):
         """Mean gradients of the ELBO over ``n`` draws and their standard errors, by parameter."""
