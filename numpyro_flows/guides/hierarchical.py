@@ -590,7 +590,13 @@ def _groups(trace: dict[str, Any]) -> dict[str, Group]:
         frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
         plates = {frame.name: frame.dim for frame in frames}
         group = Group(plates, tuple(trace[plate]["args"][0] for plate in plates))
-        group = groups.setdefault(group.label, group)
+        known = groups.setdefault(group.label, group)
+        if known.plates != group.plates:
+            raise ValueError(
+                f"AutoHierarchicalFlow: the plates {list(known.plates)} and {list(group.plates)} make one name, "
+                f"{group.label!r}. Rename one of them."
+            )
+        group = known
         bijection, batch = biject_to(site["fn"].support), site["fn"].batch_shape
         shape = jnp.shape(bijection.inv(site["value"]))
         event = shape[len(batch) :]

@@ -581,7 +581,13 @@ def _groups(trace: poutine.Trace) -> dict[str, Group]:
             continue
         frames = _frames(site)
         group = Group({f.name: f.dim for f in frames}, tuple(f.full_size or f.size for f in frames))
-        group = groups.setdefault(group.label, group)
+        known = groups.setdefault(group.label, group)
+        if known.plates != group.plates:
+            raise ValueError(
+                f"AutoHierarchicalFlow: the plates {list(known.plates)} and {list(group.plates)} make one name, "
+                f"{group.label!r}. Rename one of them."
+            )
+        group = known
         batch = site["fn"].batch_shape
         outside = [size for dim, size in enumerate(batch, -len(batch)) if size > 1 and dim not in group.plates.values()]
         if outside:

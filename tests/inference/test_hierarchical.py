@@ -615,6 +615,13 @@ def test_errors_of_the_model(backend):
             z = backend.ppl.sample("z", backend.dist.Normal(0.0, 1.0))
             backend.ppl.sample("y", backend.dist.Normal(z, 1.0), obs=backend.array(np.full(3, np.inf)))
 
+    def ambiguous():
+        backend.ppl.sample("z", backend.dist.Normal(0.0, 1.0))
+        with backend.plate("global", 3):
+            backend.ppl.sample("local", backend.dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="make one name, 'global'"):
+        backend.start(backend.guide(ambiguous))
     with pytest.raises(ValueError, match="Use AutoFlow"):
         backend.start(backend.guide(without_plates))
     with pytest.raises(ValueError, match="discrete and not enumerated.*TraceEnum_ELBO"):
