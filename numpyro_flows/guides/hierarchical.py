@@ -612,6 +612,11 @@ def _groups(trace: dict[str, Any]) -> dict[str, Group]:
 
 
 def _check_trace(trace: dict[str, Any]) -> None:
+    if any(isinstance(site["value"], jax.core.Tracer) for site in trace.values() if site["type"] == "sample"):
+        raise ValueError(
+            "AutoHierarchicalFlow: the guide's first call, which reads the model's structure, is inside jax.jit or "
+            "another transformation. Call svi.init (or the guide) once outside it."
+        )
     latent = {name: site for name, site in trace.items() if _is_latent(site)}
     discrete = [
         name for name, site in latent.items() if site["fn"].support.is_discrete and "enumerate" not in site["infer"]
@@ -631,11 +636,11 @@ def _check_trace(trace: dict[str, Any]) -> None:
             "AutoFlow, or put the latents that belong to elements into numpyro.plate."
         )
     sites = {
-        name: str(jnp.sum(site["fn"].log_prob(site["value"])))
+        name: float(jnp.sum(site["fn"].log_prob(site["value"])))
         for name, site in trace.items()
         if site["type"] == "sample"
     }
-    bad = {name: value for name, value in sites.items() if not np.isfinite(float(value))}
+    bad = {name: value for name, value in sites.items() if not np.isfinite(value)}
     if bad:
         raise ValueError(
             f"AutoHierarchicalFlow: the model's log-density is not finite at the start: site(s) {bad}. Check the data "

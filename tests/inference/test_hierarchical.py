@@ -648,6 +648,17 @@ def test_errors_of_a_call(backend):
         backend.start(guide, None, False)
 
 
+def test_error_of_a_first_call_under_jit():
+    pytest.importorskip("numpyro")
+    b = NumPyro()
+    guide, y = b.guide(normal_hierarchy(b)), b.array(observations(4))
+    svi = b.infer.SVI(guide.model, guide, b.ppl.optim.Adam(1e-3), b.infer.Trace_ELBO())
+    with pytest.raises(ValueError, match="first call.*outside"):
+        b.jax.jit(svi.init)(b.jax.random.key(0), y)
+    state = svi.init(b.jax.random.key(0), y)
+    assert np.isfinite(b.jax.jit(svi.update)(state, y)[1])
+
+
 def test_errors_of_encoders(backend):
     y, model = backend.array(observations(4)), normal_hierarchy(backend)
     with pytest.raises(ValueError, match=r"encoder of 'groups' returned shape \(4,\).*expected \(4, 'c'\)"):
