@@ -102,11 +102,9 @@ class NumPyro:
         )
 
     def enumerated_elbo(self):
-        pytest.importorskip("funsor")
         return self.infer.TraceEnum_ELBO()
 
     def enumerated(self, model):
-        pytest.importorskip("funsor")
         return importlib.import_module("numpyro.contrib.funsor").config_enumerate(model)
 
     def draws(self, guide, params, *args, n=1000):
