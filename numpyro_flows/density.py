@@ -75,7 +75,7 @@ def fit_density(
     :raises ValueError: for data that are no finite matrix, or options with which nothing can be fitted.
     :raises RuntimeError: if no step had a finite gradient.
     """
-    trained, learned_base, outer, history = fit_modules(
+    trained, learned_base, outer, history = _fit_modules(
         flow,
         data,
         base=base,
@@ -95,7 +95,7 @@ def fit_density(
     return density(learned_base, whole), history
 
 
-def fit_modules(
+def _fit_modules(
     flow: TransformModule,
     data: Array,
     *,

@@ -16,7 +16,7 @@ from numpyro.infer import NUTS
 from tqdm import tqdm
 
 from numpyro_flows import _arviz, evidence
-from numpyro_flows.density import fit_modules
+from numpyro_flows.density import _fit_modules
 from numpyro_flows.distributions import FlowDistribution
 from numpyro_flows.evidence import Estimate
 from numpyro_flows.transform_module import Compose, parameters
@@ -137,7 +137,7 @@ class RefinedPosterior:
         flat = self.unconstrained.reshape(-1, self.unconstrained.shape[-1])
         x = jax.jit(lambda u: outer.inverse_and_log_det(u)[0])(flat)
         fit_key, draw_key = jax.random.split(rng_key)
-        trained, learned_base, _, fit = fit_modules(
+        trained, learned_base, _, fit = _fit_modules(
             inner,
             x,
             base=base,
