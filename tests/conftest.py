@@ -20,7 +20,10 @@ except ImportError:
     pass
 
 
-_COMPILED = {"conformance", "parity", "test_reparam.py", "test_refinement.py", "test_evidence.py"}
+_COMPILED = {
+    *("conformance", "parity", "theory"),
+    *("test_auto_flow_numpyro.py", "test_evidence.py", "test_refinement.py", "test_reparam.py"),
+}
 
 
 @pytest.fixture(autouse=True)
