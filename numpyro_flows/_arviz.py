@@ -42,6 +42,14 @@ def from_groups(groups: dict[str, dict[str, np.ndarray]], attrs: dict[str, Any])
     return data
 
 
+def from_datasets(groups: dict[str, dict[str, np.ndarray]]) -> Any:
+    """The same, of groups of any name."""
+    if _HAS_DATA_TREE:
+        return az.from_dict(groups)
+    datasets = {name: az.dict_to_dataset(group) for name, group in groups.items()}
+    return az.InferenceData(**datasets, warn_on_custom_groups=False)
+
+
 def summary(data: Any, kind: str = "stats") -> Any:
     """ArviZ's table of the posterior."""
     return az.summary(data, kind=kind)

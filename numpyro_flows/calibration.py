@@ -242,12 +242,7 @@ class Calibration:
             "prior": {name: value[None] for name, value in self.true.items()},
             "ranks": {name: r[None] for name, r in self.ranks.items()},
         }
-        az = _arviz.az
-        if _arviz._HAS_DATA_TREE:
-            return az.from_dict(groups)
-        return az.InferenceData(
-            **{name: az.dict_to_dataset(group) for name, group in groups.items()}, warn_on_custom_groups=False
-        )
+        return _arviz.from_datasets(groups)
 
     def plot(self, var_names: list[str] | None = None) -> Any:
         """Draws of each scalar (at most 16) the histogram of ranks, and their distribution function less the uniform.

@@ -262,7 +262,7 @@ class FlowVI:
         found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
         modes = distinct([*start.modes, *found])
 
-        posterior.look_at(modes, rng, target.log_density)
+        posterior._look_at(modes, rng, target.log_density)
         history = posterior.history
         posterior.history = history._replace(
             gradients=history.gradients + gradients, seconds=time.perf_counter() - begin

@@ -91,6 +91,21 @@ def prototype_trace(model: Callable, args: tuple, kwargs: dict, init_loc_fn: Cal
         return handlers.trace(handlers.substitute(model, substitute_fn=init_loc_fn)).get_trace(*args, **kwargs)
 
 
+def check_finite(trace: dict[str, Any], owner: str) -> None:
+    """Raises a ``ValueError`` that names the sites of a start whose log-density is not finite."""
+    log_probs = {
+        name: float(jnp.sum(site["fn"].log_prob(site["value"])))
+        for name, site in trace.items()
+        if site["type"] == "sample"
+    }
+    sites = {name: value for name, value in log_probs.items() if not np.isfinite(value)}
+    if sites:
+        raise ValueError(
+            f"{owner}: the model's log-density is not finite at the start: site(s) {sites}. Check the data and the "
+            "priors of what these sites depend on, or give init_loc_fn= a valid start."
+        )
+
+
 def check_latents(trace: dict[str, Any], owner: str) -> None:
     """Raises a ``ValueError`` where a flow over all latents jointly cannot serve the traced model."""
     latent = {

@@ -19,9 +19,16 @@ from numpyro.primitives import Messenger
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.transform_module import TransformModule
 
-_WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
+WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
-_LOCATION_SCALE = (dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.LogNormal)
+LOCATION_SCALE = (dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.LogNormal)
+
+
+def unwrapped(fn: Any) -> Any:
+    """A distribution without masks, expansions and reinterpreted dimensions."""
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    return fn
 
 
 class Noncentering(TransformModule):
@@ -157,10 +164,8 @@ class _Sweep(Messenger):
         name = msg["name"]
         u = self.values[name]
         self.results[name], self.log_scales[name] = u, jnp.zeros_like(u)
-        fn = msg["fn"]
-        while isinstance(fn, _WRAPPERS):
-            fn = fn.base_dist
-        if isinstance(fn, _LOCATION_SCALE) and msg["value"] is None:
+        fn = unwrapped(msg["fn"])
+        if isinstance(fn, LOCATION_SCALE) and msg["value"] is None:
             loc, scale = jnp.broadcast_to(fn.loc, u.shape), jnp.broadcast_to(fn.scale, u.shape)
             self.seen[name] = loc, scale
             if name in self.sites:

@@ -118,9 +118,12 @@ class FlowPosterior:
         Each ``(num_samples, *site_shape)``. Warns where Pareto k says that the weights cannot be trusted.
         """
         self._warn_if_unreliable("importance_resample")
+        return self._constrain(self.draws.unconstrained[self._resampled(rng_key, (num_samples,))])
+
+    def _resampled(self, rng_key: Array, shape: tuple[int, ...]) -> np.ndarray:
+        """Indices of ``draws``, drawn by their smoothed importance weights."""
         weights = np.exp(self._psis[0])
-        index = jax.random.choice(rng_key, self.num_draws, (num_samples,), p=jnp.asarray(weights / weights.sum()))
-        return self._constrain(self.draws.unconstrained[index])
+        return np.asarray(jax.random.choice(rng_key, self.num_draws, shape, p=jnp.asarray(weights / weights.sum())))
 
     def refine(
         self,
@@ -161,6 +164,8 @@ class FlowPosterior:
         :raises ValueError: for an unknown method, and numbers with which nothing can be drawn.
         :raises KeyboardInterrupt: if interrupted before the first draw.
         """
+        if method == "resample":
+            self._warn_if_unreliable("refine")
         return refinement.refine(
             self,
             rng_key,
@@ -225,7 +230,7 @@ class FlowPosterior:
         fix = "Try a richer flow=, more num_steps= or refine(method='nuts')."
         evidence.warn_if_unreliable(self.pareto_k, what, fix, stacklevel=3)
 
-    def look_at(self, modes: tuple[Start, ...], rng: np.random.Generator, log_density: Callable | None = None) -> None:
+    def _look_at(self, modes: tuple[Start, ...], rng: np.random.Generator, log_density: Callable | None = None) -> None:
         """Notes in the history what share of the posterior around ``modes`` the guide misses.
 
         :param modes: Gaussians in the guide's coordinates, there and elsewhere.
@@ -251,7 +256,7 @@ class FlowPosterior:
         history = self.history._replace(gradients=gradients, seconds=self.history.seconds + seconds)
         new = type(self)(self.guide, params, self.log_density, history, num_draws=self.num_draws, rng_key=rng_key)
         if self._modes:
-            new.look_at(self._modes, np.random.default_rng(0))
+            new._look_at(self._modes, np.random.default_rng(0))
         return new
 
     @property
@@ -331,7 +336,7 @@ class FlowPosterior:
 
     def _weighted(self) -> RefinedPosterior:
         """What stands for the posterior in ArviZ's cross-validation."""
-        return self.refine(self._key, "resample", num_samples=4000, num_chains=1)
+        return refinement.refine(self, self._key, "resample", num_samples=4000, num_chains=1)
 
     def _log_likelihood(self, unconstrained: Array) -> dict[str, np.ndarray]:
         """Log-density of each observation at points ``(*batch, dim)``: ``(*batch, *site_batch_shape)`` by site."""

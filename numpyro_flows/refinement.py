@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from numpyro_flows import _arviz, evidence
 from numpyro_flows.density import _fit_modules
-from numpyro_flows.distributions import FlowDistribution
 from numpyro_flows.evidence import Estimate
 from numpyro_flows.transform_module import Compose, parameters
 
@@ -31,11 +30,13 @@ _MALA_ACCEPTANCE = 0.574  # optimal in many dimensions (Roberts & Rosenthal 1998
 
 
 class Scored(NamedTuple):
-    """Points of the unconstrained space, scored under model and guide."""
+    """Points of the base space, mapped to the unconstrained space and scored there under model and guide."""
 
     unconstrained: Array  # (..., dim)
     log_model: Array  # (...)
     log_guide: Array  # (...)
+    z: Array | None = None  # (..., dim), where they were found there
+    log_base: Array | None = None  # (...)
 
 
 class Run(NamedTuple):
@@ -52,10 +53,8 @@ class BaseSpace:
     """The posterior in the space of the guide's base, where it is close to that base: ``u = f(z)``."""
 
     def __init__(self, posterior: Any):
-        transform, base = posterior._transform, posterior._distribution.base_dist
-        if isinstance(base, FlowDistribution):  # a learned one, of normals: they are the better space
-            transform, base = Compose([base.transform, transform]), base.base_dist
-        self.transform, self.base, self._density = transform, base, posterior.log_density
+        self.transform, self.base = posterior.guide.get_base_space(posterior.params)
+        self._density = posterior.log_density
         self.dim = posterior.log_density.dim
         self.dtype = posterior.guide.init_loc.dtype
         self.score = jax.jit(lambda z: lax.map(self._score, z, batch_size=_BATCH))
@@ -69,7 +68,8 @@ class BaseSpace:
     def _score(self, z: Array) -> Scored:
         u, log_det = self.transform.forward_and_log_det(z)
         log_model = self._density(u)
-        return Scored(u, jnp.where(jnp.isnan(log_model), -jnp.inf, log_model), self.base.log_prob(z) - log_det)
+        log_model, log_base = jnp.where(jnp.isnan(log_model), -jnp.inf, log_model), self.base.log_prob(z)
+        return Scored(u, log_model, log_base - log_det, z, log_base)
 
     def starts(self, rng_key: Array, n: int) -> Array:
         """Starts of chains ``(n, dim)``: draws of the guide, resampled by Pareto-smoothed importance weights."""
@@ -98,6 +98,7 @@ class RefinedPosterior:
 
     def __init__(self, posterior: Any, method: str, scored: Scored, run: Run, seconds: float):
         self.posterior, self.method, self.seconds = posterior, method, seconds
+        self._z, self._log_base = scored.z, scored.log_base
         self.unconstrained = scored.unconstrained
         self.log_model, self.log_guide = np.asarray(scored.log_model, float), np.asarray(scored.log_guide, float)
         self.acceptance, self.divergences = run.acceptance, run.divergences
@@ -199,7 +200,7 @@ class RefinedPosterior:
         :param temperature: of ``"harmonic"``: variance of the base of the concentrated flow, below one;
             ``1 - 1 / (2 sqrt(dim))`` unless given, at which the variance of its weights depends little on ``dim``.
         :raises ValueError: for another method, for a bridge or harmonic mean of resampled draws, and for the harmonic
-            mean with a guide whose base is not of independent normals.
+            mean with a guide whose base is a mixture.
         :raises RuntimeError: if the draws of guide and posterior hardly overlap.
         """
         if method is None:
@@ -224,23 +225,14 @@ class RefinedPosterior:
         temperature = 1 - 0.5 / math.sqrt(dim) if temperature is None else temperature
         if not 0 < temperature < 1:
             raise ValueError(f"log_evidence: temperature must lie between 0 and 1, but got {temperature}.")
-        space = BaseSpace(self.posterior)
-        zeros = np.zeros((2, dim))
-        zeros[1] = 1.0
-        found = np.asarray(space.base.log_prob(jnp.asarray(zeros, space.dtype)), float)
-        if not np.allclose(found, [-0.5 * dim * math.log(2 * math.pi), -0.5 * dim * (1 + math.log(2 * math.pi))]):
+        if getattr(self.posterior._base, "multimodal", False):
             raise ValueError(
-                "log_evidence: method='harmonic' needs a guide whose base is of standard normals, or learned from them "
-                "(the default, FlexibleBase). Use method='bridge'."
+                "log_evidence: method='harmonic' concentrates the flow of a base of one mode, but the guide's is a "
+                "mixture. Use method='bridge'."
             )
-        # log N(z; 0, T) - log N(z; 0, 1), the flow's log-determinant being the same; |z|^2 from the guide's density
-        square = np.square(self._base_points(space)).sum(-1)
-        return self.log_guide + 0.5 * square * (1 - 1 / temperature) - 0.5 * dim * math.log(temperature)
-
-    def _base_points(self, space: BaseSpace) -> np.ndarray:
-        flat = self.unconstrained.reshape(-1, self.unconstrained.shape[-1])
-        inverse = jax.jit(lambda u: lax.map(lambda v: space.transform.inverse_and_log_det(v)[0], u, batch_size=_BATCH))
-        return np.asarray(inverse(flat), float).reshape(self.unconstrained.shape)
+        log_det = np.asarray(self._log_base, float) - self.log_guide
+        square = np.square(np.asarray(self._z, float)).sum(-1)
+        return -0.5 * square / temperature - 0.5 * dim * math.log(2 * math.pi * temperature) - log_det
 
     def verdict(self) -> str:
         """One line: whether the draws can be used."""
@@ -352,7 +344,7 @@ def refine(
     space = BaseSpace(posterior)
     start_key, run_key = jax.random.split(rng_key)
     if method == "resample":
-        scored, run = _resample(posterior, run_key, num_chains, num_samples)
+        scored, run = _resample(posterior, run_key, (num_chains, num_samples))
     else:
         bar = tqdm(total=num_warmup + num_samples, desc=f"refine {method}", disable=not progress_bar)
         starts = space.starts(start_key, num_chains)
@@ -370,13 +362,9 @@ def refine(
     return RefinedPosterior(posterior, method, scored, run, time.perf_counter() - begin)
 
 
-def _resample(posterior: Any, rng_key: Array, num_chains: int, num_samples: int) -> tuple[Scored, Run]:
-    posterior._warn_if_unreliable("refine")
-    weights = np.exp(posterior._psis[0])
-    shape = num_chains, num_samples
-    index = jax.random.choice(rng_key, posterior.num_draws, shape, p=jnp.asarray(weights / weights.sum()))
-    draws, index_np = posterior.draws, np.asarray(index)
-    scored = Scored(draws.unconstrained[index], draws.log_model[index_np], draws.log_guide[index_np])  # type: ignore[arg-type]
+def _resample(posterior: Any, rng_key: Array, shape: tuple[int, int]) -> tuple[Scored, Run]:
+    index, draws = posterior._resampled(rng_key, shape), posterior.draws
+    scored = Scored(draws.unconstrained[index], draws.log_model[index], draws.log_guide[index])  # type: ignore[arg-type]
     return scored, Run(np.zeros((*shape, 0)), {}, 0, {}, False)
 
 

@@ -20,7 +20,7 @@ from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.reparam import Reparam
 from numpyro.primitives import _PYRO_STACK
 
-from numpyro_flows.distributions import FlowDistribution, standard_base
+from numpyro_flows.distributions import standard_base
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.log_density import check_latents, prototype_trace
 from numpyro_flows.noncentering import Noncentering
@@ -73,9 +73,7 @@ class FlowReparam(Reparam):
                 raise ValueError("FlowReparam: the guide has not been called, so it is not trained: train it first.")
             like = flow_source.init_loc
             shapes = {name: jnp.shape(u) for name, u in flow_source._unpack_latent(like).items()}
-            transform, base = flow_source.get_transform(params), flow_source.get_base_dist(params)
-            if isinstance(base, FlowDistribution):  # a learned one, of normals: they are the better space
-                transform, base = Compose([base.transform, transform]), base.base_dist
+            transform, base = flow_source.get_base_space(params)
             self._groups = [_Group(transform, tuple(shapes), base, flow_name(flow_source.flow))]
             self._groups[0].settle(shapes, like, check_tails)
             return

@@ -243,7 +243,7 @@ class FlowVI:
         points += [point for point in wide if np.isfinite(target.value_and_grad(point)[0])]
         found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
         modes = distinct([*start.modes, *found])
-        posterior.look_at(modes, rng, target.log_density)
+        posterior._look_at(modes, rng, target.log_density)
         history = posterior.history
         posterior.history = history._replace(
             gradients=history.gradients + gradients, seconds=time.perf_counter() - begin

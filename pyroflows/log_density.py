@@ -326,6 +326,22 @@ def prototype_trace(
         return poutine.trace(InitMessenger(init)(model)).get_trace(*args, **kwargs)
 
 
+def check_finite(trace: poutine.Trace, owner: str) -> None:
+    """Raises a ``ValueError`` that names the sites of a start whose log-density is not finite."""
+    with pyro.validation_enabled(False):
+        trace.compute_log_prob()
+    sites = {
+        name: float(site["log_prob_sum"])
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not math.isfinite(site["log_prob_sum"])
+    }
+    if sites:
+        raise ValueError(
+            f"{owner}: the model's log-density is not finite at the start: site(s) {sites}. Check the data and the "
+            "priors of what these sites depend on, or give init_loc_fn= a valid start."
+        )
+
+
 def check_latents(trace: poutine.Trace, owner: str) -> None:
     """Raises a ``ValueError`` where a flow over all latents jointly cannot serve the traced model."""
     latent = {

@@ -17,11 +17,18 @@ from torch import Tensor
 from pyroflows.log_density import LogDensity, _close, _Unconstrained
 from pyroflows.transform_module import TransformModule
 
-_WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution)
+WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution)
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
-_LOCATION_SCALE = tuple(
+LOCATION_SCALE = tuple(
     getattr(torch.distributions, name) for name in ("Normal", "StudentT", "Cauchy", "Laplace", "Gumbel", "LogNormal")
 ) + (dist.Logistic,)
+
+
+def unwrapped(fn: Any) -> Any:
+    """A distribution without masks, expansions and reinterpreted dimensions."""
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    return fn
 
 
 class Noncentering(TransformModule):
@@ -160,9 +167,8 @@ class _Sweep(_Unconstrained):
     def unconstrained(self, name: str, fn: Any) -> Tensor:
         u = self.values[name]
         self.results[name], self.log_scales[name] = u, torch.zeros_like(u)
-        while isinstance(fn, _WRAPPERS):
-            fn = fn.base_dist
-        if isinstance(fn, _LOCATION_SCALE):
+        fn = unwrapped(fn)
+        if isinstance(fn, LOCATION_SCALE):
             loc, scale = fn.loc.expand(u.shape), fn.scale.expand(u.shape)
             self.seen[name] = loc, scale
             if name in self.sites:

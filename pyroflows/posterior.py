@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -108,9 +109,12 @@ class FlowPosterior:
         Each ``(num_samples, *site_shape)``. Warns where Pareto k says that the weights cannot be trusted.
         """
         self._warn_if_unreliable("importance_resample")
-        weights = torch.as_tensor(np.exp(self._psis[0]))
-        index = torch.multinomial(weights, num_samples, replacement=True)
-        return self._constrain(self.draws.unconstrained[index.to(self.draws.unconstrained.device)])
+        return self._constrain(self.draws.unconstrained[self._resampled((num_samples,))])
+
+    def _resampled(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Indices of ``draws``, drawn by their smoothed importance weights."""
+        weights = torch.as_tensor(np.exp(self._psis[0]), device="cpu")
+        return torch.multinomial(weights, math.prod(shape), replacement=True).reshape(shape).numpy()
 
     def refine(
         self,
@@ -149,6 +153,8 @@ class FlowPosterior:
         :raises ValueError: for an unknown method, and numbers with which nothing can be drawn.
         :raises KeyboardInterrupt: if interrupted before the first draw.
         """
+        if method == "resample":
+            self._warn_if_unreliable("refine")
         return refinement.refine(
             self,
             method,
@@ -218,7 +224,7 @@ class FlowPosterior:
         fix = "Try a richer flow=, more num_steps= or refine(method='nuts')."
         evidence.warn_if_unreliable(self.pareto_k, what, fix, stacklevel=3)
 
-    def look_at(self, modes: tuple[Start, ...], rng: np.random.Generator, log_density: Callable | None = None) -> None:
+    def _look_at(self, modes: tuple[Start, ...], rng: np.random.Generator, log_density: Callable | None = None) -> None:
         """Notes in the history what share of the posterior around ``modes`` the guide misses.
 
         :param modes: Gaussians in the guide's coordinates, there and elsewhere.
@@ -246,7 +252,7 @@ class FlowPosterior:
         history = self.history._replace(gradients=gradients, seconds=self.history.seconds + seconds)
         new = type(self)(guide, self.log_density, history, num_draws=self.num_draws)
         if self._modes:
-            new.look_at(self._modes, np.random.default_rng(0))
+            new._look_at(self._modes, np.random.default_rng(0))
         return new
 
     @property
@@ -318,7 +324,7 @@ class FlowPosterior:
     def _weighted(self) -> RefinedPosterior:
         """What stands for the posterior in ArviZ's cross-validation."""
         with torch.random.fork_rng():
-            return self.refine("resample", num_samples=4000, num_chains=1)
+            return refinement.refine(self, "resample", num_samples=4000, num_chains=1)
 
     def _log_likelihood(self, unconstrained: Tensor) -> dict[str, np.ndarray]:
         """Log-density of each observation at points ``(*batch, dim)``: ``(*batch, *site_batch_shape)`` by site."""

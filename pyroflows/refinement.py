@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from pyroflows import _arviz, evidence
 from pyroflows.density import fit_density
-from pyroflows.distributions import FlowDistribution
 from pyroflows.evidence import Estimate
-from pyroflows.transform_module import Compose, TransformModule
+from pyroflows.transform_module import Compose
 
 METHODS = ("resample", "flow_mh", "nuts")
 R_HAT_GOOD = 1.01  # Vehtari et al. (2021)
@@ -30,11 +29,13 @@ _MALA_ACCEPTANCE = 0.574  # optimal in many dimensions (Roberts & Rosenthal 1998
 
 
 class Scored(NamedTuple):
-    """Points of the unconstrained space, scored under model and guide."""
+    """Points of the base space, mapped to the unconstrained space and scored there under model and guide."""
 
     unconstrained: Tensor  # (..., dim)
     log_model: Tensor  # (...)
     log_guide: Tensor  # (...)
+    z: Tensor | None = None  # (..., dim), where they were found there
+    log_base: Tensor | None = None  # (...)
 
 
 class Run(NamedTuple):
@@ -51,11 +52,8 @@ class BaseSpace:
     """The posterior in the space of the guide's base, where it is close to that base: ``u = f(z)``."""
 
     def __init__(self, posterior: Any):
-        transform, base = posterior._transform, posterior.guide.get_base_dist()
-        if isinstance(base, FlowDistribution):  # a learned one, of normals: they are the better space
-            transform, base = Compose([base.transform, transform]), base.base_dist  # type: ignore[list-item]
-        self.transform: TransformModule = transform.requires_grad_(False)
-        self.base, self._density = base, posterior.log_density
+        self.transform, self.base = posterior.guide.get_base_space()
+        self._density = posterior.log_density
         self.dim = posterior.log_density.dim
 
     def log_density(self, z: Tensor) -> Tensor:
@@ -80,7 +78,8 @@ class BaseSpace:
             u, log_det = self.transform.forward_and_log_det(part)
             log_model = self._density(u)
             log_model = torch.where(log_model.isnan(), -torch.inf, log_model)
-            parts.append(Scored(u, log_model, self.base.log_prob(part) - log_det))
+            log_base = self.base.log_prob(part)
+            parts.append(Scored(u, log_model, log_base - log_det, part, log_base))
         return Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def starts(self, n: int) -> Tensor:
@@ -109,6 +108,7 @@ class RefinedPosterior:
 
     def __init__(self, posterior: Any, method: str, scored: Scored, run: Run, seconds: float):
         self.posterior, self.method, self.seconds = posterior, method, seconds
+        self._z, self._log_base = scored.z, scored.log_base
         self.unconstrained = scored.unconstrained
         self.log_model, self.log_guide = (
             torch.as_tensor(x).double().numpy(force=True) for x in (scored.log_model, scored.log_guide)
@@ -205,7 +205,7 @@ class RefinedPosterior:
         :param temperature: of ``"harmonic"``: variance of the base of the concentrated flow, below one;
             ``1 - 1 / (2 sqrt(dim))`` unless given, at which the variance of its weights depends little on ``dim``.
         :raises ValueError: for another method, for a bridge or harmonic mean of resampled draws, and for the harmonic
-            mean with a guide whose base is not of independent normals.
+            mean with a guide whose base is a mixture.
         :raises RuntimeError: if the draws of guide and posterior hardly overlap.
         """
         if method is None:
@@ -230,24 +230,15 @@ class RefinedPosterior:
         temperature = 1 - 0.5 / math.sqrt(dim) if temperature is None else temperature
         if not 0 < temperature < 1:
             raise ValueError(f"log_evidence: temperature must lie between 0 and 1, but got {temperature}.")
-        space = BaseSpace(self.posterior)
-        points = torch.zeros(2, dim).to(self.unconstrained)
-        points[1] = 1.0
-        found = space.base.log_prob(points).double().numpy(force=True)
-        if not np.allclose(found, [-0.5 * dim * math.log(2 * math.pi), -0.5 * dim * (1 + math.log(2 * math.pi))]):
+        if getattr(self.posterior._base, "multimodal", False):
             raise ValueError(
-                "log_evidence: method='harmonic' needs a guide whose base is of standard normals, or learned from them "
-                "(the default, FlexibleBase). Use method='bridge'."
+                "log_evidence: method='harmonic' concentrates the flow of a base of one mode, but the guide's is a "
+                "mixture. Use method='bridge'."
             )
-        # log N(z; 0, T) - log N(z; 0, 1), the flow's log-determinant being the same; |z|^2 from the guide's density
-        square = np.square(self._base_points(space)).sum(-1)
-        return self.log_guide + 0.5 * square * (1 - 1 / temperature) - 0.5 * dim * math.log(temperature)
-
-    @torch.no_grad()
-    def _base_points(self, space: BaseSpace) -> np.ndarray:
-        flat = self.unconstrained.reshape(-1, self.unconstrained.shape[-1])
-        parts = [space.transform.inverse_and_log_det(part)[0] for part in flat.split(_BATCH)]
-        return torch.cat(parts).double().numpy(force=True).reshape(self.unconstrained.shape)
+        assert self._z is not None and self._log_base is not None
+        log_det = self._log_base.double().numpy(force=True) - self.log_guide
+        square = self._z.double().square().sum(-1).numpy(force=True)
+        return -0.5 * square / temperature - 0.5 * dim * math.log(2 * math.pi * temperature) - log_det
 
     def verdict(self) -> str:
         """One line: whether the draws can be used."""
@@ -355,7 +346,7 @@ def refine(
         before["adaptation"] = posterior.history.gradients - before["fit"]
     space = BaseSpace(posterior)
     if method == "resample":
-        scored, run = _resample(posterior, num_chains, num_samples)
+        scored, run = _resample(posterior, (num_chains, num_samples))
     else:
         bar = tqdm(total=num_warmup + num_samples, desc=f"refine {method}", disable=not progress_bar)
         starts = space.starts(num_chains)
@@ -368,19 +359,15 @@ def refine(
         if not run.z.shape[1]:
             raise KeyboardInterrupt("refine: interrupted during warm-up, before the first draw.")
         flat = space.score(run.z.reshape(-1, space.dim))
-        scored = Scored(*(x.reshape(*run.z.shape[:2], *x.shape[1:]) for x in flat))
+        scored = Scored(*(x.reshape(*run.z.shape[:2], *x.shape[1:]) for x in flat if x is not None))
     run = run._replace(gradients={**before, **run.gradients})
     return RefinedPosterior(posterior, method, scored, run, time.perf_counter() - begin)
 
 
-def _resample(posterior: Any, num_chains: int, num_samples: int) -> tuple[Scored, Run]:
-    posterior._warn_if_unreliable("refine")
-    weights = torch.as_tensor(np.exp(posterior._psis[0]))
-    index = torch.multinomial(weights, num_chains * num_samples, replacement=True).reshape(num_chains, num_samples)
-    draws, at = posterior.draws, index.numpy(force=True)
-    unconstrained = draws.unconstrained[index.to(draws.unconstrained.device)]
-    scored = Scored(unconstrained, draws.log_model[at], draws.log_guide[at])
-    return scored, Run(unconstrained[..., :0], {}, 0, {}, False)
+def _resample(posterior: Any, shape: tuple[int, int]) -> tuple[Scored, Run]:
+    index, draws = posterior._resampled(shape), posterior.draws
+    scored = Scored(draws.unconstrained[index], draws.log_model[index], draws.log_guide[index])  # type: ignore[arg-type]
+    return scored, Run(scored.unconstrained[..., :0], {}, 0, {}, False)
 
 
 class _Chain(NamedTuple):

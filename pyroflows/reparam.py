@@ -23,7 +23,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyroflows.distributions import FlowDistribution, standard_base
+from pyroflows.distributions import standard_base
 from pyroflows.guides import AutoFlow
 from pyroflows.log_density import check_latents, prototype_trace
 from pyroflows.noncentering import Noncentering
@@ -73,9 +73,7 @@ class FlowReparam(Reparam):
             if flow_source.prototype_trace is None:
                 raise ValueError("FlowReparam: the guide has not been called, so it is not trained: train it first.")
             like, shapes = flow_source.init_loc, dict(flow_source._unconstrained_shapes)
-            transform, base = flow_source.get_transform(), flow_source.get_base_dist()
-            if isinstance(base, FlowDistribution):  # a learned one, of normals: they are the better space
-                transform, base = Compose([base.transform, transform]), base.base_dist  # type: ignore[list-item]
+            transform, base = flow_source.get_base_space()
             self._groups = [_Group(transform, tuple(shapes), base, flow_name(flow_source.flow))]
             self._groups[0].settle(shapes, like, check_tails)
             return

@@ -18,7 +18,7 @@ from numpyro.infer.initialization import init_to_uniform
 
 from numpyro_flows import flows
 from numpyro_flows.distributions import Base, FlowDistribution, standard_base
-from numpyro_flows.log_density import LogDensity, check_latents, prototype_trace
+from numpyro_flows.log_density import LogDensity, check_finite, check_latents, prototype_trace
 from numpyro_flows.noncentering import Noncentering, noncentering_of
 from numpyro_flows.transform_module import Compose, TransformModule, flow_module
 from numpyro_flows.transforms import ElementwiseAffine, TriangularAffine
@@ -90,7 +90,10 @@ class AutoFlow(AutoContinuous):
         except RuntimeError as error:
             if "initial parameters" not in str(error):
                 raise
-            raise ValueError(self._not_finite(seeded, args, kwargs)) from error
+            check_finite(prototype_trace(seeded, args, kwargs, self.init_loc_fn), owner)
+            raise ValueError(
+                f"{owner}: the model's log-density is not finite at the start: its gradient. Give init_loc_fn= another."
+            ) from error
         if self.transform is None:  # kept when a pickled guide sets itself up again
             dtype = self._init_latent.dtype
             flow = self.flow(self.latent_dim, key=jax.random.fold_in(key, 1))
@@ -149,19 +152,6 @@ class AutoFlow(AutoContinuous):
             raise RuntimeError("AutoFlow: set_noncentering needs a guide that is noncentered, and has been set up.")
         self.transform = Compose([*self.transform.layers[:-1], noncentering])
 
-    def _not_finite(self, seeded: Callable, args: tuple, kwargs: dict) -> str:
-        trace = prototype_trace(seeded, args, kwargs, self.init_loc_fn)
-        sites = {
-            name: str(jnp.sum(site["fn"].log_prob(site["value"])))
-            for name, site in trace.items()
-            if site["type"] == "sample" and not jnp.isfinite(jnp.sum(site["fn"].log_prob(site["value"])))
-        }
-        where = f"site(s) {sites}" if sites else "its gradient"
-        return (
-            f"{type(self).__name__}: the model's log-density is not finite at the start: {where}. "
-            "Check the data and the priors of what these sites depend on, or give init_loc_fn= a valid start."
-        )
-
     def log_density(self, *args: Any, **kwargs: Any) -> LogDensity:
         """The model's log-density over the guide's latent vector, given the model's arguments."""
         if self.prototype_trace is None:
@@ -203,6 +193,13 @@ class AutoFlow(AutoContinuous):
     def get_transform(self, params: dict[str, Any]) -> TransformModule:
         """The map from the base to the unconstrained latents at ``params``."""
         return handlers.substitute(self._get_posterior, params)().transform
+
+    def get_base_space(self, params: dict[str, Any]) -> tuple[TransformModule, dist.Distribution]:
+        """Map to the unconstrained latents, and its base, for MCMC: a base learned from normals is part of the map."""
+        transform, base = self.get_transform(params), self.get_base_dist(params)
+        if isinstance(base, FlowDistribution):
+            return Compose([base.transform, transform]), base.base_dist
+        return transform, base
 
     def get_posterior(self, params: dict[str, Any]) -> FlowDistribution:
         """The guide's distribution of the unconstrained latents at ``params``."""

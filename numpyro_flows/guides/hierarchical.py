@@ -25,7 +25,9 @@ from numpyro.primitives import Messenger
 
 from numpyro_flows import flows
 from numpyro_flows.distributions import standard_base
-from numpyro_flows.noncentering import _LOCATION_SCALE, _WRAPPERS
+from numpyro_flows.guides.auto_flow import _cast
+from numpyro_flows.log_density import check_finite
+from numpyro_flows.noncentering import LOCATION_SCALE, WRAPPERS, unwrapped
 from numpyro_flows.transform_module import TransformModule, flow_module
 
 LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
@@ -560,11 +562,10 @@ def first_value(site: dict[str, Any], last: bool = False) -> Array:
 
 def location_and_scale(fn: Any, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
     """Location and scale of an unconstrained value of ``shape``; ``None`` unless the distribution is of that form."""
-    while isinstance(fn, _WRAPPERS):
-        fn = fn.base_dist
+    fn = unwrapped(fn)
     if isinstance(fn, dist.MultivariateNormal):
         loc, scale = fn.loc, jnp.sqrt(jnp.square(fn.scale_tril).sum(-1))
-    elif isinstance(fn, _LOCATION_SCALE):
+    elif isinstance(fn, LOCATION_SCALE):
         loc, scale = fn.loc, fn.scale
     else:
         return None
@@ -574,7 +575,7 @@ def location_and_scale(fn: Any, shape: tuple[int, ...]) -> tuple[Array, Array] |
 def mask_of(fn: Any) -> Array | None:
     """The mask that handlers have put on a distribution."""
     mask = None
-    while isinstance(fn, _WRAPPERS):
+    while isinstance(fn, WRAPPERS):
         if isinstance(fn, dist.MaskedDistribution):
             mask = fn._mask if mask is None else mask & fn._mask
         fn = fn.base_dist
@@ -635,17 +636,7 @@ def _check_trace(trace: dict[str, Any]) -> None:
             "AutoHierarchicalFlow: no latent of the model lies in a plate, so there are no local latents. Use "
             "AutoFlow, or put the latents that belong to elements into numpyro.plate."
         )
-    sites = {
-        name: float(jnp.sum(site["fn"].log_prob(site["value"])))
-        for name, site in trace.items()
-        if site["type"] == "sample"
-    }
-    bad = {name: value for name, value in sites.items() if not np.isfinite(value)}
-    if bad:
-        raise ValueError(
-            f"AutoHierarchicalFlow: the model's log-density is not finite at the start: site(s) {bad}. Check the data "
-            "and the priors of what these sites depend on, or give init_loc_fn= a valid start."
-        )
+    check_finite(trace, "AutoHierarchicalFlow")
 
 
 def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any, init_scale: Any) -> None:
@@ -669,7 +660,3 @@ def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any
         )
     if not isinstance(init_scale, int | float) or not init_scale > 0:
         raise ValueError(f"AutoHierarchicalFlow: init_scale must be a positive number, but got {init_scale!r}.")
-
-
-def _cast(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, tree)

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyroflows import flows
 from pyroflows.distributions import Base, FlowDistribution, standard_base
-from pyroflows.log_density import LogDensity, check_latents, prototype_trace
+from pyroflows.log_density import LogDensity, check_finite, check_latents, prototype_trace
 from pyroflows.noncentering import Noncentering, noncentering_of
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import ElementwiseAffine, TriangularAffine
@@ -82,7 +82,7 @@ class AutoFlow(AutoContinuous):
         with pyro.validation_enabled(False):  # what is out of its support shows in the density, with its site's name
             trace = prototype_trace(self._raw_model[0], args, kwargs, self._init_loc_fn)
             check_latents(trace, type(self).__name__)
-            self._check_finite(trace)
+            check_finite(trace, type(self).__name__)
         self.model_params = list(trace.param_nodes)
         with torch.no_grad():
             super()._setup_prototype(*args, **kwargs)
@@ -147,19 +147,6 @@ class AutoFlow(AutoContinuous):
             raise RuntimeError("AutoFlow: set_noncentering needs a guide that is noncentered, and has been set up.")
         self.transform = Compose([*self._modules["transform"].layers[:-1], noncentering])  # type: ignore[index, union-attr]
 
-    def _check_finite(self, trace: pyro.poutine.Trace) -> None:
-        trace.compute_log_prob()
-        sites = {
-            name: float(site["log_prob_sum"])
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and not torch.isfinite(site["log_prob_sum"])
-        }
-        if sites:
-            raise ValueError(
-                f"{type(self).__name__}: the model's log-density is not finite at the start: site(s) {sites}. "
-                "Check the data and the priors of what these sites depend on, or give init_loc_fn= a valid start."
-            )
-
     def log_density(self, *args: Any, **kwargs: Any) -> LogDensity:
         """The model's log-density over the guide's latent vector, given the model's arguments."""
         if self.prototype_trace is None:
@@ -192,6 +179,16 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         return copy.deepcopy(self._modules["transform"]).requires_grad_(False)  # type: ignore[union-attr, return-value]
+
+    def get_base_space(self) -> tuple[TransformModule, dist.TorchDistribution]:
+        """Map to the unconstrained latents, and its base, for MCMC: a base learned from normals is part of the map.
+
+        Held fixed at their present parameters, as by :meth:`get_transform`.
+        """
+        transform, base = self.get_transform(), self.get_base_dist()
+        if isinstance(base, FlowDistribution):
+            return Compose([base.transform, transform]), base.base_dist  # type: ignore[list-item]
+        return transform, base
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """The guide's distribution of the unconstrained latents, with trainable parameters."""

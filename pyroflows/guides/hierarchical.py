@@ -25,7 +25,8 @@ from torch.distributions import biject_to
 from pyroflows import flows
 from pyroflows.distributions import standard_base
 from pyroflows.guides.auto_flow import AutoFlow
-from pyroflows.noncentering import _LOCATION_SCALE, _WRAPPERS
+from pyroflows.log_density import check_finite
+from pyroflows.noncentering import LOCATION_SCALE, WRAPPERS, unwrapped
 from pyroflows.transform_module import TransformModule
 
 LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
@@ -546,11 +547,10 @@ def first_value(site: Any, last: bool = False) -> Tensor:
 
 def location_and_scale(fn: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
     """Location and scale of an unconstrained value; ``None`` unless the distribution is of that form."""
-    while isinstance(fn, _WRAPPERS):
-        fn = fn.base_dist
+    fn = unwrapped(fn)
     if isinstance(fn, torch.distributions.MultivariateNormal):
         loc, scale = fn.loc, fn.scale_tril.square().sum(-1).sqrt()
-    elif isinstance(fn, _LOCATION_SCALE):
+    elif isinstance(fn, LOCATION_SCALE):
         loc, scale = fn.loc, fn.scale
     else:
         return None
@@ -561,7 +561,7 @@ def location_and_scale(fn: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
 def mask_of(fn: Any) -> Any:
     """The mask that a distribution itself carries; that of handlers stands at the site."""
     mask = None
-    while isinstance(fn, _WRAPPERS):
+    while isinstance(fn, WRAPPERS):
         if isinstance(fn, dist.MaskedDistribution):
             mask = fn._mask if mask is None else mask & fn._mask
         fn = fn.base_dist
@@ -631,18 +631,7 @@ def _check_trace(trace: poutine.Trace) -> None:
                     f"AutoHierarchicalFlow: site {name!r} lies in plate {frame.name!r}, which is iterated and "
                     "subsampled. Enter it as a context, 'with pyro.plate(...)'."
                 )
-    with pyro.validation_enabled(False):
-        trace.compute_log_prob()
-    bad = {
-        name: float(site["log_prob_sum"])
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["log_prob_sum"]))
-    }
-    if bad:
-        raise ValueError(
-            f"AutoHierarchicalFlow: the model's log-density is not finite at the start: site(s) {bad}. Check the data "
-            "and the priors of what these sites depend on, or give init_loc_fn= a valid start."
-        )
+    check_finite(trace, "AutoHierarchicalFlow")
 
 
 def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any, init_scale: Any) -> None:

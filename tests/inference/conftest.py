@@ -8,11 +8,17 @@ _fitters = {}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("torch", "jax")])
-def fitter(request):
-    if request.param not in _fitters:
-        _fitters[request.param] = Fitter(request.param)
+def in_float64(request):
+    """The name of a backend, which works in float64 by default."""
     if request.param == "torch":
         torch = importlib.import_module("torch")
         torch.set_default_dtype(torch.float64)
         request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
-    return _fitters[request.param]
+    return request.param
+
+
+@pytest.fixture
+def fitter(in_float64):
+    if in_float64 not in _fitters:
+        _fitters[in_float64] = Fitter(in_float64)
+    return _fitters[in_float64]

@@ -47,15 +47,11 @@ class Lab:
 _labs = {}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("torch", "jax")])
-def lab(request):
-    if request.param not in _labs:
-        _labs[request.param] = Lab(request.param)
-    if request.param == "torch":
-        torch = importlib.import_module("torch")
-        torch.set_default_dtype(torch.float64)
-        request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
-    return _labs[request.param]
+@pytest.fixture
+def lab(in_float64):
+    if in_float64 not in _labs:
+        _labs[in_float64] = Lab(in_float64)
+    return _labs[in_float64]
 
 
 def generator(rest):

@@ -70,15 +70,16 @@ def test_a_flow_adapted_to_the_draws(fitter):
     assert refined.posterior.history.missed < 0.01
 
 
-def test_resampled_draws(fitter):
+def test_resampled_draws(fitter, monkeypatch):
     posterior = fitter.fit("eight_schools", **QUICK)
-    if posterior.pareto_k < 0.7:
+    monkeypatch.setattr(posterior, "history", posterior.history._replace(missed=0.0))
+    weights, _ = posterior._psis
+    monkeypatch.setitem(posterior.__dict__, "_psis", (weights, 0.9))
+    with pytest.warns(UserWarning, match="refine: Pareto k is 0.90"):
         refined = fitter.refine(posterior, "resample")
-        assert refined.verdict().startswith("Good")
-    else:
-        with pytest.warns(UserWarning, match="Pareto k"):
-            refined = fitter.refine(posterior, "resample")
-        assert refined.verdict().startswith("Do not trust")
+    assert refined.verdict().startswith("Do not trust: importance weights")
+    monkeypatch.setitem(posterior.__dict__, "_psis", (weights, 0.3))
+    assert fitter.refine(posterior, "resample").verdict().startswith("Good")
     draws = numpy_draws(refined)
     assert draws["theta"].shape == (4000, 8) and np.isnan(refined.r_hat)
     assert refined.ess_bulk == min(4000, posterior.effective_sample_size)
