@@ -37,7 +37,7 @@ class Linear(eqx.Module):
 
 
 class MLP(eqx.Module):
-    """Perceptron of ``x`` ``(..., in_dim)`` and an optional context; its last layer starts at zero.
+    """Perceptron of ``x`` ``(..., in_dim)`` and an optional context; its last layer starts at zero unless told not to.
 
     The context enters the first layer. Its batch axes broadcast against those of ``x`` without being copied.
 
@@ -46,6 +46,7 @@ class MLP(eqx.Module):
     :param out_dim: size of the output ``(..., out_dim)``.
     :param context_dim: size of the context ``(..., context_dim)``, 0 for none.
     :param activation: one of ``conditioners.ACTIVATIONS``. The smooth ones suit guides which NUTS runs through.
+    :param zero: whether the last layer starts at zero.
     """
 
     layers: tuple[Linear, ...]
@@ -60,6 +61,7 @@ class MLP(eqx.Module):
         out_dim: int,
         context_dim: int = 0,
         activation: str = "silu",
+        zero: bool = True,
         *,
         key: Array,
     ):
@@ -68,7 +70,8 @@ class MLP(eqx.Module):
         keys = jax.random.split(key, len(dims) - 1)
         last = len(dims) - 2
         self.layers = tuple(
-            Linear(i, o, key=k, zero=n == last) for n, (i, o, k) in enumerate(zip(dims, dims[1:], keys, strict=False))
+            Linear(i, o, key=k, zero=zero and n == last)
+            for n, (i, o, k) in enumerate(zip(dims, dims[1:], keys, strict=False))
         )
         self.in_dim, self.context_dim, self.activation = in_dim, context_dim, activation
 
