@@ -33,7 +33,7 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Perceptron of ``x`` ``(..., in_dim)`` and an optional context; its last layer starts at zero.
+    """Perceptron of ``x`` ``(..., in_dim)`` and an optional context; its last layer starts at zero unless told not to.
 
     The context enters the first layer. Its batch axes broadcast against those of ``x`` without being copied.
 
@@ -42,6 +42,7 @@ class MLP(nn.Module):
     :param out_dim: size of the output ``(..., out_dim)``.
     :param context_dim: size of the context ``(..., context_dim)``, 0 for none.
     :param activation: one of ``conditioners.ACTIVATIONS``. The smooth ones suit guides which NUTS runs through.
+    :param zero: whether the last layer starts at zero.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class MLP(nn.Module):
         out_dim: int,
         context_dim: int = 0,
         activation: str = "silu",
+        zero: bool = True,
     ):
         super().__init__()
         check_network(hidden_dims, context_dim, activation)
         dims = (in_dim + context_dim, *hidden_dims, out_dim)
         last = len(dims) - 2
         self.layers = nn.ModuleList(
-            Linear(i, o, zero=n == last) for n, (i, o) in enumerate(zip(dims, dims[1:], strict=False))
+            Linear(i, o, zero=zero and n == last) for n, (i, o) in enumerate(zip(dims, dims[1:], strict=False))
         )
         self.in_dim, self.context_dim, self.activation = in_dim, context_dim, activation
 
