@@ -1,6 +1,7 @@
 """Normalizing flows for NumPyro: guides, reparameterizations and densities with exact log-determinants."""
 
-from numpyro_flows import conditioners, distributions, flows, transforms, univariate
+from numpyro_flows import conditioners, distributions, encoders, flows, transforms, univariate
+from numpyro_flows.amortised import AmortisedFlowVI
 from numpyro_flows.calibration import Calibration, simulation_based_calibration
 from numpyro_flows.density import fit_density
 from numpyro_flows.distributions import ConditionalFlowDistribution, FlowDistribution
@@ -14,6 +15,7 @@ from numpyro_flows.transform_module import Compose, Conditioned, Inverse, Repeat
 
 __version__ = "0.1.0"
 __all__ = [
+    "AmortisedFlowVI",
     "AutoFlow",
     "AutoHierarchicalFlow",
     "Calibration",
@@ -31,6 +33,7 @@ __all__ = [
     "compare",
     "conditioners",
     "distributions",
+    "encoders",
     "fit_density",
     "flow_module",
     "flows",

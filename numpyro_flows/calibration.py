@@ -26,7 +26,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from numpyro_flows import _arviz
-from numpyro_flows.inference import FlowVI, _numpy_rng
+from numpyro_flows.inference import FlowVI, _numpy_rng, _numpy_seed
 from numpyro_flows.log_density import check_latents
 from numpyro_flows.posterior import Estimate
 
@@ -36,6 +36,7 @@ _SIGNIFICANCE = 0.05
 _REDRAWS = 20  # after which a model that still draws the same (discrete values may) is seeded
 _MAX_ROWS = 50  # scalars that the summary prints
 _BATCH = 256  # draws per pass over the model: bounds the memory
+_AT_ONCE = 250  # simulations, where the inference takes many
 _KEPT_FITS = 20  # fits after which their compiled functions, some 80 MB each, are thrown away
 
 
@@ -81,6 +82,8 @@ def simulation_based_calibration(
     or, compiled each time, ``MCMC(NUTS(conditioned), ...).run(rng_key, *args, **kwargs)``. Draws of MCMC must be
     thinned until they are nearly independent, for the ranks of autocorrelated draws are not uniform; that is left to
     ``infer``.
+
+    A trained :class:`AmortisedFlowVI` is an ``infer`` too. It infers from many data sets at once, which takes seconds.
 
     :param rng_key: jax's key.
     :param model: NumPyro model with observed sites and proper priors.
@@ -376,12 +379,13 @@ class _Simulator:
         self.var_names = None if var_names is None else list(var_names)
         self.infer: Callable = infer if callable(infer) else partial(_flow_vi, options=infer or {})
         self.uses_flow_vi = not callable(infer)
+        self.infers_many = callable(getattr(infer, "infer_many", None))
         self.runs = 0
         self.latents: list[str] = []
         self.deterministic: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_evaluate"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_evaluate", "_simulate_many")}
 
     def check(self, key: Array) -> None:
         """Raises a ``ValueError`` where the data cannot be simulated; settles what is ranked."""
@@ -516,6 +520,47 @@ class _Simulator:
         except Exception as error:
             return _failure(error)
 
+    @cached_property
+    def _simulate_many(self) -> Callable[[Array], tuple[dict[str, Array], dict[str, Array]]]:
+        """Latents and data for keys ``(n,)``; compiled once."""
+
+        def one(key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+            trace = self._trace(key)
+            data = {name: site["value"] for name, site in trace.items() if _is_data(site)}
+            return {name: trace[name]["value"] for name in self.latents}, data
+
+        return jax.jit(jax.vmap(one))
+
+    def run_many(self, seeds: Sequence[np.ndarray]) -> list[_Outcome]:
+        """As many simulations, for an inference that takes many data sets at once (``infer.infer_many``).
+
+        The data are those of :meth:`run` with the same seeds.
+        """
+        keys = jax.random.wrap_key_data(jnp.asarray(np.stack(seeds)), impl=self.impl)
+        split = jax.vmap(partial(jax.random.split, num=3))(keys)
+        simulate_keys, infer_keys, tie_keys = split[:, 0], split[:, 1], split[:, 2]
+        truth, data = self._simulate_many(simulate_keys)
+        draws = self.infer.infer_many(infer_keys, data, self.args, self.kwargs, self.num_draws)  # type: ignore[attr-defined]
+        self._check_draws(jax.tree.map(lambda x: x[0], draws), {name: x[0] for name, x in truth.items()})
+        if self._derives:
+            joined = {n: jnp.concatenate([x[:, None], draws[n]], 1) for n, x in truth.items()}
+            values = jax.vmap(self._evaluate)(data, joined)
+            draws = {**draws, **{name: value[:, 1:] for name, value in values.items()}}
+            truth = {**truth, **{name: value[:, 0] for name, value in values.items()}}
+        names, ties = self.var_names or [], jax.vmap(_numpy_seed)(tie_keys)
+        arrays = [{name: np.asarray(x) for name, x in part.items()} for part in (data, truth, draws)]
+        outcomes = []
+        for i, tie in enumerate(np.asarray(ties)):
+            try:
+                one_data, one_truth, one_draws = ({name: x[i] for name, x in part.items()} for part in arrays)
+                bad = [name for name, value in one_data.items() if not np.isfinite(value).all()]
+                if bad:
+                    raise FloatingPointError(f"simulated data of site(s) {bad} are not finite")
+                outcomes.append(_ranked(one_truth, one_draws, names, np.random.default_rng(int(tie))))
+            except FloatingPointError as error:
+                outcomes.append(_failure(error))
+        return outcomes
+
     @property
     def _derives(self) -> bool:
         return any(name not in self.latents for name in self.var_names or ())
@@ -587,7 +632,10 @@ def _check_arguments(num_simulations: int, num_draws: int, num_workers: int, inf
 def _collect(simulator: _Simulator, seeds: list[Any], num_workers: int, progress_bar: bool) -> Calibration:
     outcomes: dict[int, _Outcome] = {}
     interrupted = False
-    stream = _in_turn(simulator, seeds) if num_workers == 1 else _in_parallel(simulator, seeds, num_workers)
+    if num_workers > 1:
+        stream = _in_parallel(simulator, seeds, num_workers)
+    else:
+        stream = _many_at_once(simulator, seeds) if simulator.infers_many else _in_turn(simulator, seeds)
     with closing(stream), tqdm(total=len(seeds), desc="calibration", disable=not progress_bar) as bar:
         try:
             for index, outcome in stream:
@@ -615,6 +663,11 @@ def _collect(simulator: _Simulator, seeds: list[Any], num_workers: int, progress
 def _in_turn(simulator: _Simulator, seeds: list[Any]) -> Generator[tuple[int, _Outcome], None, None]:
     for index, seed in enumerate(seeds):
         yield index, simulator.run(seed)
+
+
+def _many_at_once(simulator: _Simulator, seeds: list[Any]) -> Generator[tuple[int, _Outcome], None, None]:
+    for start in range(0, len(seeds), _AT_ONCE):
+        yield from enumerate(simulator.run_many(seeds[start : start + _AT_ONCE]), start)
 
 
 def _in_parallel(

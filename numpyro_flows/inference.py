@@ -355,7 +355,11 @@ class FlowVI:
 
 
 def _numpy_rng(key: Array) -> np.random.Generator:
-    return np.random.default_rng(int(jax.random.randint(key, (), 0, 2**31 - 1)))
+    return np.random.default_rng(int(_numpy_seed(key)))
+
+
+def _numpy_seed(key: Array) -> Array:
+    return jax.random.randint(key, (), 0, 2**31 - 1)
 
 
 class Schedule:

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from numpyro_flows import _arviz, evidence, refinement, serialization
+from numpyro_flows import _arviz, diagnosis, evidence, refinement, serialization
+from numpyro_flows.diagnosis import Departure
 from numpyro_flows.distributions import BASES
 from numpyro_flows.evidence import PARETO_K_GOOD, Estimate
-from numpyro_flows.flows import FLOWS
 from numpyro_flows.guides import AutoFlow
+from numpyro_flows.guides.auto_flow import FACTORIES
 from numpyro_flows.initialization import MAX_HESSIAN_DIM, Start, missed_mass
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.noncentering import pulled_back
@@ -27,6 +28,8 @@ from numpyro_flows.transforms import TriangularAffine
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
 _MANY = 10_000  # and over the flow
+GAP_GOOD = 0.05  # nats of KL divergence from the posterior, below which draws can be used as they are
+MEAN_ERROR_GOOD, SD_ERROR_GOOD = 0.1, 0.1  # in standard deviations, and in logarithms of their ratio
 MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
 FLOW_ERROR_BAD = 0.02  # nats of log-determinant, or standard deviations of a round trip
 
@@ -299,6 +302,32 @@ class FlowPosterior:
             found = float("nan")
         return found if np.isfinite(found) else float("inf")
 
+    @cached_property
+    def departure(self) -> Departure:
+        """How far short Hamiltonian chains from the guide's draws get, beyond what the importance weights know of.
+
+        Made once, when first asked for; their gradients are added to the history's.
+        """
+        found = diagnosis.departure(self, jax.random.fold_in(self._key, 1))
+        self.history = self.history._replace(gradients=self.history.gradients + found.gradients)
+        return found
+
+    @cached_property
+    def moment_error(self) -> tuple[float, float]:
+        """What importance weights say of the guide's moments, of the worst unconstrained latent.
+
+        The largest error of a mean, in standard deviations, and the largest of a standard deviation, as the absolute
+        value of the logarithm of its ratio.
+        """
+        u, weights = np.asarray(self.draws.unconstrained, float), np.exp(self._psis[0])
+        weights = weights / weights.sum()
+        mean = weights @ u
+        sd = np.sqrt(weights @ np.square(u - mean))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            errors = np.abs(u.mean(0) - mean) / sd, np.abs(np.log(u.std(0) / sd))
+        worst = [float(error.max()) for error in errors]
+        return worst[0], worst[1]
+
     def verdict(self) -> str:
         """One line: whether to use the draws as they are, importance-resampled, or not."""
         k, gap = self.pareto_k, self._log_evidence().value - self.elbo.value
@@ -322,7 +351,13 @@ class FlowPosterior:
                 "Do not trust: the guide misses mass. Try refine(method='nuts', adapt=True), a richer flow= or "
                 f"reparametrise ({numbers})."
             )
-        if gap < 0.05:
+        if self.departure.suspicious:
+            return (
+                f"Do not trust: chains that start from the guide's draws leave for where it has too little mass (log "
+                f"weights rise by {self.departure.nats:.2f} +- {self.departure.standard_error:.2f} beyond those expected). "
+                f"Try refine(method='nuts', adapt=True), a richer flow= or reparametrise ({numbers})."
+            )
+        if gap < GAP_GOOD and self.moment_error[0] < MEAN_ERROR_GOOD and self.moment_error[1] < SD_ERROR_GOOD:
             return f"Good: use the draws as they are ({numbers})."
         return f"Usable: prefer importance_resample() ({numbers})."
 
@@ -391,7 +426,7 @@ class FlowPosterior:
         arguments = {"args": list(self.log_density.args), "kwargs": self.log_density.kwargs}
         metadata = {
             "arguments": serialization.pack(arguments, tensors, "model"),
-            "flow": serialization.describe(self.guide.flow, FLOWS),
+            "flow": serialization.describe(self.guide.flow, FACTORIES),
             "base": serialization.describe(self.guide.base, BASES) if self.guide.base else None,
             "guide": {
                 "base_df": self.guide.base_df,
@@ -425,7 +460,7 @@ class FlowPosterior:
             raise ValueError(f"load: {str(path)!r} holds no posterior.")
         if flow is None and metadata["flow"] is None:
             raise ValueError("load: the posterior's flow was not one of flows.*: pass its factory as flow=.")
-        factory = flow or serialization.build(metadata["flow"], FLOWS)
+        factory = flow or serialization.build(metadata["flow"], FACTORIES)
         if base is None and metadata.get("base") is not None:
             base = serialization.build(metadata["base"], BASES)
         if base is None and any(name.startswith("base.") for name in tensors):

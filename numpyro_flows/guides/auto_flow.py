@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -15,15 +17,21 @@ from jax import Array
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
+from numpyro.infer.util import constrain_fn
 
-from numpyro_flows import flows
+from numpyro_flows import flows, serialization
 from numpyro_flows.distributions import Base, FlowDistribution, standard_base
+from numpyro_flows.encoders import StandardizedEncoder
 from numpyro_flows.log_density import LogDensity, check_finite, check_latents, prototype_trace
 from numpyro_flows.noncentering import Noncentering, noncentering_of
-from numpyro_flows.transform_module import Compose, TransformModule, flow_module
-from numpyro_flows.transforms import ElementwiseAffine, TriangularAffine
+from numpyro_flows.prior_predictive import PriorPredictive
+from numpyro_flows.transform_module import Compose, Conditioned, TransformModule, flow_module, parameters
+from numpyro_flows.transforms import Elementwise, ElementwiseAffine, TriangularAffine
+from numpyro_flows.univariate import Affine
 
 _REBUILT = ("prototype_trace", "_potential_fn_gen", "_potential_fn", "_postprocess_fn", "_unpack_latent")
+_MAX_LOG_SCALE = 12.0  # of an amortised guide: posteriors may be so much narrower than the first scale, or wider
+_NUM_PILOTS = 500  # simulations by which an encoder's data are standardised
 
 
 class AutoFlow(AutoContinuous):
@@ -47,6 +55,17 @@ class AutoFlow(AutoContinuous):
     :param full_rank: puts a trainable full-rank affine map between the flow and the location and scale.
     :param noncentered: puts a :class:`Noncentering` layer last, where the model has latents whose prior depends on
         other latents. The location and scale are then those of the non-centred vector.
+    :param encoder: network that makes one guide of all data sets of a model (amortisation): it takes data sets
+        ``(batch, *shape)`` to contexts ``(batch, c)``, such as :class:`encoders.MLPEncoder` or
+        :class:`encoders.SetEncoder`. ``flow`` is then called with ``context_dim=c``, and a location and scale that
+        depend on the context follow it. Trained along with the flow, as param site ``{prefix}_encoder$params``, if it
+        is an equinox module (``equinox.filter_vmap`` makes one of a network of single data sets); any other function,
+        such as of summary statistics, stays as it is. What it sees is standardised
+        (:class:`encoders.StandardizedEncoder`) by data simulated from the model, where they can be, and else by those
+        of the first call; these statistics are kept with the parameters.
+    :param data: function of the model's arguments that gives what the encoder sees of one data set: an array, or a
+        tuple of arrays, which are the encoder's arguments (``lambda x, mask: (x, mask)``). The model's first argument
+        unless given.
     :raises ValueError: at the first call, for a model with discrete latents, none, latents in a subsampled plate, or
         a log-density that is not finite at the start (naming the sites).
     """
@@ -63,6 +82,8 @@ class AutoFlow(AutoContinuous):
         base: Callable[..., Base] | None = None,
         full_rank: bool = False,
         noncentered: bool = False,
+        encoder: Callable[..., Array] | None = None,
+        data: Callable | None = None,
     ):
         if not callable(flow) or isinstance(flow, TransformModule):
             raise TypeError(
@@ -71,11 +92,13 @@ class AutoFlow(AutoContinuous):
             )
         check_guide_scale(init_scale, base_df)
         check_base(base, base_df, "AutoFlow")
+        check_encoding(encoder, data, noncentered, "AutoFlow")
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
         self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
-        self.base, self.noncentered = base, noncentered
+        self.base, self.noncentered, self.encoder, self.data = base, noncentered, encoder, data
         self.transform: Compose | None = None
         self.learned_base: Base | None = None
+        self.standardized_encoder: StandardizedEncoder | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         owner = type(self).__name__
@@ -96,8 +119,14 @@ class AutoFlow(AutoContinuous):
             ) from error
         if self.transform is None:  # kept when a pickled guide sets itself up again
             dtype = self._init_latent.dtype
-            flow = self.flow(self.latent_dim, key=jax.random.fold_in(key, 1))
-            whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
+            flow_key = jax.random.fold_in(key, 1)
+            if self.encoder is None:
+                flow = self.flow(self.latent_dim, key=flow_key)
+                whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
+            else:
+                self.standardized_encoder = self._standardized(key, args, kwargs)
+                context_dim = self.encode(None, args, kwargs).shape[-1]
+                whole = [conditional_flow(self.flow, self.latent_dim, context_dim, self.full_rank, key=flow_key)]
             layer = noncentering_of(self._log_density(args, kwargs), self._init_latent) if self.noncentered else None
             coordinates = Compose([] if layer is None else [layer])
             start = coordinates.inverse_and_log_det(self._init_latent)[0]
@@ -184,44 +213,162 @@ class AutoFlow(AutoContinuous):
         assert self.learned_base is not None
         return flow_module(f"{self.prefix}_base", self.learned_base)
 
-    def _get_posterior(self) -> FlowDistribution:
+    def _registered(self) -> tuple[Compose, Any, StandardizedEncoder | None]:
+        """Flow, base and encoder at their present parameters."""
         assert self.transform is not None
         transform = flow_module(f"{self.prefix}_flow", self.transform)
         base = self.get_base_dist() if self.learned_base is None else self._registered_base()
-        return FlowDistribution(base, transform)
+        encoder = self.standardized_encoder
+        return transform, base, None if encoder is None else flow_module(f"{self.prefix}_encoder", encoder)
 
-    def get_transform(self, params: dict[str, Any]) -> TransformModule:
-        """The map from the base to the unconstrained latents at ``params``."""
-        return handlers.substitute(self._get_posterior, params)().transform
+    def _get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+        transform, base, encoder = self._registered()
+        if encoder is None:
+            return FlowDistribution(base, transform)
+        return FlowDistribution(base, transform.condition(self.encode(encoder, args, kwargs)))
 
-    def get_base_space(self, params: dict[str, Any]) -> tuple[TransformModule, dist.Distribution]:
+    def _sample_latent(self, *args: Any, **kwargs: Any) -> Array:
+        sample_shape = kwargs.pop("sample_shape", ())
+        posterior = self._get_posterior(*args, **kwargs).expand_by(sample_shape)
+        return numpyro.sample(f"_{self.prefix}_latent", posterior, infer={"is_auxiliary": True})
+
+    def get_transform(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> TransformModule:
+        """The map from the base to the unconstrained latents at ``params``.
+
+        :param args: of a guide with an encoder, here and below: the model's arguments; those of the guide's first call
+            unless given.
+        """
+        return handlers.substitute(self._get_posterior, params)(*args, **kwargs).transform
+
+    def get_base_space(
+        self, params: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[TransformModule, dist.Distribution]:
         """Map to the unconstrained latents, and its base, for MCMC: a base learned from normals is part of the map."""
-        transform, base = self.get_transform(params), self.get_base_dist(params)
+        transform, base = self.get_transform(params, *args, **kwargs), self.get_base_dist(params)
         if isinstance(base, FlowDistribution):
             return Compose([base.transform, transform]), base.base_dist
         return transform, base
 
-    def get_posterior(self, params: dict[str, Any]) -> FlowDistribution:
+    def get_posterior(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> FlowDistribution:
         """The guide's distribution of the unconstrained latents at ``params``."""
-        return handlers.substitute(self._get_posterior, params)()
+        return handlers.substitute(self._get_posterior, params)(*args, **kwargs)
+
+    def sample_posterior(
+        self, rng_key: Array, params: dict[str, Any], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
+    ) -> dict[str, Array]:
+        """Draws of the latent and deterministic sites, each ``(*sample_shape, *site_shape)``.
+
+        :param params: as ``SVI`` returns them.
+        """
+        if self.encoder is None:
+            return super().sample_posterior(rng_key, params, *args, sample_shape=sample_shape, **kwargs)
+        if not args and not kwargs:
+            _, args, kwargs = self._prototype_call
+        u = self.get_posterior(params, *args, **kwargs).sample(rng_key, sample_shape)
+        model = handlers.substitute(self.model, data={n: v for n, v in params.items() if n in self.prototype_trace})  # type: ignore[attr-defined]
+        density = LogDensity(model, args, kwargs, self.latent_dim, self._unpack_latent)
+        draws = jax.lax.map(density.constrain, u.reshape(-1, self.latent_dim))
+        return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
 
     def quantiles(
-        self, params: dict[str, Any], quantiles: Any, *, rng_key: Array | None = None, num_samples: int = 10_000
+        self,
+        params: dict[str, Any],
+        quantiles: Any,
+        *args: Any,
+        rng_key: Array | None = None,
+        num_samples: int = 10_000,
+        **kwargs: Any,
     ) -> dict[str, Array]:
         """Quantiles of each latent site, from draws (a flow's marginals have no closed form).
 
         :returns: dict of arrays ``(len(quantiles), *site_shape)``, or ``site_shape`` for a single number.
         """
         rng_key = jax.random.key(0) if rng_key is None else rng_key
-        samples = self.sample_posterior(rng_key, params, sample_shape=(num_samples,))
+        samples = self.sample_posterior(rng_key, params, *args, sample_shape=(num_samples,), **kwargs)
         latent = {name: samples[name] for name in self._init_locs}
         return jax.tree.map(lambda x: jnp.quantile(x, jnp.asarray(quantiles), axis=0), latent)
 
     def median(
-        self, params: dict[str, Any], *, rng_key: Array | None = None, num_samples: int = 10_000
+        self,
+        params: dict[str, Any],
+        *args: Any,
+        rng_key: Array | None = None,
+        num_samples: int = 10_000,
+        **kwargs: Any,
     ) -> dict[str, Array]:
         """Median of each latent site, from draws."""
-        return self.quantiles(params, 0.5, rng_key=rng_key, num_samples=num_samples)
+        return self.quantiles(params, 0.5, *args, rng_key=rng_key, num_samples=num_samples, **kwargs)
+
+    # -- amortisation ----------------------------------------------------------------------------------------------
+    def encoder_data(self, args: tuple, kwargs: dict) -> tuple[Array, ...]:
+        """What the encoder sees of the model's arguments: arrays ``(*shape)``, without an axis of data sets."""
+        if self.data is None and not args:
+            raise ValueError(
+                "AutoFlow: the model has no positional argument which the encoder's data could be. Pass data=, a "
+                "function of the model's arguments."
+            )
+        found = args[0] if self.data is None else self.data(*args, **kwargs)
+        return tuple(jnp.asarray(a) for a in (found if isinstance(found, tuple) else (found,)))
+
+    def encode(self, encoder: StandardizedEncoder | None, args: tuple, kwargs: dict) -> Array:
+        """The context ``(c,)`` of one data set.
+
+        :param encoder: the encoder at its present parameters; at its first ones unless given.
+        :param args: the model's arguments; with no ``kwargs`` either, those of the guide's first call.
+        :param kwargs: the model's keyword arguments.
+        """
+        if not args and not kwargs:
+            _, args, kwargs = self._prototype_call
+        encoder = self.standardized_encoder if encoder is None else encoder
+        assert encoder is not None
+        data = self.encoder_data(args, kwargs)
+        context = encoder(*(a[None] for a in data))
+        check_encoding_shape(jnp.shape(context), [a.shape for a in data], 1)
+        return context[0]
+
+    def _standardized(self, key: Array, args: tuple, kwargs: dict) -> StandardizedEncoder:
+        """The encoder, with statistics of simulated data, or of the given ones where the model cannot be simulated."""
+        assert self.encoder is not None
+        try:
+            simulator = PriorPredictive(self.model, args, kwargs, list(self._init_locs), owner="AutoFlow")
+            _, sets, finite = simulator.draw(jax.random.fold_in(key, 3), _NUM_PILOTS)
+            seen = jax.vmap(lambda data: self.encoder_data(*simulator.call(data)))(sets)
+            data = tuple(a[np.asarray(finite)] for a in seen)
+        except Exception:  # whatever a model, or its data, do that cannot be simulated
+            data = tuple(a[None] for a in self.encoder_data(args, kwargs))
+        return self.standardized_encoder_of(data)
+
+    def standardized_encoder_of(self, data: tuple[Array, ...]) -> StandardizedEncoder:
+        """The encoder at its first parameters, with the statistics of data sets ``(n, *shape)``."""
+        assert self.encoder is not None
+        dtype = self._init_latent.dtype
+        return StandardizedEncoder(_cast(self.encoder, dtype), data, dtype)
+
+    def at_data(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[AutoFlow, dict[str, Any]]:
+        """The guide of one data set, and its parameters: an ``AutoFlow`` without an encoder, at one network pass.
+
+        The context is one of its parameters, so that it can be trained further on that data set alone.
+
+        :param params: of this guide, as ``SVI`` returns them.
+        :param args: the model's arguments.
+        """
+        if self.encoder is None:
+            raise ValueError("AutoFlow: at_data needs a guide with an encoder=; this one is of one data set already.")
+        conditioned = self.get_transform(params, *args, **kwargs)
+        assert isinstance(conditioned, Conditioned) and isinstance(conditioned.transform, Compose)
+        *inner, outer = conditioned.transform.layers
+        guide = copy.copy(self)
+        guide.encoder = guide.data = guide.standardized_encoder = None
+        guide.flow = _described(self.flow, conditioned.context.shape[-1], self.full_rank)
+        guide.full_rank = False
+        guide.transform = Compose([Conditioned(Compose(inner), conditioned.context), outer])
+        if args or kwargs:
+            guide._prototype_call = self._prototype_call[0], args, kwargs
+            model = handlers.seed(self.model, rng_seed=0)
+            guide._postprocess_fn = partial(constrain_fn, model, args, kwargs, return_deterministic=True)
+        own = f"{self.prefix}_flow$params", f"{self.prefix}_encoder$params"
+        rest = {name: value for name, value in params.items() if name not in own}
+        return guide, {**rest, own[0]: parameters(guide.transform)}
 
     # closures of NumPyro's set-up cannot be pickled: a copy sets itself up again from the same key and arguments
     def __getstate__(self) -> dict[str, Any]:
@@ -234,6 +381,50 @@ class AutoFlow(AutoContinuous):
             key, args, kwargs = state["_prototype_call"]
             with handlers.seed(rng_seed=key):
                 self._setup_prototype(*args, **kwargs)
+
+
+def conditional_flow(
+    flow: Callable[..., TransformModule], dim: int, context_dim: int, full_rank: bool = False, *, key: Array
+) -> Compose:
+    """A flow of a context, then a location and scale that depend on it too: an amortised guide's inner part.
+
+    Starts at the identity, whatever the context.
+    """
+    flow_key, head_key = jax.random.split(key)
+    head = Elementwise(dim, Affine(_MAX_LOG_SCALE), context_dim=context_dim, key=head_key)
+    between = [TriangularAffine(dim)] if full_rank else []
+    return Compose([flow(dim, context_dim=context_dim, key=flow_key), *between, head])
+
+
+def conditioned(
+    dim: int, flow: str = "nsf", context_dim: int = 1, full_rank: bool = False, *, key: Array, **keywords: Any
+) -> Conditioned:
+    """A :func:`conditional_flow` at a context which is a parameter: an amortised guide's flow for one data set.
+
+    :param dim: size of the latent vector.
+    :param flow: name of a flow in ``flows.FLOWS``.
+    :param context_dim: size of the context.
+    :param keywords: of the flow.
+    """
+    factory = partial(flows.FLOWS[flow], **keywords)
+    return Conditioned(conditional_flow(factory, dim, context_dim, full_rank, key=key), jnp.zeros(context_dim))
+
+
+FACTORIES = {**flows.FLOWS, "conditioned": conditioned}  # factories that a file can describe
+
+
+def _described(flow: Callable[..., TransformModule], context_dim: int, full_rank: bool) -> Callable:
+    """The factory of the flow for one data set, by its name where it has one."""
+    known = serialization.describe(flow, flows.FLOWS)
+    if known is not None:
+        return partial(
+            conditioned, flow=known["name"], context_dim=context_dim, full_rank=full_rank, **known["keywords"]
+        )
+
+    def factory(dim: int, *, key: Array) -> Conditioned:
+        return Conditioned(conditional_flow(flow, dim, context_dim, full_rank, key=key), jnp.zeros(context_dim))
+
+    return factory
 
 
 def check_guide_scale(init_scale: Any, base_df: float | None) -> None:
@@ -260,6 +451,31 @@ def check_base(base: Any, base_df: float | None, owner: str) -> None:
         )
     if base_df is not None:
         raise ValueError(f"{owner}: base and base_df={base_df} both give the flow's base: pass one of them.")
+
+
+def check_encoding(encoder: Any, data: Any, noncentered: bool, owner: str) -> None:
+    """Raises an error unless ``encoder`` and ``data`` are functions, or none, and go with the other arguments."""
+    for name, value in (("encoder", encoder), ("data", data)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{owner}: {name} must be callable, but got {type(value).__name__}.")
+    if data is not None and encoder is None:
+        raise ValueError(f"{owner}: data= is what an encoder sees: pass encoder= as well, or leave it out.")
+    if noncentered and encoder is not None:
+        raise ValueError(
+            f"{owner}: noncentered=True reads the model's priors at one set of arguments, but encoder= makes the guide "
+            "one of all data sets. Leave one of them out, or write the model non-centred."
+        )
+
+
+def check_encoding_shape(context: tuple[int, ...], data: list[tuple[int, ...]], n: int) -> None:
+    """Raises a ``ValueError`` unless the encoder gave one vector for each of ``n`` data sets."""
+    if len(context) != 2 or context[0] != n:
+        shapes = ", ".join(str((n, *shape)) for shape in data)
+        raise ValueError(
+            f"AutoFlow: the encoder returned shape {tuple(context)} for data of shape {shapes}, but expected "
+            f"({n}, c). encoder= takes a batch of data sets to one vector for each (wrap a network of single data sets "
+            "in equinox.filter_vmap; take encoders.SetEncoder for sets)."
+        )
 
 
 def check_built_base(base: Any) -> Base:
