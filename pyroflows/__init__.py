@@ -1,6 +1,7 @@
 """Normalizing flows for Pyro: guides, reparameterizations and densities with exact log-determinants."""
 
-from pyroflows import conditioners, distributions, flows, transforms, univariate
+from pyroflows import conditioners, distributions, encoders, flows, transforms, univariate
+from pyroflows.amortised import AmortisedFlowVI
 from pyroflows.calibration import Calibration, simulation_based_calibration
 from pyroflows.density import fit_density
 from pyroflows.distributions import ConditionalFlowDistribution, FlowDistribution
@@ -14,6 +15,7 @@ from pyroflows.transform_module import Compose, Conditioned, Inverse, Repeat, Tr
 
 __version__ = "0.1.0"
 __all__ = [
+    "AmortisedFlowVI",
     "AutoFlow",
     "AutoHierarchicalFlow",
     "Calibration",
@@ -31,6 +33,7 @@ __all__ = [
     "compare",
     "conditioners",
     "distributions",
+    "encoders",
     "fit_density",
     "flows",
     "simulation_based_calibration",

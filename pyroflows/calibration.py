@@ -27,12 +27,15 @@ from pyroflows import _arviz
 from pyroflows.inference import FlowVI, _numpy_rng
 from pyroflows.log_density import check_latents
 from pyroflows.posterior import Estimate
+from pyroflows.prior_predictive import batched
 
 LOG_LIKELIHOOD = "log_likelihood"
 _OWNER = "simulation_based_calibration"
 _SIGNIFICANCE = 0.05
 _REDRAWS = 20  # after which a model that still draws the same (discrete values may) is seeded
 _MAX_ROWS = 50  # scalars that the summary prints
+_AT_ONCE = 250  # simulations, where the inference takes many
+_BATCH = 5000  # and draws whose log-likelihood is computed side by side
 
 
 def simulation_based_calibration(
@@ -72,6 +75,8 @@ def simulation_based_calibration(
     uniform; that is left to ``infer``. Each simulation has a param store of its own, a copy of the present one, so that
     a guide that ``infer`` trains starts anew. Random numbers come from torch's generator: ``pyro.set_rng_seed`` makes
     the result repeatable, for any ``num_workers``.
+
+    A trained :class:`AmortisedFlowVI` is an ``infer`` too. It infers from many data sets at once, which takes seconds.
 
     :param model: Pyro model with observed sites and proper priors.
     :param args: positional arguments of the model.
@@ -359,6 +364,7 @@ class _Simulator:
         self.var_names = None if var_names is None else list(var_names)
         self.infer: Callable = infer if callable(infer) else partial(_flow_vi, options=infer or {})
         self.uses_flow_vi = not callable(infer)
+        self.infers_many = callable(getattr(infer, "infer_many", None))
         self.latents: list[str] = []
         self.deterministic: list[str] = []
 
@@ -458,16 +464,17 @@ class _Simulator:
     @torch.no_grad()
     def _evaluate(self, data: dict[str, Tensor], latents: Iterable[dict[str, Tensor]]) -> dict[str, np.ndarray]:
         """The log-likelihood, and deterministic sites, of data and of each draw."""
-        rows: list[dict[str, np.ndarray]] = []
         with poutine.block(), pyro.validation_enabled(False):
-            for draw in latents:
-                model = poutine.condition(ConditionedModel(self.model, data), data=draw)
-                trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
-                trace.compute_log_prob(lambda name, _: name in data)
-                row = {name: _array(trace.nodes[name]["value"]) for name in self.deterministic}
-                row[LOG_LIKELIHOOD] = _array(sum(trace.nodes[name]["log_prob_sum"] for name in data))
-                rows.append(row)
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            rows = [self._evaluate_one(data, draw) for draw in latents]
+        return {name: np.stack([_array(row[name]) for row in rows]) for name in rows[0]}
+
+    def _evaluate_one(self, data: dict[str, Tensor], draw: dict[str, Tensor]) -> dict[str, Tensor]:
+        model = poutine.condition(ConditionedModel(self.model, data), data=draw)
+        trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+        trace.compute_log_prob(lambda name, _: name in data)
+        row = {name: trace.nodes[name]["value"] for name in self.deterministic}
+        row[LOG_LIKELIHOOD] = torch.as_tensor(sum(trace.nodes[name]["log_prob_sum"] for name in data))
+        return row
 
     def run(self, seed: int) -> _Outcome:
         """A simulation. Whatever its model and its inference raise is its outcome; random states stay as they were."""
@@ -506,6 +513,51 @@ class _Simulator:
             return _ranked(truth, draws, self.var_names or [], rng)
         except Exception as error:
             return _failure(error)
+
+    def run_many(self, seeds: Sequence[int]) -> list[_Outcome]:
+        """As many simulations, for an inference that takes many data sets at once (``infer.infer_many``)."""
+        store, state = pyro.get_param_store(), get_rng_state()
+        try:
+            with store.scope(store.get_state()), poutine.block(), torch.no_grad():
+                pyro.set_rng_seed(seeds[0])
+                return self._run_many(len(seeds))
+        finally:
+            set_rng_state(state)
+
+    def _run_many(self, n: int) -> list[_Outcome]:
+        rng = _numpy_rng()
+
+        def simulate(_: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            with poutine.uncondition():
+                trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            data = {name: s["value"] for name, s in trace.nodes.items() if s["type"] == "sample" and _is_data(s)}
+            return {name: trace.nodes[name]["value"] for name in self.latents}, data
+
+        truth, data = batched(simulate, torch.empty(n))
+        draws = self.infer.infer_many(data, self.args, self.kwargs, self.num_draws)  # type: ignore[attr-defined]
+        self._check_draws({name: x[0] for name, x in draws.items()}, {name: x[0] for name, x in truth.items()})
+        if self._derives:
+            m = self.num_draws + 1
+            joined = {name: torch.cat([x.unsqueeze(1), draws[name]], 1).flatten(0, 1) for name, x in truth.items()}
+            repeated = {name: x.repeat_interleave(m, 0) for name, x in data.items()}
+            parts = [
+                batched(self._evaluate_one, *({k: v[i : i + _BATCH] for k, v in d.items()} for d in (repeated, joined)))
+                for i in range(0, n * m, _BATCH)
+            ]
+            values = {name: torch.cat([part[name] for part in parts]).unflatten(0, (n, m)) for name in parts[0]}
+            draws = {**draws, **{name: value[:, 1:] for name, value in values.items()}}
+            truth = {**truth, **{name: value[:, 0] for name, value in values.items()}}
+        outcomes = []
+        for i in range(n):
+            try:
+                one_data, one_truth, one_draws = ({k: v[i] for k, v in part.items()} for part in (data, truth, draws))
+                bad = [name for name, value in one_data.items() if not value.isfinite().all()]
+                if bad:
+                    raise FloatingPointError(f"simulated data of site(s) {bad} are not finite")
+                outcomes.append(_ranked(one_truth, one_draws, self.var_names or [], rng))
+            except FloatingPointError as error:
+                outcomes.append(_failure(error))
+        return outcomes
 
     @property
     def _derives(self) -> bool:
@@ -587,7 +639,10 @@ def _check_arguments(num_simulations: int, num_draws: int, num_workers: int, inf
 def _collect(simulator: _Simulator, seeds: list[Any], num_workers: int, progress_bar: bool) -> Calibration:
     outcomes: dict[int, _Outcome] = {}
     interrupted = False
-    stream = _in_turn(simulator, seeds) if num_workers == 1 else _in_parallel(simulator, seeds, num_workers)
+    if num_workers > 1:
+        stream = _in_parallel(simulator, seeds, num_workers)
+    else:
+        stream = _many_at_once(simulator, seeds) if simulator.infers_many else _in_turn(simulator, seeds)
     with closing(stream), tqdm(total=len(seeds), desc="calibration", disable=not progress_bar) as bar:
         try:
             for index, outcome in stream:
@@ -615,6 +670,11 @@ def _collect(simulator: _Simulator, seeds: list[Any], num_workers: int, progress
 def _in_turn(simulator: _Simulator, seeds: list[Any]) -> Generator[tuple[int, _Outcome], None, None]:
     for index, seed in enumerate(seeds):
         yield index, simulator.run(seed)
+
+
+def _many_at_once(simulator: _Simulator, seeds: list[Any]) -> Generator[tuple[int, _Outcome], None, None]:
+    for start in range(0, len(seeds), _AT_ONCE):
+        yield from enumerate(simulator.run_many(seeds[start : start + _AT_ONCE]), start)
 
 
 def _in_parallel(

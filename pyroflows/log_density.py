@@ -178,17 +178,16 @@ class LogDensity:
     # -- constrained values ----------------------------------------------------------------------------------------
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """Latent and deterministic sites ``(n, *site_shape)`` at unconstrained vectors ``(n, dim)``."""
+        return self._map(self._constrain_one, u)
 
-        def single(u: Tensor) -> dict[str, Tensor]:
-            with _Unconstrained(self._unpack(u)):
-                trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-            return {
-                name: site["value"]
-                for name, site in trace.nodes.items()
-                if site["type"] == "sample" and (name in self.shapes or site["infer"].get("_deterministic"))
-            }
-
-        return self._map(single, u)
+    def _constrain_one(self, u: Tensor) -> dict[str, Tensor]:
+        with _Unconstrained(self._unpack(u)):
+            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        return {
+            name: site["value"]
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and (name in self.shapes or site["infer"].get("_deterministic"))
+        }
 
     def unconstrain(self, samples: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Vectors ``(n, dim)`` of draws of all latent sites, and ``log |det d samples / d u|`` ``(n,)``."""

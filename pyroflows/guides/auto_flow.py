@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -15,13 +16,18 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyroflows import flows
+from pyroflows import flows, serialization
 from pyroflows.distributions import Base, FlowDistribution, standard_base
+from pyroflows.encoders import StandardizedEncoder
 from pyroflows.log_density import LogDensity, check_finite, check_latents, prototype_trace
 from pyroflows.noncentering import Noncentering, noncentering_of
+from pyroflows.prior_predictive import PriorPredictive, batched
 from pyroflows.transform_module import Compose, TransformModule
-from pyroflows.transforms import ElementwiseAffine, TriangularAffine
+from pyroflows.transforms import Elementwise, ElementwiseAffine, TriangularAffine
+from pyroflows.univariate import Affine
 
+_MAX_LOG_SCALE = 12.0  # of an amortised guide: posteriors may be so much narrower than the first scale, or wider
+_NUM_PILOTS = 500  # simulations by which an encoder's data are standardised
 _REGISTERED = WeakTensorKeyDictionary()  # the parameters that a guide of this process has put into the param store
 
 
@@ -48,6 +54,16 @@ class AutoFlow(AutoContinuous):
     :param full_rank: puts a trainable full-rank affine map between the flow and the location and scale.
     :param noncentered: puts a :class:`Noncentering` layer last, where the model has latents whose prior depends on
         other latents. The location and scale are then those of the non-centred vector.
+    :param encoder: network that makes one guide of all data sets of a model (amortisation): it takes data sets
+        ``(batch, *shape)`` to contexts ``(batch, c)``, such as :class:`encoders.MLPEncoder` or
+        :class:`encoders.SetEncoder`. ``flow`` is then called with ``context_dim=c``, and a location and scale that
+        depend on the context follow it. Trained along with the flow, in place, if it is a module; any other function,
+        such as of summary statistics, stays as it is. What it sees is standardised
+        (:class:`encoders.StandardizedEncoder`) by data simulated from the model, where they can be, and else by those
+        of the first call; these statistics are buffers of the guide.
+    :param data: function of the model's arguments that gives what the encoder sees of one data set: a tensor, or a
+        tuple of tensors, which are the encoder's arguments (``lambda x, mask: (x, mask)``). The model's first argument
+        unless given.
     :raises ValueError: at the first call, for a model with discrete latents, none, latents in a subsampled plate, or
         a log-density that is not finite at the start (naming the sites).
     """
@@ -63,6 +79,8 @@ class AutoFlow(AutoContinuous):
         base: Callable[..., Base] | None = None,
         full_rank: bool = False,
         noncentered: bool = False,
+        encoder: Callable[..., Tensor] | None = None,
+        data: Callable | None = None,
     ):
         if not callable(flow) or isinstance(flow, TransformModule):
             raise TypeError(
@@ -71,12 +89,16 @@ class AutoFlow(AutoContinuous):
             )
         check_guide_scale(init_scale, base_df)
         check_base(base, base_df, "AutoFlow")
+        check_encoding(encoder, data, noncentered, "AutoFlow")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._raw_model, self._init_loc_fn = (model,), init_loc_fn
         self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
-        self.base, self.noncentered = base, noncentered
+        self.base, self.noncentered, self.data = base, noncentered, data
+        self._encoder = (encoder,)  # a submodule of the standardised one
+        self._prototype_call: tuple[tuple, dict[str, Any]] = (), {}
         self.transform: Compose | None = None
         self.learned_base: Base | None = None
+        self.standardized_encoder: StandardizedEncoder | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with pyro.validation_enabled(False):  # what is out of its support shows in the density, with its site's name
@@ -87,8 +109,15 @@ class AutoFlow(AutoContinuous):
         with torch.no_grad():
             super()._setup_prototype(*args, **kwargs)
         loc = self._init_loc()
-        flow = self.flow(self.latent_dim)
-        whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
+        if self.encoder is None:
+            flow = self.flow(self.latent_dim)
+            whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
+        else:
+            self._prototype_call = args, kwargs
+            self.standardized_encoder = self._standardized(args, kwargs)
+            with torch.no_grad():
+                context_dim = self.encode(args, kwargs).shape[-1]
+            whole = [conditional_flow(self.flow, self.latent_dim, context_dim, self.full_rank)]
         density = self._log_density(args, kwargs, mode="vmap")  # which makes no trial of modes
         layer = noncentering_of(density, loc) if self.noncentered else None
         coordinates = Compose([] if layer is None else [layer])
@@ -121,6 +150,11 @@ class AutoFlow(AutoContinuous):
     def noncentering(self) -> Noncentering | None:
         """The last layer, where the guide is non-centred."""
         return next(iter(self.coordinates.layers), None)  # type: ignore[return-value]
+
+    @property
+    def encoder(self) -> Callable[..., Tensor] | None:
+        """The encoder, where the guide is one of all data sets."""
+        return self._encoder[0]
 
     @property
     def init_loc(self) -> Tensor:
@@ -175,17 +209,24 @@ class AutoFlow(AutoContinuous):
         """The map from the base to the unconstrained latents, as a copy with its parameters held fixed.
 
         Being fixed it can stand in a potential that is compiled (``NUTS(jit_compile=True)``).
+
+        :param args: of a guide with an encoder, here and below: the model's arguments; those of the guide's first call
+            unless given.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        return copy.deepcopy(self._modules["transform"]).requires_grad_(False)  # type: ignore[union-attr, return-value]
+        transform: Any = copy.deepcopy(self._modules["transform"])
+        if self.encoder is not None:
+            with torch.no_grad():
+                transform = BoundContext(transform, self.encode(args, kwargs))
+        return transform.requires_grad_(False)
 
-    def get_base_space(self) -> tuple[TransformModule, dist.TorchDistribution]:
+    def get_base_space(self, *args: Any, **kwargs: Any) -> tuple[TransformModule, dist.TorchDistribution]:
         """Map to the unconstrained latents, and its base, for MCMC: a base learned from normals is part of the map.
 
         Held fixed at their present parameters, as by :meth:`get_transform`.
         """
-        transform, base = self.get_transform(), self.get_base_dist()
+        transform, base = self.get_transform(*args, **kwargs), self.get_base_dist()
         if isinstance(base, FlowDistribution):
             return Compose([base.transform, transform]), base.base_dist  # type: ignore[list-item]
         return transform, base
@@ -194,13 +235,16 @@ class AutoFlow(AutoContinuous):
         """The guide's distribution of the unconstrained latents, with trainable parameters."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        modules = {name: self._modules.get(name) for name in ("transform", "learned_base")}
+        modules = {name: self._modules.get(name) for name in ("transform", "learned_base", "standardized_encoder")}
         modules = {name: module for name, module in modules.items() if module is not None}
         if not pyro.settings.get("module_local_params"):
             for name, module in modules.items():
                 self._register(name, module)  # type: ignore[arg-type]
-        base = modules["learned_base"] if "learned_base" in modules else self.get_base_dist()
-        return FlowDistribution(base, modules["transform"])  # type: ignore[arg-type]
+        base: Any = modules["learned_base"] if "learned_base" in modules else self.get_base_dist()
+        transform: Any = modules["transform"]
+        if self.encoder is not None:
+            transform = transform.condition(self.encode(args, kwargs))
+        return FlowDistribution(base, transform)
 
     def _register(self, attribute: str, module: nn.Module) -> None:
         """Puts this guide's own parameters into the param store."""
@@ -242,9 +286,143 @@ class AutoFlow(AutoContinuous):
         """Median of each latent site, from draws."""
         return self.quantiles(0.5, *args, num_samples=num_samples, **kwargs)
 
+    # -- amortisation ----------------------------------------------------------------------------------------------
+    def encoder_data(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
+        """What the encoder sees of the model's arguments: tensors ``(*shape)``, without an axis of data sets."""
+        if self.data is None and not args:
+            raise ValueError(
+                "AutoFlow: the model has no positional argument which the encoder's data could be. Pass data=, a "
+                "function of the model's arguments."
+            )
+        found = args[0] if self.data is None else self.data(*args, **kwargs)
+        return tuple(torch.as_tensor(a) for a in (found if isinstance(found, tuple) else (found,)))
+
+    def encode(self, args: tuple, kwargs: dict) -> Tensor:
+        """The context ``(c,)`` of one data set.
+
+        :param args: the model's arguments; with no ``kwargs`` either, those of the guide's first call.
+        :param kwargs: the model's keyword arguments.
+        """
+        if not args and not kwargs:
+            args, kwargs = self._prototype_call
+        encoder: Any = self._modules["standardized_encoder"]
+        data = self.encoder_data(args, kwargs)
+        context = encoder(*(a.unsqueeze(0) for a in data))
+        check_encoding_shape(tuple(context.shape), [tuple(a.shape) for a in data], 1)
+        return context[0]
+
+    def _standardized(self, args: tuple, kwargs: dict) -> StandardizedEncoder:
+        """The encoder, with statistics of simulated data, or of the given ones where the model cannot be simulated."""
+        names = list(self._unconstrained_shapes)
+        try:
+            simulator = PriorPredictive(self._raw_model[0], args, kwargs, names, owner="AutoFlow")
+            _, sets, finite = simulator.draw(_NUM_PILOTS)
+            seen = batched(lambda *data: self.encoder_data(*simulator.call(data)), *sets)
+            data = tuple(a[finite] for a in seen)
+        except Exception:  # whatever a model, or its data, do that cannot be simulated
+            data = tuple(a.unsqueeze(0) for a in self.encoder_data(args, kwargs))
+        return self.standardized_encoder_of(data)
+
+    def standardized_encoder_of(self, data: tuple[Tensor, ...]) -> StandardizedEncoder:
+        """The encoder with the statistics of data sets ``(n, *shape)``."""
+        assert self.encoder is not None
+        like = self._init_loc()
+        return StandardizedEncoder(self.encoder, data, like.dtype).to(like)
+
+    def at_data(self, *args: Any, **kwargs: Any) -> AutoFlow:
+        """The guide of one data set: an ``AutoFlow`` without an encoder, at one network pass.
+
+        The context is one of its parameters, so that it can be trained further on that data set alone.
+
+        :param args: the model's arguments.
+        """
+        if self.encoder is None:
+            raise ValueError("AutoFlow: at_data needs a guide with an encoder=; this one is of one data set already.")
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        with torch.no_grad():
+            context = self.encode(args, kwargs)
+        guide = copy.copy(self)
+        *inner, outer = guide._modules["transform"].layers  # type: ignore[union-attr, misc]
+        del guide._modules["standardized_encoder"]
+        guide._encoder, guide.data, guide.standardized_encoder = (None,), None, None
+        guide.flow, guide.full_rank = _described(self.flow, context.shape[-1], self.full_rank), False
+        guide.transform = Compose([BoundContext(Compose(inner), context), outer])
+        return guide
+
     def __getstate__(self) -> dict[str, Any]:
         # unlike the base class's, leaves this guide as it is; the copied parameters are free of Pyro's weak references
         return {**self.__dict__, "master": None, "_modules": copy.deepcopy(self._modules)}
+
+
+class BoundContext(TransformModule):
+    """``transform`` at a context which is a parameter of its own; :class:`Conditioned` owns none.
+
+    :param transform: a transform that takes a context.
+    :param context: the context ``(context_dim,)``.
+    """
+
+    def __init__(self, transform: TransformModule, context: Tensor):
+        super().__init__()
+        self.transform = transform
+        self.context = nn.Parameter(context.detach().clone())
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        return self.transform.passes
+
+    @property
+    def log_det_is_exact(self) -> bool:  # type: ignore[override]
+        return self.transform.log_det_is_exact
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.forward_and_log_det(x, self.context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_log_det(y, self.context)
+
+
+def conditional_flow(
+    flow: Callable[..., TransformModule], dim: int, context_dim: int, full_rank: bool = False
+) -> Compose:
+    """A flow of a context, then a location and scale that depend on it too: an amortised guide's inner part.
+
+    Starts at the identity, whatever the context.
+    """
+    between = [TriangularAffine(dim)] if full_rank else []
+    head = Elementwise(dim, Affine(_MAX_LOG_SCALE), context_dim=context_dim)
+    return Compose([flow(dim, context_dim=context_dim), *between, head])
+
+
+def conditioned(
+    dim: int, flow: str = "nsf", context_dim: int = 1, full_rank: bool = False, **keywords: Any
+) -> BoundContext:
+    """A :func:`conditional_flow` at a context which is a parameter: an amortised guide's flow for one data set.
+
+    :param dim: size of the latent vector.
+    :param flow: name of a flow in ``flows.FLOWS``.
+    :param context_dim: size of the context.
+    :param keywords: of the flow.
+    """
+    factory = partial(flows.FLOWS[flow], **keywords)
+    return BoundContext(conditional_flow(factory, dim, context_dim, full_rank), torch.zeros(context_dim))
+
+
+FACTORIES = {**flows.FLOWS, "conditioned": conditioned}  # factories that a file can describe
+
+
+def _described(flow: Callable[..., TransformModule], context_dim: int, full_rank: bool) -> Callable:
+    """The factory of the flow for one data set, by its name where it has one."""
+    known = serialization.describe(flow, flows.FLOWS)
+    if known is not None:
+        return partial(
+            conditioned, flow=known["name"], context_dim=context_dim, full_rank=full_rank, **known["keywords"]
+        )
+
+    def factory(dim: int) -> BoundContext:
+        return BoundContext(conditional_flow(flow, dim, context_dim, full_rank), torch.zeros(context_dim))
+
+    return factory
 
 
 def check_guide_scale(init_scale: Any, base_df: float | None) -> None:
@@ -271,6 +449,31 @@ def check_base(base: Any, base_df: float | None, owner: str) -> None:
         )
     if base_df is not None:
         raise ValueError(f"{owner}: base and base_df={base_df} both give the flow's base: pass one of them.")
+
+
+def check_encoding(encoder: Any, data: Any, noncentered: bool, owner: str) -> None:
+    """Raises an error unless ``encoder`` and ``data`` are functions, or none, and go with the other arguments."""
+    for name, value in (("encoder", encoder), ("data", data)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{owner}: {name} must be callable, but got {type(value).__name__}.")
+    if data is not None and encoder is None:
+        raise ValueError(f"{owner}: data= is what an encoder sees: pass encoder= as well, or leave it out.")
+    if noncentered and encoder is not None:
+        raise ValueError(
+            f"{owner}: noncentered=True reads the model's priors at one set of arguments, but encoder= makes the guide "
+            "one of all data sets. Leave one of them out, or write the model non-centred."
+        )
+
+
+def check_encoding_shape(context: tuple[int, ...], data: list[tuple[int, ...]], n: int) -> None:
+    """Raises a ``ValueError`` unless the encoder gave one vector for each of ``n`` data sets."""
+    if len(context) != 2 or context[0] != n:
+        shapes = ", ".join(str((n, *shape)) for shape in data)
+        raise ValueError(
+            f"AutoFlow: the encoder returned shape {tuple(context)} for data of shape {shapes}, but expected "
+            f"({n}, c). encoder= takes a batch of data sets to one vector for each (take "
+            "encoders.SetEncoder for sets)."
+        )
 
 
 def check_built_base(base: Any) -> Base:
