@@ -15,8 +15,8 @@ from torch import Tensor
 from pyroflows import _arviz, evidence, refinement, serialization
 from pyroflows.distributions import BASES, FlowDistribution
 from pyroflows.evidence import PARETO_K_GOOD, Estimate
-from pyroflows.flows import FLOWS
 from pyroflows.guides import AutoFlow
+from pyroflows.guides.auto_flow import FACTORIES
 from pyroflows.initialization import MAX_HESSIAN_DIM, Start, missed_mass
 from pyroflows.log_density import LogDensity
 from pyroflows.noncentering import pulled_back
@@ -379,7 +379,7 @@ class FlowPosterior:
         arguments = {"args": list(self.log_density.args), "kwargs": self.log_density.kwargs}
         metadata = {
             "arguments": serialization.pack(arguments, tensors, "model"),
-            "flow": serialization.describe(self.guide.flow, FLOWS),
+            "flow": serialization.describe(self.guide.flow, FACTORIES),
             "base": serialization.describe(self.guide.base, BASES) if self.guide.base else None,
             "guide": {
                 "base_df": self.guide.base_df,
@@ -413,7 +413,7 @@ class FlowPosterior:
             raise ValueError(f"load: {str(path)!r} holds no posterior.")
         if flow is None and metadata["flow"] is None:
             raise ValueError("load: the posterior's flow was not one of flows.*: pass its factory as flow=.")
-        factory = flow or serialization.build(metadata["flow"], FLOWS)
+        factory = flow or serialization.build(metadata["flow"], FACTORIES)
         if base is None and metadata.get("base") is not None:
             base = serialization.build(metadata["base"], BASES)
         if base is None and any(name.startswith("base.") for name in tensors):
