@@ -353,8 +353,8 @@ class FlowPosterior:
             )
         if self.departure.suspicious:
             return (
-                f"Do not trust: chains that start from the guide's draws leave for where it has too little mass (log "
-                f"weights rise by {self.departure.nats:.2f} +- {self.departure.standard_error:.2f} beyond those expected). "
+                f"Do not trust: chains that start from the guide's draws go where it has too little mass: log weights "
+                f"rise by {self.departure.nats:.2f} +- {self.departure.standard_error:.2f} above those expected. "
                 f"Try refine(method='nuts', adapt=True), a richer flow= or reparametrise ({numbers})."
             )
         if gap < GAP_GOOD and self.moment_error[0] < MEAN_ERROR_GOOD and self.moment_error[1] < SD_ERROR_GOOD:

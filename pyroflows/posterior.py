@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroflows import _arviz, evidence, refinement, serialization
+from pyroflows import _arviz, diagnosis, evidence, refinement, serialization
+from pyroflows.diagnosis import Departure
 from pyroflows.distributions import BASES, FlowDistribution
 from pyroflows.evidence import PARETO_K_GOOD, Estimate
 from pyroflows.guides import AutoFlow
@@ -25,6 +26,8 @@ from pyroflows.transforms import TriangularAffine
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
 _MANY = 10_000  # and over the flow
+GAP_GOOD = 0.05  # nats of KL divergence from the posterior, below which draws can be used as they are
+MEAN_ERROR_GOOD, SD_ERROR_GOOD = 0.1, 0.1  # in standard deviations, and in logarithms of their ratio
 MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
 FLOW_ERROR_BAD = 0.02  # nats of log-determinant, or standard deviations of a round trip
 
@@ -286,6 +289,34 @@ class FlowPosterior:
         found = float(torch.stack([part.detach().max() for part in errors]).max())
         return found if np.isfinite(found) else float("inf")
 
+    @cached_property
+    def departure(self) -> Departure:
+        """How far short Hamiltonian chains from the guide's draws get, beyond what the importance weights know of.
+
+        Made once, when first asked for; their gradients are added to the history's.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seed + 1)
+            found = diagnosis.departure(self)
+        self.history = self.history._replace(gradients=self.history.gradients + found.gradients)
+        return found
+
+    @cached_property
+    def moment_error(self) -> tuple[float, float]:
+        """What importance weights say of the guide's moments, of the worst unconstrained latent.
+
+        The largest error of a mean, in standard deviations, and the largest of a standard deviation, as the absolute
+        value of the logarithm of its ratio.
+        """
+        u, weights = np.asarray(self.draws.unconstrained.numpy(force=True), float), np.exp(self._psis[0])
+        weights = weights / weights.sum()
+        mean = weights @ u
+        sd = np.sqrt(weights @ np.square(u - mean))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            errors = np.abs(u.mean(0) - mean) / sd, np.abs(np.log(u.std(0) / sd))
+        worst = [float(error.max()) for error in errors]
+        return worst[0], worst[1]
+
     def verdict(self) -> str:
         """One line: whether to use the draws as they are, importance-resampled, or not."""
         k, gap = self.pareto_k, self._log_evidence().value - self.elbo.value
@@ -309,7 +340,13 @@ class FlowPosterior:
                 "Do not trust: the guide misses mass. Try refine(method='nuts', adapt=True), a richer flow= or "
                 f"reparametrise ({numbers})."
             )
-        if gap < 0.05:
+        if self.departure.suspicious:
+            return (
+                f"Do not trust: chains that start from the guide's draws go where it has too little mass: log weights "
+                f"rise by {self.departure.nats:.2f} +- {self.departure.standard_error:.2f} above those expected. "
+                f"Try refine(method='nuts', adapt=True), a richer flow= or reparametrise ({numbers})."
+            )
+        if gap < GAP_GOOD and self.moment_error[0] < MEAN_ERROR_GOOD and self.moment_error[1] < SD_ERROR_GOOD:
             return f"Good: use the draws as they are ({numbers})."
         return f"Usable: prefer importance_resample() ({numbers})."
 

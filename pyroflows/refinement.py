@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -62,14 +63,6 @@ class BaseSpace:
         value = self._density(u) + log_det
         return torch.where(value.isnan(), -torch.inf, value)
 
-    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-densities ``(n,)`` and their gradients at vectors ``(n, dim)``."""
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            value = self.log_density(z)
-            gradient = torch.autograd.grad(value.sum(), z)[0]
-        return value.detach(), gradient
-
     @torch.no_grad()
     def score(self, z: Tensor) -> Scored:
         """Points ``(n, dim)``, mapped and scored."""
@@ -88,6 +81,15 @@ class BaseSpace:
         scored = self.score(z)
         weights = np.exp(_arviz.psis((scored.log_model - scored.log_guide).double().numpy(force=True))[0])
         return z[torch.multinomial(torch.as_tensor(weights), n, replacement=True).to(z.device)]
+
+
+def value_and_grad(log_density: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-densities ``(n,)`` and their gradients at vectors ``(n, dim)``."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        value = log_density(z)
+        gradient = torch.autograd.grad(value.sum(), z)[0]
+    return value.detach(), gradient
 
 
 class RefinedPosterior:
@@ -388,7 +390,7 @@ def _flow_mh(space: BaseSpace, z: Tensor, num_warmup: int, num_samples: int, bar
     chains = len(z)
 
     def score(z: Tensor) -> _Chain:
-        target, gradient = space.value_and_grad(z)
+        target, gradient = value_and_grad(space.log_density, z)
         return _Chain(z, target, gradient, target - space.base.log_prob(z))
 
     def proposals(n: int) -> list[_Chain]:

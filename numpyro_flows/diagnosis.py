@@ -1,0 +1,147 @@
+"""What a guide's own draws cannot tell: whether chains that start from them go where its weights say nothing is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from numpyro_flows.noncentering import pulled_back
+from numpyro_flows.refinement import BaseSpace
+
+_NUM_CHAINS = 128
+_NUM_ITERATIONS = 12
+_NUM_LEAPFROGS = 8
+_ACCEPTANCE = 0.8  # of Hamiltonian Monte Carlo, on average over the chains
+_SHORTEST = 0.25  # step of the most careful chain, in those of the boldest
+_LARGEST_LOG_WEIGHT = 10.0  # beyond which it does not matter how much is missed
+_NEGLIGIBLE = 0.1  # nats
+_UNCERTAIN = 0.5  # nats that may be missed, where importance weights are so uneven that they cannot tell
+
+
+class Departure(NamedTuple):
+    """How far short chains get away from a guide, beyond what its importance weights know of."""
+
+    nats: float  # mean log weight of the chains' ends above that of the posterior by importance sampling
+    standard_error: float
+    gradients: int  # gradient evaluations of the model
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether the rise is more than chance and of consequence, or may be large for all that the weights tell."""
+        found = self.nats > max(_NEGLIGIBLE, 3 * self.standard_error)
+        return found or self.nats + 2 * self.standard_error > _UNCERTAIN
+
+
+def departure(posterior: Any, rng_key: Array) -> Departure:
+    """Runs short chains of Hamiltonian Monte Carlo from the guide's draws, and weighs where they get.
+
+    If the importance weights ``w = p / q`` tell the truth, the mean of ``log w`` over the posterior is that over the
+    guide's draws weighted by ``w``. Chains start at draws of the guide, where the mean is less, and climb towards the
+    posterior, whatever they find on their way: a mean above the predicted one, beyond chance, is mass that the guide's
+    draws know nothing of. Half of the chains run in the space of the guide's base, which is round where the guide is
+    good; the other half in the coordinates of its location and scale, where they can leave the flow's image.
+    Log weights count up to ten, in relation to their mean weight.
+
+    :param posterior: a ``FlowPosterior`` whose weights are worth the question (Pareto k below 0.7).
+    :param rng_key: random key.
+    """
+    base_key, whitened_key = jax.random.split(rng_key)
+    log_evidence = posterior._log_evidence().value
+    weights = np.exp(posterior._psis[0])
+    expected, error = _weighted_mean(_clipped(posterior._log_ratios - log_evidence), weights / weights.sum())
+    found = []
+    for run, key in ((_in_base_space, base_key), (_in_whitened_space, whitened_key)):
+        ends = run(posterior, key)
+        values = _clipped(ends - log_evidence)
+        found.append((values.mean() - expected, math.hypot(error, values.std() / len(values) ** 0.5)))
+    nats, standard_error = max(found, key=lambda pair: pair[0] - 3 * pair[1])
+    return Departure(float(nats), float(standard_error), 2 * _NUM_CHAINS * _NUM_ITERATIONS * (1 + _NUM_LEAPFROGS))
+
+
+def _clipped(log_weights: np.ndarray) -> np.ndarray:
+    """Log weights within bounds: the largest outside the guide's image, the least outside the model's support."""
+    return np.clip(np.nan_to_num(log_weights, nan=-np.inf), -_LARGEST_LOG_WEIGHT, _LARGEST_LOG_WEIGHT)
+
+
+def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    mean = float(weights @ values)
+    return mean, float(np.sqrt(np.square(weights * (values - mean)).sum()))
+
+
+def _in_base_space(posterior: Any, rng_key: Array) -> np.ndarray:
+    """Log weights ``(chains,)`` at the ends of chains in the space of the guide's base."""
+    space = BaseSpace(posterior)
+    start_key, run_key = jax.random.split(rng_key)
+    z = _hamiltonian(space.log_density, space.base.sample(start_key, (_NUM_CHAINS,)), run_key)
+    scored = space.score(z)
+    return np.asarray(scored.log_model - scored.log_guide, float)
+
+
+def _in_whitened_space(posterior: Any, rng_key: Array) -> np.ndarray:
+    """The same, of chains in the coordinates where the guide has mean zero and covariance one."""
+    guide, density = posterior.guide, pulled_back(posterior.log_density, posterior.guide.noncentering)
+    x = guide.coordinates.inverse_and_log_det(posterior.draws.unconstrained[: 8 * _NUM_CHAINS])[0]
+    loc, scale_tril = _location_and_scale(np.asarray(x, float))
+    loc, scale_tril = jnp.asarray(loc, x.dtype), jnp.asarray(scale_tril, x.dtype)
+
+    def log_density(z: Array) -> Array:
+        value = density(loc + scale_tril @ z)
+        return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+    starts = jnp.linalg.solve(scale_tril, (x[:_NUM_CHAINS] - loc).T).T
+    ends = loc + _hamiltonian(log_density, starts, rng_key) @ scale_tril.T
+    u, log_det = guide.coordinates.forward_and_log_det(ends)
+    log_model = jax.vmap(density)(ends) - log_det
+    return np.asarray(log_model - posterior._log_guide(u), float)
+
+
+def _location_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and Cholesky factor of the covariance of draws ``(n, dim)``; the scales alone where that fails."""
+    loc, scale = x.mean(0), np.maximum(x.std(0), 1e-300)
+    correlation = np.atleast_2d(np.cov(((x - loc) / scale).T))
+    try:
+        return loc, scale[:, None] * np.linalg.cholesky(correlation + 1e-6 * np.eye(len(loc)))
+    except np.linalg.LinAlgError:
+        return loc, np.diag(scale)
+
+
+def _hamiltonian(log_density: Callable[[Array], Array], z: Array, rng_key: Array) -> Array:
+    """Ends ``(chains, dim)`` of chains from ``z``; the step size is adapted to all of them, each has a share of it."""
+    value_and_grad = jax.vmap(jax.value_and_grad(log_density))
+    share = jnp.geomspace(_SHORTEST, 1.0, len(z), dtype=z.dtype)[:, None]
+
+    def step(carry: tuple[Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        (z, log_step), (key, rate) = carry, inputs
+        momentum_key, accept_key = jax.random.split(key)
+        start = jax.random.normal(momentum_key, z.shape, z.dtype)
+        size = share * jnp.exp(log_step)
+
+        def leapfrog(i: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            z, momentum, first, _ = state  # one place where the model is called, for it is compiled once then
+            z = z + jnp.where(i == 0, 0.0, size) * momentum
+            value, gradient = value_and_grad(z)
+            half = jnp.where((i == 0) | (i == _NUM_LEAPFROGS), 0.5, 1.0)
+            return z, momentum + half * size * gradient, jnp.where(i == 0, value, first), value
+
+        zeros = jnp.zeros(len(z), z.dtype)
+        new, end, first, last = lax.fori_loop(0, _NUM_LEAPFROGS + 1, leapfrog, (z, start, zeros, zeros))
+        log_ratio = last - first + 0.5 * (jnp.square(start).sum(-1) - jnp.square(end).sum(-1))
+        probability = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio), 0.0))
+        accepted = jax.random.uniform(accept_key, probability.shape, z.dtype) < probability
+        log_step = log_step + rate * (probability.mean() - _ACCEPTANCE)
+        return (jnp.where(accepted[:, None], new, z), log_step), None
+
+    @jax.jit
+    def run(z: Array, rng_key: Array) -> Array:
+        log_step = jnp.asarray(-0.25 * math.log(z.shape[-1]), z.dtype)
+        rates = 2.0 / jnp.sqrt(1.0 + jnp.arange(_NUM_ITERATIONS, dtype=z.dtype))
+        keys = jax.random.split(rng_key, _NUM_ITERATIONS)
+        return lax.scan(step, (z, log_step), (keys, rates))[0][0]
+
+    return run(z, rng_key)
