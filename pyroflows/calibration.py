@@ -27,7 +27,7 @@ from pyroflows import _arviz
 from pyroflows.inference import FlowVI, _numpy_rng
 from pyroflows.log_density import check_latents
 from pyroflows.posterior import Estimate
-from pyroflows.prior_predictive import batched
+from pyroflows.prior_predictive import ByGammas, batched
 
 LOG_LIKELIHOOD = "log_likelihood"
 _OWNER = "simulation_based_calibration"
@@ -528,7 +528,7 @@ class _Simulator:
         rng = _numpy_rng()
 
         def simulate(_: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            with poutine.uncondition():
+            with ByGammas(), poutine.uncondition():
                 trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             data = {name: s["value"] for name, s in trace.nodes.items() if s["type"] == "sample" and _is_data(s)}
             return {name: trace.nodes[name]["value"] for name in self.latents}, data

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from pyroflows.noncentering import unwrapped
 
 _BATCH = 1000  # simulations at a time: bounds the memory
 
@@ -92,7 +98,7 @@ class PriorPredictive:
         factors = [
             n
             for n, s in sites.items()
-            if isinstance(s["fn"], pyro.distributions.Unit) or n in data and s["infer"].get("is_auxiliary")
+            if isinstance(s["fn"], dist.Unit) or n in data and s["infer"].get("is_auxiliary")
         ]
         if factors:
             raise ValueError(
@@ -125,7 +131,7 @@ class PriorPredictive:
         return found
 
     def _trace(self, args: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
-        with poutine.block(), poutine.uncondition():
+        with poutine.block(), ByGammas(), poutine.uncondition():
             return poutine.trace(self.model).get_trace(*args, **kwargs)
 
     def call(self, data: tuple[Tensor, ...]) -> tuple[tuple, dict[str, Any]]:
@@ -174,11 +180,60 @@ def batched(function: Callable, *inputs: Any) -> Any:
     """
     with pyro.validation_enabled(False):
         try:
-            return torch.func.vmap(function, randomness="different")(*inputs)
+            with _OutOfPlace(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                return torch.func.vmap(function, randomness="different")(*inputs)
         except Exception:  # whatever a model does that vmap cannot
             leaves, structure = pytree.tree_flatten(inputs)
             rows = [function(*pytree.tree_unflatten(list(row), structure)) for row in zip(*leaves, strict=True)]
             return pytree.tree_map(lambda *values: torch.stack(values), *rows)
+
+
+class ByGammas(Messenger):
+    """Draws of beta and Dirichlet distributions as ratios of gammas: torch's own have no rule for ``vmap``."""
+
+    def _pyro_sample(self, msg: dict) -> None:
+        fn = unwrapped(msg["fn"])
+        if msg["done"] or not isinstance(fn, dist.Beta | dist.Dirichlet):
+            return
+        beta, shape = isinstance(fn, dist.Beta), msg["fn"].shape()
+        concentration = torch.stack([fn.concentration1, fn.concentration0], -1) if beta else fn.concentration
+        gammas = torch._standard_gamma(concentration.expand((*shape, 2) if beta else shape))
+        gammas = gammas.clamp_min(torch.finfo(gammas.dtype).tiny)
+        ratios = gammas / gammas.sum(-1, keepdim=True)
+        msg["value"], msg["done"] = ratios[..., 0] if beta else ratios, True
+
+
+class _OutOfPlace(TorchFunctionMode):
+    """Random numbers that distributions draw in place, which ``vmap`` refuses: drawn as new tensors."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        draw = _DRAWS.get(func)
+        return func(*args, **(kwargs or {})) if draw is None else draw(*args, **(kwargs or {}))
+
+
+def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    return mean + std * torch.randn(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return low + (high - low) * torch.rand(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _exponential(x: Tensor, rate: float = 1.0) -> Tensor:
+    return -torch.log1p(-_uniform(x)) / rate
+
+
+def _cauchy(x: Tensor, median: float = 0.0, sigma: float = 1.0) -> Tensor:
+    return median + sigma * torch.tan(torch.pi * (_uniform(x) - 0.5))
+
+
+_DRAWS: dict[Any, Callable] = {
+    Tensor.normal_: _normal,
+    Tensor.uniform_: _uniform,
+    Tensor.exponential_: _exponential,
+    Tensor.cauchy_: _cauchy,
+}
 
 
 def _same(leaf: Any, given: Any) -> bool:
