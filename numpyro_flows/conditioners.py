@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -75,18 +76,35 @@ class MLP(eqx.Module):
         )
         self.in_dim, self.context_dim, self.activation = in_dim, context_dim, activation
 
-    def _weights(self) -> list[Array]:
-        return [layer.weight for layer in self.layers]
-
     def __call__(self, x: Array, context: Array | None = None) -> Array:
         check_context(context, self.context_dim, type(self).__name__)
-        weights, activation = self._weights(), ACTIVATIONS[self.activation]
-        h = x @ weights[0][:, : self.in_dim].T + self.layers[0].bias
-        if context is not None:
-            h = h + context @ weights[0][:, self.in_dim :].T
-        for weight, layer in zip(weights[1:], self.layers[1:], strict=True):
-            h = activation(h) @ weight.T + layer.bias
-        return h
+        layers = [(layer.weight, layer.bias) for layer in self.layers]
+        return _perceptron(self.activation, x, context, layers, self._masks())
+
+    def _masks(self) -> list[np.ndarray | None]:
+        """Which weights of each layer count."""
+        return [None] * len(self.layers)
+
+
+# what the gradient needs of activations and masks is computed again from the products: less to write and to read
+@partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False, static_argnums=0)
+def _perceptron(
+    activation: str,
+    x: Array,
+    context: Array | None,
+    layers: list[tuple[Array, Array]],
+    masks: list[np.ndarray | None],
+) -> Array:
+    (first, bias), *others = [
+        (weight if mask is None else jnp.where(mask, weight, 0), bias)
+        for (weight, bias), mask in zip(layers, masks, strict=True)
+    ]
+    h = x @ first[:, : x.shape[-1]].T + bias
+    if context is not None:
+        h = h + context @ first[:, x.shape[-1] :].T
+    for weight, bias in others:
+        h = ACTIVATIONS[activation](h) @ weight.T + bias
+    return h
 
 
 class MaskedMLP(MLP):
@@ -119,12 +137,12 @@ class MaskedMLP(MLP):
         self.num_features = num_features
         self.ordering = None if ordering is None else check_ordering(dim, ordering)
 
-    def _weights(self) -> list[Array]:
+    def _masks(self) -> list[np.ndarray | None]:
         sizes = [layer.bias.shape[-1] for layer in self.layers]
         dim = self.in_dim // self.num_features
         num_params = sizes[-1] // dim
         masks = autoregressive_masks(dim, sizes[:-1], num_params, self.context_dim, self.num_features, self.ordering)
-        return [jnp.where(mask, layer.weight, 0) for mask, layer in zip(masks, self.layers, strict=True)]
+        return list(masks)
 
 
 class Convolution(eqx.Module):

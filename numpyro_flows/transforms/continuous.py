@@ -170,7 +170,7 @@ class Velocity(MLP):
 
     def constants(self, context: Array | None = None) -> tuple[Array, Array | None]:
         """What is the same at all times: the first layer's offset, and the trace's weights of the slopes."""
-        weights, dim = self._weights(), self.in_dim - 1
+        weights, dim = [layer.weight for layer in self.layers], self.in_dim - 1
         offset = self.layers[0].bias
         if context is not None:
             offset = offset + context @ weights[0][:, self.in_dim :].T
@@ -188,7 +188,7 @@ class Velocity(MLP):
         with_trace: bool = True,
     ) -> tuple[Array, Array | None]:
         """Returns ``v`` ``(..., dim)``, and its trace ``(...)`` or the estimate of it by ``noise``."""
-        weights, dim, activation = self._weights(), self.in_dim - 1, SMOOTH[self.activation]
+        weights, dim, activation = [layer.weight for layer in self.layers], self.in_dim - 1, SMOOTH[self.activation]
         h = x @ weights[0][:, :dim].T + (constants[0] + time * weights[0][:, dim])
         slopes = []
         for layer in self.layers[1:]:
