@@ -64,10 +64,10 @@ class Spline(Univariate):
         raise NotImplementedError
 
     def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:
-        return _apply(self, False, x, params)
+        return _apply(self, False, _expanded(x, params), params)
 
     def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
-        return _apply(self, True, y, params)
+        return _apply(self, True, _expanded(y, params), params)
 
     def _evaluate(self, inverse: bool, x: Array, start: list, size: list, picked: list) -> tuple[Array, Array]:
         """Value and log-slope at ``x`` where its piece is known, the tails included."""
@@ -80,6 +80,11 @@ class Spline(Univariate):
         edge = jnp.where(u > 0, slopes[1], slopes[0])
         edge = 1 / edge if inverse else edge
         return y + (x - u) * edge, jnp.where(x == u, log_det, jnp.log(edge))
+
+
+def _expanded(x: Array, params: Array) -> Array:
+    """``x`` of the shape of the result, one derivative for each of its elements: :func:`_apply_jvp` relies on it."""
+    return jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, params.shape[:-2] + params.shape[-1:]))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -5,6 +5,7 @@ import pytest
 
 from tests import backends
 
+SPLINES = ["RationalQuadraticSpline", "LinearRationalSpline", "CircularSpline"]
 NAMES = ["DeepSigmoidal", "DeepDenseSigmoidal", "MonotoneNetwork", "SumOfSquares", "Bernstein", "GaussianMixtureCDF"]
 
 
@@ -60,3 +61,31 @@ def test_zero_params_are_the_identity_and_any_are_increasing(backend, name):
 def test_an_argument_that_is_not_positive_is_named(backend, name, argument):
     with pytest.raises(ValueError, match=f"{name}: {argument} must be positive"):
         getattr(backend.pkg.univariate, name)(**{argument: 0})
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("name", ["Affine", "SinhArcsinh", "TailTransform", *SPLINES, *NAMES])
+def test_gradients_where_input_and_params_broadcast(backend, name, inverse):
+    """Params of more vectors than the input, and an input of more than the params: as if both were expanded."""
+    univariate = getattr(backend.pkg.univariate, name)()
+    rng = np.random.default_rng(0)
+    x, params = rng.normal(size=(4, 2)), rng.normal(size=(3, 1, univariate.num_params, 2))
+    w = rng.normal(size=(2, 3, 4, 2))
+
+    def loss(x, params):
+        method = univariate.inverse_and_log_det if inverse else univariate.forward_and_log_det
+        y, log_det = method(x, params)
+        return (backend.array(w[0]) * y + backend.array(w[1]) * log_det).sum()
+
+    def gradients(x, params):
+        x, params = backend.array(x), backend.array(params)
+        if backend.name == "jax":
+            return [np.asarray(g) for g in backend.jax.jit(backend.jax.grad(loss, argnums=(0, 1)))(x, params)]
+        x, params = x.requires_grad_(), params.requires_grad_()
+        return [backend.numpy(g) for g in backend.torch.autograd.grad(loss(x, params), [x, params])]
+
+    of_x, of_params = gradients(x, params)
+    expanded = np.broadcast_to(x, (3, 4, 2)), np.broadcast_to(params, (3, 4, *params.shape[-2:]))
+    of_every_x, of_all_params = gradients(*expanded)
+    np.testing.assert_allclose(of_x, of_every_x.sum(0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(of_params, of_all_params.sum(1, keepdims=True), rtol=1e-9, atol=1e-9)
