@@ -11,6 +11,7 @@ from numpyro_flows.inference import FlowVI
 from numpyro_flows.posterior import FlowPosterior
 from numpyro_flows.refinement import RefinedPosterior
 from numpyro_flows.reparam import FlowReparam
+from numpyro_flows.reversible import Reversible
 from numpyro_flows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule, flow_module
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "Inverse",
     "RefinedPosterior",
     "Repeat",
+    "Reversible",
     "TransformModule",
     "compare",
     "conditioners",

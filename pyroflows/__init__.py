@@ -11,6 +11,7 @@ from pyroflows.inference import FlowVI
 from pyroflows.posterior import FlowPosterior
 from pyroflows.refinement import RefinedPosterior
 from pyroflows.reparam import FlowReparam
+from pyroflows.reversible import Reversible
 from pyroflows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "Inverse",
     "RefinedPosterior",
     "Repeat",
+    "Reversible",
     "TransformModule",
     "compare",
     "conditioners",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 MAX_STEPS = 200  # halvings of any bracket and Newton's steps need far fewer
 MAX_DISTANCE = 1e15  # of a root from y: a map whose tails are linear or steeper than logarithmic has it nearer
@@ -121,6 +122,20 @@ def readable(x: Tensor) -> bool:
         or torch._subclasses.fake_tensor.is_fake(x)
         or torch._C._functorch.is_gradtrackingtensor(x)
         and not readable(torch._C._functorch.get_unwrapped(x))
+    )
+
+
+def takes_custom_gradients() -> bool:
+    """Whether a gradient written by hand (a ``torch.autograd.Function``) can be used here: in eager reverse mode.
+
+    ``torch.func``, forward mode, ``torch.compile`` and ``torch.jit`` need plain operations.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+        and forward_ad._current_level < 0
     )
 
 

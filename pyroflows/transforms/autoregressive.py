@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from pyroflows.conditioners import MaskedMLP
-from pyroflows.numerical import readable, settled
+from pyroflows.numerical import readable, settled, takes_custom_gradients
 from pyroflows.transform_module import TransformModule
 from pyroflows.univariate import Univariate
 
@@ -68,7 +67,7 @@ class Autoregressive(TransformModule):
             y = y.flip(-1)
         if context is not None:
             y = y.expand(torch.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
-        if _takes_custom_gradients() and readable(y):
+        if takes_custom_gradients() and readable(y):
             weights = dict(self.conditioner.named_parameters())
             x, log_det = _Inverse.apply(self, tuple(weights), y, context, *weights.values())
         else:
@@ -135,17 +134,3 @@ class _Inverse(torch.autograd.Function):
             else ()
         )
         return None, None, *(next(found) if t is not None and t.requires_grad else None for t in inputs)
-
-
-def _takes_custom_gradients() -> bool:
-    """Whether a gradient written by hand (a ``torch.autograd.Function``) can be used here: in eager reverse mode.
-
-    ``torch.func``, forward mode, ``torch.compile`` and ``torch.jit`` need plain operations.
-    """
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
-        and forward_ad._current_level < 0
-    )
