@@ -139,20 +139,16 @@ class AmortisedFlowVI:
         :raises RuntimeError: if no simulation, or no step's gradient, was finite.
         """
         begin = time.perf_counter()
-        setup_key, pilot_key, set_key, fit_key = jax.random.split(rng_key, 4)
+        setup_key, set_key, fit_key = jax.random.split(rng_key, 3)
         guide = self._guide(setup_key, args, kwargs)
         source = self._source(guide, args, kwargs)
-        pilots = self._simulated(source, pilot_key, _NUM_PILOTS) if self.data_sets is None else self._given(source)
-        seen = jax.vmap(partial(_seen, guide, source))(pilots.data)
-        guide.standardized_encoder = guide.standardized_encoder_of(seen)
-        stored = None
         if self.data_sets is not None:
-            stored = pilots
+            stored = self._given(source)
         else:
-            guide.start_at(*location_and_scale(pilots.unconstrained))
-            if self.num_simulations is not None:
-                stored = self._simulated(source, set_key, self.num_simulations)
-        held_out, stored = self._split(source, stored, set_key)
+            stored = self._simulated(source, set_key, self.num_simulations or _NUM_HELD_OUT)
+            guide.start_at(*location_and_scale(stored.unconstrained[:_NUM_PILOTS]))
+        guide.standardized_encoder = guide.standardized_encoder_of(source, _rows(stored, slice(_NUM_PILOTS)))
+        held_out, stored = self._split(stored, set_key)
         (transform, base, encoder), self.history = self._train(guide, source, stored, held_out, fit_key, begin)
         params = {f"{guide.prefix}_flow$params": transform, f"{guide.prefix}_encoder$params": encoder}
         if base is not None:
@@ -172,6 +168,7 @@ class AmortisedFlowVI:
             encoder=self.encoder,
             data=self.data,
         )
+        guide._num_pilots = 0  # there are other simulations
         with handlers.seed(rng_seed=key):
             guide._setup_prototype(*args, **kwargs)
         learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
@@ -207,18 +204,15 @@ class AmortisedFlowVI:
             raise ValueError(f"{_OWNER}: data_sets must be as many in every array, but there are {sizes}.")
         return Simulations(jnp.zeros((*sizes, 0)), data, jnp.ones(sizes, bool))
 
-    def _split(
-        self, source: PriorPredictive, stored: Simulations | None, key: Array
-    ) -> tuple[Simulations, Simulations | None]:
-        """What is held out, and the rest; fresh simulations where none are stored."""
-        key = jax.random.fold_in(key, 1)
-        if stored is None:
-            return self._simulated(source, key, _NUM_HELD_OUT), None
+    def _split(self, stored: Simulations, key: Array) -> tuple[Simulations, Simulations | None]:
+        """What is held out, and the rest: none, where there are fresh simulations for every step."""
+        if self.num_simulations is None and self.data_sets is None:
+            return stored, None
         n = len(stored.finite)
         held = round(n * self.validation)
         if not 1 <= held < n:
             raise ValueError(f"{_OWNER}: validation={self.validation} of {n} data sets holds out {held} of them.")
-        order = jax.random.permutation(key, n)
+        order = jax.random.permutation(jax.random.fold_in(key, 1), n)
         return _rows(stored, order[:held]), _rows(stored, order[held:])
 
     def _train(

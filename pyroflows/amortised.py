@@ -136,18 +136,13 @@ class AmortisedFlowVI:
         begin = time.perf_counter()
         guide = self._guide(args, kwargs)
         source = self._source(guide, args, kwargs)
-        pilots = self._simulated(source, _NUM_PILOTS) if self.data_sets is None else self._given(source)
-        with torch.no_grad():
-            seen = batched(lambda *data: _seen(guide, source, data), *pilots.data)
-        guide.standardized_encoder = guide.standardized_encoder_of(seen)
-        stored = None
         if self.data_sets is not None:
-            stored = pilots
+            stored = self._given(source)
         else:
-            guide.start_at(*location_and_scale(pilots.unconstrained))
-            if self.num_simulations is not None:
-                stored = self._simulated(source, self.num_simulations)
-        held_out, stored = self._split(source, stored)
+            stored = self._simulated(source, self.num_simulations or _NUM_HELD_OUT)
+            guide.start_at(*location_and_scale(stored.unconstrained[:_NUM_PILOTS]))
+        guide.standardized_encoder = guide.standardized_encoder_of(source, _rows(stored, slice(_NUM_PILOTS)))
+        held_out, stored = self._split(stored)
         self.history = self._train(guide, source, stored, held_out, begin)
         self._trained, self._mode = (guide, source), None
         return self
@@ -162,6 +157,7 @@ class AmortisedFlowVI:
             encoder=copy.deepcopy(self.encoder),  # so that a second training starts from the same
             data=self.data,
         )
+        guide._num_pilots = 0  # there are other simulations
         guide._setup_prototype(*args, **kwargs)
         if guide.model_params:
             raise ValueError(
@@ -194,10 +190,10 @@ class AmortisedFlowVI:
             raise ValueError(f"{_OWNER}: data_sets must be as many in every tensor, but there are {sizes}.")
         return Simulations(torch.zeros(*sizes, 0), data, torch.ones(sizes, dtype=torch.bool))
 
-    def _split(self, source: PriorPredictive, stored: Simulations | None) -> tuple[Simulations, Simulations | None]:
-        """What is held out, and the rest; fresh simulations where none are stored."""
-        if stored is None:
-            return self._simulated(source, _NUM_HELD_OUT), None
+    def _split(self, stored: Simulations) -> tuple[Simulations, Simulations | None]:
+        """What is held out, and the rest: none, where there are fresh simulations for every step."""
+        if self.num_simulations is None and self.data_sets is None:
+            return stored, None
         n = len(stored.finite)
         held = round(n * self.validation)
         if not 1 <= held < n:
@@ -332,7 +328,8 @@ class AmortisedFlowVI:
         begin = time.perf_counter()
         guide, _ = self._fitted()
         own = guide.at_data(*args, **kwargs)
-        log_density = own._log_density(args, kwargs, mode=self._mode)
+        with torch.enable_grad():  # calibration runs without; its trial needs gradients
+            log_density = own._log_density(args, kwargs, mode=self._mode)
         self._mode = log_density.mode  # a trial that one data set is enough for
         history = History(np.zeros(0), stationary=True, seconds=time.perf_counter() - begin)
         posterior = FlowPosterior(own, log_density, history)
@@ -346,7 +343,8 @@ class AmortisedFlowVI:
             progress_bar=self.progress_bar,
         )
         try:
-            history = vi._ascend(own, log_density)
+            with torch.enable_grad():
+                history = vi._ascend(own, log_density)
         except RuntimeError as error:
             warnings.warn(f"{_OWNER}: the refinement failed, the amortised guide stands: {error}", stacklevel=2)
             return posterior

@@ -22,7 +22,14 @@ except ImportError:
 
 _COMPILED = {
     *("conformance", "parity", "theory"),
-    *("test_auto_flow_numpyro.py", "test_evidence.py", "test_refinement.py", "test_reparam.py", "test_verdict.py"),
+    *(
+        "test_amortised.py",
+        "test_auto_flow_numpyro.py",
+        "test_evidence.py",
+        "test_refinement.py",
+        "test_reparam.py",
+        "test_verdict.py",
+    ),
 }
 
 

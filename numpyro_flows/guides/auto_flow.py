@@ -24,7 +24,7 @@ from numpyro_flows.distributions import Base, FlowDistribution, standard_base
 from numpyro_flows.encoders import StandardizedEncoder
 from numpyro_flows.log_density import LogDensity, check_finite, check_latents, prototype_trace
 from numpyro_flows.noncentering import Noncentering, noncentering_of
-from numpyro_flows.prior_predictive import PriorPredictive
+from numpyro_flows.prior_predictive import PriorPredictive, Simulations
 from numpyro_flows.transform_module import Compose, Conditioned, TransformModule, flow_module, parameters
 from numpyro_flows.transforms import Elementwise, ElementwiseAffine, TriangularAffine
 from numpyro_flows.univariate import Affine
@@ -99,6 +99,7 @@ class AutoFlow(AutoContinuous):
         self.transform: Compose | None = None
         self.learned_base: Base | None = None
         self.standardized_encoder: StandardizedEncoder | None = None
+        self._num_pilots = _NUM_PILOTS
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         owner = type(self).__name__
@@ -328,18 +329,26 @@ class AutoFlow(AutoContinuous):
 
     def _standardized(self, key: Array, args: tuple, kwargs: dict) -> StandardizedEncoder:
         """The encoder, with statistics of simulated data, or of the given ones where the model cannot be simulated."""
-        assert self.encoder is not None
         try:
+            if not self._num_pilots:
+                raise ValueError("no simulations")
             simulator = PriorPredictive(self.model, args, kwargs, list(self._init_locs), owner="AutoFlow")
-            _, sets, finite = simulator.draw(jax.random.fold_in(key, 3), _NUM_PILOTS)
-            seen = jax.vmap(lambda data: self.encoder_data(*simulator.call(data)))(sets)
-            data = tuple(a[np.asarray(finite)] for a in seen)
+            draw = jax.jit(partial(simulator.draw, n=self._num_pilots))
+            return self.standardized_encoder_of(simulator, draw(jax.random.fold_in(key, 3)))
         except Exception:  # whatever a model, or its data, do that cannot be simulated
-            data = tuple(a[None] for a in self.encoder_data(args, kwargs))
-        return self.standardized_encoder_of(data)
+            return self._encoder_of(tuple(a[None] for a in self.encoder_data(args, kwargs)))
 
-    def standardized_encoder_of(self, data: tuple[Array, ...]) -> StandardizedEncoder:
-        """The encoder at its first parameters, with the statistics of data sets ``(n, *shape)``."""
+    def standardized_encoder_of(self, simulator: PriorPredictive, simulations: Simulations) -> StandardizedEncoder:
+        """The encoder at its first parameters, with the statistics of simulated data sets."""
+
+        @eqx.filter_jit
+        def build(simulations: Simulations) -> StandardizedEncoder:
+            seen = jax.vmap(lambda data: self.encoder_data(*simulator.call(data)))(simulations.data)
+            return self._encoder_of(tuple(_without(a, ~simulations.finite) for a in seen))
+
+        return build(simulations)
+
+    def _encoder_of(self, data: tuple[Array, ...]) -> StandardizedEncoder:
         assert self.encoder is not None
         dtype = self._init_latent.dtype
         return StandardizedEncoder(_cast(self.encoder, dtype), data, dtype)
@@ -490,6 +499,14 @@ def check_built_base(base: Any) -> Base:
             "it serves maximum likelihood (fit_density). Use MixtureBase or LocScaleBase."
         )
     return base
+
+
+def _without(data: Array, out: Array) -> Array:
+    """Data sets ``(n, ...)``, of which some ``(n,)`` are marked by NaN, where there is one."""
+    if data.dtype == bool:
+        return data
+    data = data.astype(jnp.result_type(data, jnp.float32))
+    return jnp.where(out.reshape(-1, *[1] * (data.ndim - 1)), jnp.nan, data)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

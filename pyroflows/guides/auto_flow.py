@@ -21,7 +21,7 @@ from pyroflows.distributions import Base, FlowDistribution, standard_base
 from pyroflows.encoders import StandardizedEncoder
 from pyroflows.log_density import LogDensity, check_finite, check_latents, prototype_trace
 from pyroflows.noncentering import Noncentering, noncentering_of
-from pyroflows.prior_predictive import PriorPredictive, batched
+from pyroflows.prior_predictive import PriorPredictive, Simulations, batched
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import Elementwise, ElementwiseAffine, TriangularAffine
 from pyroflows.univariate import Affine
@@ -99,6 +99,7 @@ class AutoFlow(AutoContinuous):
         self.transform: Compose | None = None
         self.learned_base: Base | None = None
         self.standardized_encoder: StandardizedEncoder | None = None
+        self._num_pilots = _NUM_PILOTS
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with pyro.validation_enabled(False):  # what is out of its support shows in the density, with its site's name
@@ -315,16 +316,20 @@ class AutoFlow(AutoContinuous):
         """The encoder, with statistics of simulated data, or of the given ones where the model cannot be simulated."""
         names = list(self._unconstrained_shapes)
         try:
+            if not self._num_pilots:
+                raise ValueError("no simulations")
             simulator = PriorPredictive(self._raw_model[0], args, kwargs, names, owner="AutoFlow")
-            _, sets, finite = simulator.draw(_NUM_PILOTS)
-            seen = batched(lambda *data: self.encoder_data(*simulator.call(data)), *sets)
-            data = tuple(a[finite] for a in seen)
+            return self.standardized_encoder_of(simulator, simulator.draw(self._num_pilots))
         except Exception:  # whatever a model, or its data, do that cannot be simulated
-            data = tuple(a.unsqueeze(0) for a in self.encoder_data(args, kwargs))
-        return self.standardized_encoder_of(data)
+            return self._encoder_of(tuple(a.unsqueeze(0) for a in self.encoder_data(args, kwargs)))
 
-    def standardized_encoder_of(self, data: tuple[Tensor, ...]) -> StandardizedEncoder:
-        """The encoder with the statistics of data sets ``(n, *shape)``."""
+    @torch.no_grad()
+    def standardized_encoder_of(self, simulator: PriorPredictive, simulations: Simulations) -> StandardizedEncoder:
+        """The encoder with the statistics of simulated data sets."""
+        seen = batched(lambda *data: self.encoder_data(*simulator.call(data)), *simulations.data)
+        return self._encoder_of(tuple(a[simulations.finite] for a in seen))
+
+    def _encoder_of(self, data: tuple[Tensor, ...]) -> StandardizedEncoder:
         assert self.encoder is not None
         like = self._init_loc()
         return StandardizedEncoder(self.encoder, data, like.dtype).to(like)
