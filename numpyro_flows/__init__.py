@@ -12,7 +12,15 @@ from numpyro_flows.posterior import FlowPosterior
 from numpyro_flows.refinement import RefinedPosterior
 from numpyro_flows.reparam import FlowReparam
 from numpyro_flows.reversible import Reversible
-from numpyro_flows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule, flow_module
+from numpyro_flows.transform_module import (
+    Compose,
+    Conditioned,
+    Inverse,
+    Repeat,
+    TransformModule,
+    flow_module,
+    random_flow_module,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +47,7 @@ __all__ = [
     "fit_density",
     "flow_module",
     "flows",
+    "random_flow_module",
     "simulation_based_calibration",
     "transforms",
     "univariate",

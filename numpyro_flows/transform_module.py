@@ -271,6 +271,40 @@ def flow_module(name: str, transform: _Module) -> _Module:
     return eqx.combine(jax.tree.unflatten(jax.tree.structure(params), leaves), static)
 
 
+def random_flow_module(name: str, transform: _Module, prior: Any) -> _Module:
+    """The transform with parameters drawn from a prior: latent sites ``{name}.{parameter}`` of the model around it.
+
+    As ``numpyro.contrib.module.random_eqx_module``, with a prior of independent elements for every parameter.
+
+    :param transform: a transform, or any other equinox module.
+    :param prior: a distribution of single numbers, for every parameter; a function ``prior(parameter, shape)`` that
+        returns one; or a dict of them by the parameters' dotted names (:func:`parameters`), the other parameters being
+        registered as by :func:`flow_module`.
+    :returns: the transform with the parameters drawn.
+    :raises ValueError: for a name in ``prior`` that is none of the parameters.
+    """
+    given = parameters(transform)
+    priors = check_priors(prior, {parameter: jnp.shape(value) for parameter, value in given.items()})
+    values = parameters(flow_module(name, transform)) if len(priors) < len(given) else given
+    values = {parameter: values[parameter] for parameter in given}
+    for parameter, fn in priors.items():
+        shape = jnp.shape(given[parameter])
+        values[parameter] = numpyro.sample(f"{name}.{parameter}", fn.expand(shape).to_event(len(shape)))
+    params, static = eqx.partition(transform, eqx.is_inexact_array)
+    return eqx.combine(jax.tree.unflatten(jax.tree.structure(params), list(values.values())), static)
+
+
+def check_priors(prior: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The prior of each parameter that has one; a ``ValueError`` for one of a parameter that is not there."""
+    if not isinstance(prior, dict):
+        is_function = callable(prior) and not hasattr(prior, "log_prob")
+        return {name: prior(name, shape) if is_function else prior for name, shape in shapes.items()}
+    unknown = sorted(set(prior) - set(shapes))
+    if unknown:
+        raise ValueError(f"random_flow_module: prior names {unknown}, but the parameters are {list(shapes)}.")
+    return {name: prior[name] for name in shapes if name in prior}
+
+
 def parameters(transform: eqx.Module) -> dict[str, Array]:
     """The trainable arrays by their dotted names, layers of a :class:`Repeat` stacked: what the param site holds."""
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(transform, eqx.is_inexact_array))

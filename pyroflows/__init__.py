@@ -12,7 +12,14 @@ from pyroflows.posterior import FlowPosterior
 from pyroflows.refinement import RefinedPosterior
 from pyroflows.reparam import FlowReparam
 from pyroflows.reversible import Reversible
-from pyroflows.transform_module import Compose, Conditioned, Inverse, Repeat, TransformModule
+from pyroflows.transform_module import (
+    Compose,
+    Conditioned,
+    Inverse,
+    Repeat,
+    TransformModule,
+    random_flow_module,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +45,7 @@ __all__ = [
     "encoders",
     "fit_density",
     "flows",
+    "random_flow_module",
     "simulation_based_calibration",
     "transforms",
     "univariate",

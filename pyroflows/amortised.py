@@ -195,9 +195,7 @@ class AmortisedFlowVI:
         if self.num_simulations is None and self.data_sets is None:
             return stored, None
         n = len(stored.finite)
-        held = round(n * self.validation)
-        if not 1 <= held < n:
-            raise ValueError(f"{_OWNER}: validation={self.validation} of {n} data sets holds out {held} of them.")
+        held = num_held_out(n, self.validation)
         order = torch.randperm(n)
         return _rows(stored, order[:held]), _rows(stored, order[held:])
 
@@ -472,6 +470,14 @@ def _seen(guide: AutoFlow, source: PriorPredictive, data: tuple[Tensor, ...]) ->
     return guide.encoder_data(*source.call(data))
 
 
+def num_held_out(n: int, validation: float) -> int:
+    """How many of ``n`` data sets are held out; a ``ValueError`` unless some are, and some are not."""
+    held = round(n * validation)
+    if not 1 <= held < n:
+        raise ValueError(f"{_OWNER}: validation={validation} of {n} data sets holds out {held} of them.")
+    return held
+
+
 def check_training(
     numbers: dict[str, int],
     objective: str,
@@ -493,6 +499,8 @@ def check_training(
         raise ValueError(f"{_OWNER}: learning_rate must be positive, but got {learning_rate}.")
     if not 0 < validation < 1:
         raise ValueError(f"{_OWNER}: validation must be a share between 0 and 1, but got {validation}.")
+    if num_simulations is not None:
+        num_held_out(num_simulations, validation)
     if refine_steps < 0:
         raise ValueError(f"{_OWNER}: refine_steps must not be negative, but got {refine_steps}.")
     if data_sets is not None and (objective != "elbo" or num_simulations is not None):

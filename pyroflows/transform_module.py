@@ -6,15 +6,19 @@ Calling, ``.inv``, ``log_abs_det_jacobian``, reuse of a result, composition and 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor
 from torch.distributions import Transform, constraints
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 class _Produced(NamedTuple):
@@ -260,6 +264,40 @@ class Repeat(Compose):
             raise ValueError(f"Repeat: num_layers must be at least 1, but got {num_layers}.")
         super().__init__([])
         self.layers.extend(make_layer() for _ in range(num_layers))
+
+
+def random_flow_module(name: str, transform: _Module, prior: Any) -> _Module:
+    """The transform with parameters drawn from a prior: latent sites ``{name}.{parameter}`` of the model around it.
+
+    The prior has independent elements for every parameter. (``pyro.module`` makes parameters of a model trainable.)
+
+    :param transform: a transform, or any other module.
+    :param prior: a distribution of single numbers, for every parameter; a function ``prior(parameter, shape)`` that
+        returns one; or a dict of them by the parameters' dotted names (``named_parameters``), the other parameters
+        being registered as by ``pyro.module``.
+    :returns: a copy of the transform with the parameters drawn. It lives as long as this run of the model.
+    :raises ValueError: for a name in ``prior`` that is none of the parameters.
+    """
+    given = dict(transform.named_parameters())
+    priors = check_priors(prior, {parameter: tuple(value.shape) for parameter, value in given.items()})
+    if len(priors) < len(given):
+        pyro.module(name, transform)
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*given.values(), *transform.buffers()]}
+    for parameter, fn in priors.items():
+        shape = given[parameter].shape
+        memo[id(given[parameter])] = pyro.sample(f"{name}.{parameter}", fn.expand(shape).to_event(len(shape)))
+    return copy.deepcopy(transform, memo)  # which puts what the memo holds into the parameters' places
+
+
+def check_priors(prior: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The prior of each parameter that has one; a ``ValueError`` for one of a parameter that is not there."""
+    if not isinstance(prior, dict):
+        is_function = callable(prior) and not hasattr(prior, "log_prob")
+        return {name: prior(name, shape) if is_function else prior for name, shape in shapes.items()}
+    unknown = sorted(set(prior) - set(shapes))
+    if unknown:
+        raise ValueError(f"random_flow_module: prior names {unknown}, but the parameters are {list(shapes)}.")
+    return {name: prior[name] for name in shapes if name in prior}
 
 
 def check_context(context: Tensor | None, context_dim: int, owner: str) -> None:
