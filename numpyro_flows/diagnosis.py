@@ -87,8 +87,7 @@ def _in_whitened_space(posterior: Any, rng_key: Array) -> np.ndarray:
     """The same, of chains in the coordinates where the guide has mean zero and covariance one."""
     guide, density = posterior.guide, pulled_back(posterior.log_density, posterior.guide.noncentering)
     x = guide.coordinates.inverse_and_log_det(posterior.draws.unconstrained[: 8 * _NUM_CHAINS])[0]
-    loc, scale_tril = _location_and_scale(np.asarray(x, float))
-    loc, scale_tril = jnp.asarray(loc, x.dtype), jnp.asarray(scale_tril, x.dtype)
+    loc, scale_tril = (jnp.asarray(a, x.dtype) for a in _location_and_scale(np.asarray(x, float)))
 
     def log_density(z: Array) -> Array:
         value = density(loc + scale_tril @ z)

@@ -44,6 +44,8 @@ class History(NamedTuple):
     gradients: int = 0  # gradient evaluations of the model, the search for a start included
     seconds: float = 0.0
     missed: float = 0.0  # share of the posterior found where the guide has nearly no mass
+    tried: tuple[str, ...] = ()  # a line on every fit that was made
+    stopped: str = ""  # ``"max_time"`` or ``"max_gradients"``, where it kept the run from what it would have done
 
 
 class Draws(NamedTuple):
@@ -367,6 +369,10 @@ class FlowPosterior:
         print(_arviz.summary(self.to_arviz(num_samples)).to_string())
         if self.history.skipped:
             print(f"{self.history.skipped} of {len(self.history.elbo)} steps were skipped: gradient not finite.")
+        if len(self.history.tried) > 1:
+            print("Tried, the best kept:", *self.history.tried, sep="\n- ")
+        if self.history.stopped:
+            print(f"The run was ended by {self.history.stopped}=.")
         print(self.verdict())
 
     def _weighted(self) -> RefinedPosterior:
@@ -481,7 +487,8 @@ class FlowPosterior:
         if guide.learned_base is not None:
             learned_base = serialization.load_state_dict(guide.learned_base, weights["base"])
             params[f"{guide.prefix}_base$params"] = parameters(learned_base)
-        history = History(**{**metadata["history"], "elbo": np.asarray(tensors["history.elbo"])})
+        noted = {**metadata["history"], "tried": tuple(metadata["history"].get("tried", ()))}
+        history = History(**{**noted, "elbo": np.asarray(tensors["history.elbo"])})
         return cls(guide, params, log_density, history, num_draws=metadata["num_draws"])
 
 

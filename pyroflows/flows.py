@@ -107,14 +107,20 @@ def realnvp(
     context_dim: int = 0,
     activation: str = "silu",
     max_log_scale: float = 3.0,
+    rotated: bool = False,
 ) -> TransformModule:
     """Affine coupling (Dinh et al. 2017). One pass both ways; the default of the guides.
 
-    In one dimension there is nothing to couple, and it is an affine map: take ``nsf`` there.
+    In one dimension there is nothing to couple, and it is an affine map: take ``nsf`` there. With ``rotated`` every
+    layer couples halves of trained coordinates of its own, at random first (:class:`Rotated`), in place of the same two
+    blocks by turns: in many dimensions every element meets every other.
     """
-    return _coupling_stack(
-        dim, Affine(max_log_scale), num_layers, hidden_dims, context_dim=context_dim, activation=activation
-    )
+    univariate, options = Affine(max_log_scale), {"context_dim": context_dim, "activation": activation}
+    if not rotated:
+        return _coupling_stack(dim, univariate, num_layers, hidden_dims, **options)
+    check_dim(dim)
+    make = partial(Coupling, dim, univariate, hidden_dims, swap=False, **options)  # type: ignore[arg-type]
+    return Compose([Repeat(lambda: Rotated(make(), dim), num_layers)])
 
 
 def nsf(

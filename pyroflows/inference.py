@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from pyroflows import flows
 from pyroflows.distributions import Base, FlexibleBase, MixtureBase, distribution_of
 from pyroflows.elbo import elbo_terms, forward_kl, score_gradient
+from pyroflows.evidence import PARETO_K_GOOD
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base
 from pyroflows.initialization import (
@@ -31,14 +33,19 @@ from pyroflows.initialization import (
 )
 from pyroflows.log_density import LogDensity, prototype_trace
 from pyroflows.noncentering import pulled_back
-from pyroflows.posterior import MISSED_BAD, FlowPosterior, History
+from pyroflows.posterior import FlowPosterior, History
 from pyroflows.transform_module import Compose, TransformModule
 
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
-_NEARLY_EXACT = 0.02  # nats of KL divergence, below which a fit that no longer improves may end before its budget
+_NEARLY_EXACT = 0.01  # nats of KL divergence, below which a fit that no longer improves may end before its budget
+_NUM_STEPS = 5000
+_GAP_POOR = 0.02  # nats of KL divergence, above which a fit goes on
+_GAP_NEAR = 0.1  # above which more steps will not do: the flow is not rich enough
+_K_TAILS = 0.5  # of Pareto k, below which a poor fit goes on without the forward KL divergence, which costs ELBO
+RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the default one turns to
 
 
 class FlowVI:
@@ -47,15 +54,19 @@ class FlowVI:
     1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), where
        latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then once more with
        the pseudo-observations that the likelihood amounts to there. The better of the two is kept.
-    2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``; less if the guide is nearly exact
-       (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.02) and the ELBO of
-       250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
-    3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the path gradient
-       (Roeder et al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact, and with the
-       forward KL divergence added to the loss, which makes the tails wide enough for importance weights.
+    2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
+       al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
+       exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
+       of 250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
+    3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the forward KL
+       divergence added to the loss, which makes the tails wide enough for importance weights.
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
        there are modes which the guide misses; its own draws cannot. If there are, and the base is the default, the
        fit is made once more with a ``MixtureBase`` that starts on all of them, and the better one kept.
+    5. *Escalation*, where the fit is still poor (by Pareto k, the gap between ELBO and importance-sampled evidence, or
+       the chains of ``FlowPosterior.departure``): half as many steps again from where it stands, with twice the draws,
+       where that may do (the gap is below 0.1), else a fit of the next flow of ``richer``, until one is good or none
+       is left. The best is kept; ``history.tried`` tells of all.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
     two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
@@ -63,7 +74,7 @@ class FlowVI:
 
     :param model: Pyro model with continuous latents.
     :param flow: factory ``flow(dim) -> TransformModule``.
-    :param num_steps: most gradient steps of phases 2 and 3 together.
+    :param num_steps: most gradient steps of phases 2 and 3 together: 5,000 unless given.
     :param num_particles: draws per step, in one batched pass over the model.
     :param learning_rate: Adam's step size in phase 2.
     :param base: factory ``base(dim) -> Base`` of a base that is learned along with the flow; ``None`` for the
@@ -75,8 +86,13 @@ class FlowVI:
     :param base_df: degrees of freedom of a Student-t base, in place of ``base``.
     :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks) are
         taken relative to that prior. It changes the guide alone: neither the model nor the sites of the posterior.
-    :param path_gradient: whether phase 3 is as described; if not, it goes on with the plain ELBO. Unless given: where
-        the flow's inverse, of which both need a pass, takes no more network passes than its forward direction.
+    :param path_gradient: whether phases 2 and 3 are as described, or by the plain ELBO. Unless given: where the flow's
+        inverse, of which both need a pass, takes no more network passes than its forward direction.
+    :param escalate: whether to go on as in phase 5 where the fit is poor. Unless given: where ``num_steps`` and
+        ``flow`` are not.
+    :param richer: factories of the flows that phase 5 turns to, one after another.
+    :param max_time: seconds after which the run ends with what it has reached. The phases are shortened to fit.
+    :param max_gradients: evaluations of the model's gradient after which it ends, likewise, and repeatably.
     :param num_starts: points from which the search walks.
     :param init_loc_fn: Pyro's initialisation strategy, which gives these points.
     :param progress_bar: shows a bar with the running ELBO and the time left.
@@ -87,25 +103,33 @@ class FlowVI:
         model: Callable,
         flow: Callable[..., TransformModule] = flows.realnvp,
         *,
-        num_steps: int = 5000,
+        num_steps: int | None = None,
         num_particles: int = 256,
         learning_rate: float = 2e-3,
         base: Callable[..., Base] | None = FlexibleBase,
         base_df: float | None = None,
         noncentered: bool = True,
         path_gradient: bool | None = None,
+        escalate: bool | None = None,
+        richer: Sequence[Callable[..., TransformModule]] = RICHER,
+        max_time: float | None = None,
+        max_gradients: int | None = None,
         num_starts: int = 4,
         init_loc_fn: Callable = init_to_uniform,
         progress_bar: bool = True,
     ):
-        check_options(num_steps, num_particles, learning_rate, num_starts)
+        if escalate is None:
+            escalate = num_steps is None and flow is flows.realnvp
+        num_steps = _NUM_STEPS if num_steps is None else num_steps
+        check_options(num_steps, num_particles, learning_rate, num_starts, max_time, max_gradients)
         if base_df is not None and base is FlexibleBase:
             base = None
         check_base(base, base_df, "FlowVI")
         self.model, self.flow = model, flow
         self.num_steps, self.num_particles, self.learning_rate = num_steps, num_particles, learning_rate
         self.base_df, self.base, self.path_gradient = base_df, base, path_gradient
-        self.noncentered = noncentered
+        self.noncentered, self.escalate, self.richer = noncentered, escalate, tuple(richer)
+        self.max_time, self.max_gradients = max_time, max_gradients
         self.num_starts, self.init_loc_fn, self.progress_bar = num_starts, init_loc_fn, progress_bar
 
     def run(self, *args: Any, **kwargs: Any) -> FlowPosterior:
@@ -116,37 +140,87 @@ class FlowVI:
         :raises ValueError: for a model which a joint flow cannot serve (see :class:`AutoFlow`), or with param sites.
         :raises RuntimeError: if no start has a finite ELBO, or every gradient is not finite.
         """
-        begin = time.perf_counter()
+        budget = Budget(self.max_time, self.max_gradients)
         guide = self._guide(self.base_df, self.base, args, kwargs)
         log_density = guide.log_density(*args, **kwargs)
         target, start = self._find_start(guide, log_density)
-        posterior = self._fit(guide, log_density, start, start.gradients, begin)
+        budget.gradients += start.gradients
+        posterior = self._fit(guide, log_density, start, budget)
         if posterior.history.interrupted:
             return posterior
         try:
-            modes = self._look_elsewhere(posterior, target, start, begin)
-            seen = posterior.history.missed >= MISSED_BAD and len(modes) > 1
-            if seen and self.base is FlexibleBase:
-                start, noncentering = start._replace(modes=modes), guide.noncentering
-                guide = self._guide(None, partial(MixtureBase, num_components=len(modes)), args, kwargs)
-                if noncentering is not None:
-                    guide.set_noncentering(noncentering)
-                try:
-                    again = self._fit(guide, log_density, start, posterior.history.gradients, begin)
-                except RuntimeError as error:  # no finite gradient: the first fit stands, with what it misses
-                    warnings.warn(f"FlowVI: a second fit, with a mixture base, failed: {error}", stacklevel=2)
-                    return posterior
-                if again.elbo.value > posterior.elbo.value:
-                    posterior = again
-                    self._look_elsewhere(posterior, target, start, begin)
+            modes = self._look_elsewhere(posterior, target, start, budget)
         except KeyboardInterrupt:
             posterior.history = posterior.history._replace(interrupted=True)
+            return posterior
+        base, tried = self.base, [_account(_name(self.flow), posterior)]
+
+        def anew(flow: Callable) -> FlowPosterior:
+            other = self._guide(None if base is not self.base else self.base_df, base, args, kwargs, flow)
+            if guide.noncentering is not None:
+                other.set_noncentering(guide.noncentering)
+            tails = not posterior.pareto_k < _K_TAILS
+            found = self._fit(other, log_density, start._replace(modes=modes), budget, tails)
+            if not found.history.interrupted:
+                self._look_elsewhere(found, target, start, budget)
+            return found
+
+        def attempt(what: str, fit: Callable[[], FlowPosterior]) -> FlowPosterior:
+            try:
+                found = fit()
+            except RuntimeError as error:  # no finite gradient: what there is stands, with what it misses
+                warnings.warn(f"FlowVI: a second fit, with {what}, failed: {error}", stacklevel=3)
+                tried.append(f"{what}: failed")
+                return posterior
+            tried.append(_account(what, found))
+            if found.history.interrupted:
+                raise KeyboardInterrupt
+            return found if is_better(found, posterior) else posterior
+
+        try:
+            if posterior.misses_modes and len(modes) > 1 and base is FlexibleBase and budget.allows_more():
+                base = partial(MixtureBase, num_components=len(modes))
+                posterior = attempt("a mixture base", partial(anew, self.flow))
+            richer, went_on = list(self.richer), False
+            while self.escalate and is_poor(posterior, budget) and budget.allows_more():
+                if not went_on and (not richer or is_near(posterior)):
+                    more, went_on = "more steps", True
+                    fit = partial(self._go_on, posterior, budget)
+                elif richer:
+                    flow = richer.pop(0)
+                    more, fit = _name(flow), partial(anew, flow)
+                else:
+                    break
+                before, posterior = posterior, attempt(more, fit)
+                went_on = went_on and (more == "more steps" or posterior is before)
+        except KeyboardInterrupt:
+            tried.append("interrupted")  # the first fit was complete
+        return self._end(posterior, budget, tried)
+
+    def _end(self, posterior: FlowPosterior, budget: Budget, tried: list[str]) -> FlowPosterior:
+        """Notes in the history what the whole run took."""
+        posterior.history = posterior.history._replace(
+            gradients=budget.gradients, seconds=budget.seconds, tried=tuple(tried), stopped=budget.stopped
+        )
+        if budget.stopped:
+            warnings.warn(
+                f"FlowVI: {budget.stopped}={getattr(self, budget.stopped)} cut the run short, after {budget.gradients} "
+                f"gradients and {budget.seconds:.0f} s. See verdict() ({tried[-1]}).",
+                stacklevel=3,
+            )
         return posterior
 
-    def _guide(self, base_df: float | None, base: Callable[..., Base] | None, args: tuple, kwargs: dict) -> AutoFlow:
+    def _guide(
+        self,
+        base_df: float | None,
+        base: Callable[..., Base] | None,
+        args: tuple,
+        kwargs: dict,
+        flow: Callable[..., TransformModule] | None = None,
+    ) -> AutoFlow:
         guide = AutoFlow(
             self.model,
-            self.flow,
+            flow or self.flow,
             init_loc_fn=self.init_loc_fn,
             base_df=base_df,
             base=base,
@@ -162,18 +236,54 @@ class FlowVI:
         return guide
 
     def _fit(
-        self, guide: AutoFlow, log_density: LogDensity, start: Start, gradients: int, begin: float
+        self, guide: AutoFlow, log_density: LogDensity, start: Start, budget: Budget, tails: bool = True
     ) -> FlowPosterior:
-        """Trains the guide from ``start``; ``gradients`` is what was spent before, ``begin`` when that was."""
+        """Trains the guide from ``start``."""
         learned, loc, scale_tril = guide._modules.get("learned_base"), start.loc, start.scale_tril
         if learned is not None and learned.multimodal:
             loc, scale_tril, *modes = gaussian_around(start.modes)
             learned.at_modes(*(torch.as_tensor(a).to(log_density.prototype) for a in modes))  # type: ignore[operator]
         guide.start_at(*(torch.as_tensor(a).to(log_density.prototype) for a in (loc, scale_tril)))
-        history = self._ascend(guide, log_density)
-        history = history._replace(
-            gradients=gradients + self.num_particles * len(history.elbo), seconds=time.perf_counter() - begin
+        schedule = budget.schedule(self.num_steps, self.num_particles, self.learning_rate)
+        return self._trained(guide, log_density, schedule, budget, self.num_particles, tails)
+
+    def _go_on(self, posterior: FlowPosterior, budget: Budget) -> FlowPosterior:
+        """Trains a copy of the guide from where it stands: half the step size, and falling from the first step."""
+        num_particles, before = 2 * self.num_particles, posterior.history
+        steps = max(self.num_steps // 2, 1)
+        schedule = budget.schedule(steps, num_particles, 0.5 * self.learning_rate, annealing=True)
+        guide = copy.deepcopy(posterior.guide)
+        for module in (guide.transform, guide._modules.get("learned_base")):
+            if module is not None:
+                module.requires_grad_(True)
+        tails = not posterior.pareto_k < _K_TAILS
+        found = self._trained(guide, posterior.log_density, schedule, budget, num_particles, tails)
+        found._look_at(posterior._modes, np.random.default_rng(0))
+        history = found.history
+        found.history = history._replace(
+            elbo=np.concatenate([before.elbo, history.elbo]),
+            skipped=before.skipped + history.skipped,
+            stationary=before.stationary,
         )
+        return found
+
+    def _trained(
+        self,
+        guide: AutoFlow,
+        log_density: LogDensity,
+        schedule: Schedule,
+        budget: Budget,
+        num_particles: int,
+        tails: bool,
+    ) -> FlowPosterior:
+        """What training the guide finds, with what the run has spent."""
+        history = self._ascend(guide, log_density, schedule, num_particles, tails)
+        budget.gradients += num_particles * len(history.elbo)
+        if schedule.late:
+            budget.stopped = "max_time"
+        if schedule.shortened and len(history.elbo) == schedule.num_steps:
+            budget.stopped = "max_gradients"
+        history = history._replace(gradients=budget.gradients, seconds=budget.seconds)
         return FlowPosterior(guide, log_density, history)
 
     def _target(self, log_density: LogDensity) -> Target:
@@ -231,7 +341,7 @@ class FlowVI:
         return target, start._replace(gradients=gradients)
 
     def _look_elsewhere(
-        self, posterior: FlowPosterior, target: Target, start: Start, begin: float
+        self, posterior: FlowPosterior, target: Target, start: Start, budget: Budget
     ) -> tuple[Start, ...]:
         """Notes in the history what share of the posterior the guide misses; returns the modes known.
 
@@ -244,20 +354,26 @@ class FlowVI:
         found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
         modes = distinct([*start.modes, *found])
         posterior._look_at(modes, rng, target.log_density)
-        history = posterior.history
-        posterior.history = history._replace(
-            gradients=history.gradients + gradients, seconds=time.perf_counter() - begin
-        )
+        budget.gradients += gradients
+        posterior.history = posterior.history._replace(gradients=budget.gradients, seconds=budget.seconds)
         return modes
 
-    def _ascend(self, guide: AutoFlow, log_density: LogDensity) -> History:
-        """Phases 2 and 3, in the coordinates of the start; trains the guide in place."""
+    def _ascend(
+        self,
+        guide: AutoFlow,
+        log_density: LogDensity,
+        schedule: Schedule | None = None,
+        num_particles: int | None = None,
+        tails: bool = True,
+    ) -> History:
+        """Phases 2 and 3, in the coordinates of the start; trains the guide in place, from where it stands."""
+        schedule = schedule or Schedule(self.num_steps, self.learning_rate)
         outer = guide.outer_layers[0]
         inner = Compose(list(guide.transform.layers)[: -len(guide.outer_layers)])  # type: ignore[union-attr, arg-type]
         outer.requires_grad_(False)
         density = pulled_back(log_density, guide.noncentering)
         learned: Any = guide._modules.get("learned_base")
-        base, n = guide.get_base_dist() if learned is None else learned, self.num_particles
+        base, n = guide.get_base_dist() if learned is None else learned, num_particles or self.num_particles
         scale_log_det = outer.forward_and_log_det(torch.zeros_like(log_density.prototype))[1]
         use_path = self.path_gradient
         if use_path is None:
@@ -270,14 +386,14 @@ class FlowVI:
         parameters = [*inner.parameters(), *(() if learned is None else learned.parameters())]
         adam = torch.optim.Adam(parameters, fused=True)
 
-        def step(step_size: float, path: bool) -> Tensor:
+        def step(step_size: float, annealing: bool) -> Tensor:
             """ELBO, approximate KL divergence, and whether the step was skipped."""
             x, log_density_of_base = (base.sample((n,)), None) if learned is None else learned.draw(n)
-            terms, z = elbo_terms(inner, base, whitened, x, path=path)
+            terms, z = elbo_terms(inner, base, whitened, x, path=use_path)
             loss = -terms.mean()
             if log_density_of_base is not None:
                 loss = loss + score_gradient(terms, log_density_of_base)
-            if path:
+            if use_path and annealing and tails:
                 loss = loss + forward_kl(inner, base, z, terms)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             skip = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
@@ -294,12 +410,10 @@ class FlowVI:
         divergence: list[float] = []
         skipped, interrupted = 0, False
         best = -np.inf, [p.detach().clone() for p in parameters]
-        schedule = Schedule(self.num_steps, self.learning_rate)
-        with tqdm(total=self.num_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
+        with tqdm(total=schedule.expected_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
             try:
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
-                    path = bool(use_path and schedule.annealing)
-                    done = torch.stack([step(float(size), path) for size in step_sizes])
+                    done = torch.stack([step(float(size), schedule.annealing) for size in step_sizes])
                     elbos, divergences, skips = done.T.tolist()
                     trace += elbos
                     divergence += divergences
@@ -339,14 +453,52 @@ def _numpy_rng() -> np.random.Generator:
     return np.random.default_rng(int(torch.randint(2**31 - 1, ())))
 
 
-class Schedule:
-    """Step sizes: constant until the ELBO is stationary, then down to zero along a cosine over as many steps again."""
+class Budget:
+    """What a run may take in all, and what it has taken."""
 
-    def __init__(self, num_steps: int, learning_rate: float):
-        self.num_steps, self.learning_rate = num_steps, learning_rate
-        self.stationary = self.finished = False
-        self._anneal_from: int | None = None
-        self._anneal_steps = 0
+    def __init__(self, max_time: float | None = None, max_gradients: int | None = None):
+        self.max_time, self.max_gradients = max_time, max_gradients
+        self.begin, self.gradients = time.perf_counter(), 0
+        self.stopped = ""  # the option that kept the run from what it would have done
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def allows_more(self) -> bool:
+        """Whether another fit may begin; notes what forbids it."""
+        if self.max_time is not None and self.seconds >= self.max_time:
+            self.stopped = "max_time"
+        if self.max_gradients is not None and self.gradients >= self.max_gradients:
+            self.stopped = "max_gradients"
+        return not self.stopped
+
+    def schedule(
+        self, num_steps: int, num_particles: int, learning_rate: float, *, annealing: bool = False
+    ) -> Schedule:
+        """The schedule of a fit, as far as there is something left."""
+        left = np.inf if self.max_gradients is None else max(self.max_gradients - self.gradients, 0) // num_particles
+        deadline = None if self.max_time is None else self.begin + self.max_time
+        schedule = Schedule(int(min(num_steps, left)), learning_rate, annealing=annealing, deadline=deadline)
+        schedule.shortened = left < num_steps
+        return schedule
+
+
+class Schedule:
+    """Step sizes: constant until the ELBO is stationary, then down to zero along a cosine over as many steps again.
+
+    :param num_steps: steps at most.
+    :param learning_rate: the first step size.
+    :param annealing: whether to begin with the second part.
+    :param deadline: by ``time.perf_counter``. The second part begins when a third of the time until then is over.
+    """
+
+    def __init__(self, num_steps: int, learning_rate: float, *, annealing: bool = False, deadline: float | None = None):
+        self.num_steps, self.learning_rate, self.deadline = num_steps, learning_rate, deadline
+        self.stationary = self.finished = self.late = self.shortened = False
+        self._begin = time.perf_counter()
+        self._anneal_from: int | None = 0 if annealing else None
+        self._anneal_steps = num_steps if annealing else 0
 
     @property
     def annealing(self) -> bool:
@@ -359,12 +511,18 @@ class Schedule:
 
     def next_chunk(self, trace: list[float], divergence: list[float]) -> np.ndarray | None:
         """Step sizes of the next steps given ELBO and approximate KL divergence so far; ``None`` at the end."""
-        done = len(trace)
+        done, elapsed = len(trace), time.perf_counter() - self._begin
+        allowed = np.inf if self.deadline is None else self.deadline - self._begin
+        if elapsed >= allowed:
+            self.late = True
+            return None
         if self._anneal_from is None:
             if done and done % _WINDOW == 0:
                 self.stationary = is_stationary(trace)
             nearly_exact = np.nanmean(divergence[-_WINDOW:]) < _NEARLY_EXACT if done else False
-            if (self.stationary and nearly_exact) or 2 * done >= self.num_steps:
+            hurried = done > 0 and elapsed >= allowed / 3
+            if (self.stationary and nearly_exact) or 2 * done >= self.num_steps or hurried:
+                self.late = hurried and 2 * done < self.num_steps and not (self.stationary and nearly_exact)
                 self._anneal_from = done
                 self._anneal_steps = min(max(done, 2 * _WINDOW), self.num_steps - done)
         if self._anneal_from is None:
@@ -376,6 +534,46 @@ class Schedule:
         return 0.5 * self.learning_rate * (1 + np.cos(np.pi * steps / self._anneal_steps))
 
 
+def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
+    """Whether a fit leaves something to be desired; by what is cheap first."""
+    elbo = posterior.elbo
+    gap = posterior._log_evidence().value - elbo.value
+    if not posterior.pareto_k < PARETO_K_GOOD or gap > _GAP_POOR + 2 * elbo.standard_error or posterior.misses_modes:
+        return True
+    before = posterior.history.gradients
+    suspicious = posterior.departure.suspicious
+    budget.gradients += posterior.history.gradients - before
+    return suspicious
+
+
+def is_near(posterior: FlowPosterior) -> bool:
+    """Whether a poor fit is one that more steps could mend."""
+    return posterior.pareto_k < PARETO_K_GOOD and posterior._log_evidence().value - posterior.elbo.value < _GAP_NEAR
+
+
+def is_better(found: FlowPosterior, than: FlowPosterior) -> bool:
+    """Whether a fit is closer to the posterior, by its ELBO, and not at the price of what can be trusted."""
+    if found.misses_modes == than.misses_modes:
+        worse = not found.pareto_k < PARETO_K_GOOD and than.pareto_k < PARETO_K_GOOD
+    else:
+        worse = found.misses_modes
+    return found.elbo.value > than.elbo.value and not worse
+
+
+def _account(what: str, posterior: FlowPosterior) -> str:
+    """A line on a fit: what it was, and how it went."""
+    gap = posterior._log_evidence().value - posterior.elbo.value
+    steps = len(posterior.history.elbo)
+    return f"{what}, {steps} steps: ELBO {posterior.elbo}, gap {gap:.3f}, Pareto k {posterior.pareto_k:.2f}"
+
+
+def _name(flow: Callable) -> str:
+    """The name of a flow's factory, with its options."""
+    if isinstance(flow, partial):
+        return f"{_name(flow.func)}({', '.join(f'{name}={value!r}' for name, value in flow.keywords.items())})"
+    return getattr(flow, "__name__", type(flow).__name__)
+
+
 def is_stationary(trace: list[float]) -> bool:
     """Whether the mean ELBO of the last window exceeds that of the one before by no more than two standard errors."""
     if len(trace) < 2 * _WINDOW:
@@ -385,10 +583,20 @@ def is_stationary(trace: list[float]) -> bool:
     return bool(after - before < 2 * np.sqrt((np.nanvar(windows, 1) / _WINDOW).sum()))
 
 
-def check_options(num_steps: int, num_particles: int, learning_rate: float, num_starts: int) -> None:
+def check_options(
+    num_steps: int,
+    num_particles: int,
+    learning_rate: float,
+    num_starts: int,
+    max_time: float | None = None,
+    max_gradients: int | None = None,
+) -> None:
     """Raises a ``ValueError`` that names the option with which nothing can be fitted."""
     for name, value in (("num_steps", num_steps), ("num_particles", num_particles), ("num_starts", num_starts)):
         if value < 1:
             raise ValueError(f"FlowVI: {name} must be at least 1, but got {value}.")
     if not learning_rate > 0:
         raise ValueError(f"FlowVI: learning_rate must be positive, but got {learning_rate}.")
+    for name, limit in (("max_time", max_time), ("max_gradients", max_gradients)):
+        if limit is not None and not limit > 0:
+            raise ValueError(f"FlowVI: {name} must be positive, or None for no limit, but got {limit}.")

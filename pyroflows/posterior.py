@@ -42,6 +42,8 @@ class History(NamedTuple):
     gradients: int = 0  # gradient evaluations of the model, the search for a start included
     seconds: float = 0.0
     missed: float = 0.0  # share of the posterior found where the guide has nearly no mass
+    tried: tuple[str, ...] = ()  # a line on every fit that was made
+    stopped: str = ""  # ``"max_time"`` or ``"max_gradients"``, where it kept the run from what it would have done
 
 
 class Draws(NamedTuple):
@@ -356,6 +358,10 @@ class FlowPosterior:
         print(_arviz.summary(self.to_arviz(num_samples)).to_string())
         if self.history.skipped:
             print(f"{self.history.skipped} of {len(self.history.elbo)} steps were skipped: gradient not finite.")
+        if len(self.history.tried) > 1:
+            print("Tried, the best kept:", *self.history.tried, sep="\n- ")
+        if self.history.stopped:
+            print(f"The run was ended by {self.history.stopped}=.")
         print(self.verdict())
 
     def _weighted(self) -> RefinedPosterior:
@@ -468,5 +474,6 @@ class FlowPosterior:
         serialization.load_state_dict(guide._modules["transform"], weights["transform"])  # type: ignore[arg-type]
         if base is not None:
             serialization.load_state_dict(guide._modules["learned_base"], weights["base"])  # type: ignore[arg-type]
-        history = History(**{**metadata["history"], "elbo": np.asarray(tensors["history.elbo"])})
+        noted = {**metadata["history"], "tried": tuple(metadata["history"].get("tried", ()))}
+        history = History(**{**noted, "elbo": np.asarray(tensors["history.elbo"])})
         return cls(guide, log_density, history, num_draws=metadata["num_draws"])

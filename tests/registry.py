@@ -118,6 +118,7 @@ CASES = [
     Case("continuous", lambda p, dim, **k: p.transforms.Continuous(dim, (8,), num_steps=6, **k), lambda d: (72, 72), deep=True),
     Case("nice", lambda p, dim, **k: p.flows.nice(dim, 3, H, **k), lambda d: (4, 4), deep=True, networkless=1),
     Case("realnvp", lambda p, dim, **k: p.flows.realnvp(dim, 3, H, **k), lambda d: (3, 3), deep=True),
+    Case("realnvp-rotated", lambda p, dim, **k: p.flows.realnvp(dim, 3, H, rotated=True, **k), lambda d: (3, 3), deep=True),
     Case("nsf", lambda p, dim, **k: p.flows.nsf(dim, 3, H, **k), lambda d: (3, 3), deep=True),
     Case("nsf_ar", lambda p, dim, **k: p.flows.nsf_ar(dim, 3, H, **k), lambda d: (3, 3 * d), deep=True),
     Case("maf", lambda p, dim, **k: p.flows.maf(dim, 3, H, **k), lambda d: (3 * d, 3), deep=True),

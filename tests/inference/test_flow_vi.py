@@ -215,7 +215,13 @@ def test_models_that_cannot_be_served_are_refused(fitter, model, message):
         fitter.run(model)
 
 
-@pytest.mark.parametrize("option", [{"num_steps": 0}, {"num_particles": 0}, {"learning_rate": 0.0}, {"num_starts": 0}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_steps": 0}, {"num_particles": 0}, {"learning_rate": 0.0}, {"num_starts": 0},
+        {"max_time": 0.0}, {"max_gradients": -1},
+    ],
+)  # fmt: skip
 def test_bad_options_are_named(fitter, option):
     with pytest.raises(ValueError, match=next(iter(option))):
         fitter.pkg.FlowVI(fitter.models.funnel, **option)
@@ -226,6 +232,81 @@ def test_other_flows_serve_as_well(fitter, flow):
     posterior = fitter.run("conjugate", fitter.array(DATA), flow=getattr(fitter.pkg.flows, flow), num_steps=300)
     evidence = stats.multivariate_normal.logpdf(DATA, cov=np.eye(20) + 4.0)
     assert posterior._log_evidence().value == pytest.approx(evidence, abs=0.02)
+
+
+# -- escalation and budgets
+def poor(fitter, **options):
+    """A normal for two heavy-tailed latents: 0.08 nats are lost, whatever the steps."""
+    affine, flow = fitter.pkg.transforms.ElementwiseAffine, fitter.pkg.flows.nsf
+    options = {"flow": lambda dim, key=None: affine(dim), "base": None, "num_particles": 32, **options}
+    richer = (functools.partial(flow, num_layers=1, hidden_dims=(8,), num_bins=4),)
+    return fitter.run("student", **{"num_steps": 100, "escalate": True, "richer": richer, **options})
+
+
+def test_a_poor_fit_goes_on(fitter):
+    posterior = poor(fitter)
+    tried = posterior.history.tried
+    assert [re.split(r", |\(", line)[0] for line in tried[:3]] == ["<lambda>", "more steps", "nsf"]
+    assert [int(re.search(r"(\d+) steps", line)[1]) for line in tried[:3]] == [100, 150, 100]
+    assert tried[3:] == () or tried[3].startswith("more steps") and len(tried) == 4  # of what has been kept
+    elbos, ks = ([float(re.search(rf"{x} (-?[\d.]+)", line)[1]) for line in tried] for x in ("ELBO", "Pareto k"))
+    assert min(elbos) > -0.15
+    best = 0
+    for i, (elbo, k) in enumerate(zip(elbos, ks, strict=True)):
+        best = i if elbo > elbos[best] and not (k >= 0.7 and ks[best] < 0.7) else best
+    assert posterior.elbo.value == pytest.approx(elbos[best], abs=1e-3)
+    assert posterior.pareto_k == pytest.approx(ks[best], abs=0.01)
+    assert posterior.history.gradients >= 32 * (100 + 2 * 50 + 100) and posterior.history.stopped == ""
+    with redirect_stdout(io.StringIO()) as out:
+        posterior.print_summary(200)
+    assert all(line in out.getvalue() for line in tried)
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_escalation(fitter):
+    a, b = poor(fitter), poor(fitter)
+    assert a.history.tried == b.history.tried and a.elbo == b.elbo
+
+
+def test_a_good_fit_does_not_go_on(fitter):
+    flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=1, hidden_dims=(4,))
+    posterior = fitter.run("conjugate", fitter.array(DATA), flow=flow, num_steps=200, escalate=True)
+    assert len(posterior.history.tried) == 1 and len(posterior.history.elbo) == 200
+    vi = fitter.pkg.FlowVI(fitter.models.funnel)
+    assert vi.escalate and vi.num_steps == 5000
+    assert not fitter.pkg.FlowVI(fitter.models.funnel, num_steps=5000).escalate
+    assert not fitter.pkg.FlowVI(fitter.models.funnel, fitter.pkg.flows.iaf).escalate
+
+
+def test_gradients_are_bounded(fitter):
+    with pytest.warns(UserWarning, match="max_gradients=5000 cut the run short"):
+        posterior = poor(fitter, max_gradients=5000, num_steps=10_000)
+    history = posterior.history
+    assert history.stopped == "max_gradients" and len(history.tried) == 1
+    assert 50 < len(history.elbo) <= 5000 // 32
+    assert posterior.history.gradients < 8000  # the look elsewhere comes after the last step
+    with redirect_stdout(io.StringIO()) as out:
+        posterior.print_summary(200)
+    assert "ended by max_gradients=" in out.getvalue()
+
+
+def test_time_is_bounded(fitter):
+    with pytest.warns(UserWarning, match="max_time=4.0 cut the run short"):
+        posterior = poor(fitter, max_time=4.0, num_steps=10**7)
+    assert posterior.history.stopped == "max_time" and 0 < len(posterior.history.elbo) < 10**6
+    assert not posterior.history.interrupted and math.isfinite(posterior.elbo.value)
+
+
+def test_annealing_fits_into_the_time(fitter, monkeypatch):
+    inference, clock = fitter.module("inference"), iter(np.arange(0.0, 1000.0, 0.5))
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: float(next(clock)))
+    schedule, trace = inference.Schedule(100_000, 1.0, deadline=30.0), []
+    sizes = []
+    while (chunk := schedule.next_chunk(trace, trace)) is not None:
+        sizes += chunk.tolist()
+        trace += [1.0] * len(chunk)
+    first = sizes.index(next(size for size in sizes if size < 1.0)) - 1
+    assert 0.25 < first / (30 / 0.5 * 50) < 0.4 and sizes[-1] < 0.01 and schedule.late
 
 
 # -- a learned base
