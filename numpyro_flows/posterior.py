@@ -315,6 +315,18 @@ class FlowPosterior:
         return found
 
     @cached_property
+    def element_pareto_k(self) -> np.ndarray:
+        """Pareto k of every unconstrained latent ``(dim,)``: of the importance ratios times its squared deviation.
+
+        The tail that decides whether importance weights can tell the latent's variance (Vehtari et al. 2024, section
+        2.2); the worst of them is where the guide is to be mended.
+        """
+        u = np.asarray(self.draws.unconstrained, float)
+        with np.errstate(divide="ignore"):
+            log_squares = 2 * np.log(np.abs(u - np.median(u, 0)))
+        return np.array([_arviz.psis(self._log_ratios + column)[1] for column in log_squares.T])
+
+    @cached_property
     def moment_error(self) -> tuple[float, float]:
         """What importance weights say of the guide's moments, of the worst unconstrained latent.
 
@@ -415,12 +427,32 @@ class FlowPosterior:
         }
         return _arviz.from_groups({name: group for name, group in groups.items() if group}, attrs)
 
-    def plot(self, var_names: list[str] | None = None, num_samples: int = 2000) -> Any:
-        """Draws the ELBO of every step, the importance ratios with Pareto k, and each variable's marginal.
+    def plot(self, var_names: list[str] | None = None, num_samples: int = 2000, *, kind: str = "summary") -> Any:
+        """Draws the posterior.
 
+        - ``kind="summary"``: the ELBO of every step, the importance ratios with Pareto k, and each variable's marginal,
+          by the guide and importance-weighted.
+        - ``kind="pair"``: every element of the variables against every other, by ArviZ, of importance-resampled draws.
+          Without ``var_names``, of the unconstrained latents (``u[0]``, ...) that the guide fits worst, four at most:
+          those whose Pareto k is the largest, of the ratios as they bear on the element's variance.
+
+        :param var_names: latent or deterministic sites, all unless given.
+        :param num_samples: draws shown.
+        :param kind: one of the above.
         :returns: the matplotlib figure.
+        :raises ValueError: for another kind, and for names that are no sites.
         """
-        return _arviz.plot(self, var_names, num_samples)
+        if kind == "summary":
+            return _arviz.plot(self, var_names, num_samples)
+        if kind != "pair":
+            raise ValueError(f"plot: kind must be 'summary' or 'pair', but got {kind!r}.")
+        u = self.draws.unconstrained[self._resampled(jax.random.fold_in(self._key, 2), (num_samples,))]
+        if var_names is None:
+            worst = np.argsort(-self.element_pareto_k, kind="stable")[:4]
+            sites = {f"u[{i}]": np.asarray(u[None, :, i]) for i in sorted(worst)}
+        else:
+            sites = {name: np.asarray(x)[None] for name, x in self._constrain(u).items()}
+        return _arviz.plot_pair(_arviz.from_groups({"posterior": sites}, {}), var_names)
 
     # -- files -----------------------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> None:

@@ -165,3 +165,17 @@ def plot(posterior: Any, var_names: list[str] | None, num_samples: int) -> Any:
     if panels:
         rest[0].legend(fontsize="x-small")
     return figure
+
+
+def plot_pair(data: Any, var_names: list[str] | None) -> Any:
+    """The figure of ``plot(kind="pair")``: ArviZ's, of every element of the variables against every other."""
+    import matplotlib.pyplot as plt
+
+    labels = dict(_panels(data["posterior"], var_names))
+    one = from_groups({"posterior": labels}, {})
+    if _HAS_DATA_TREE:
+        import arviz_plots
+
+        return arviz_plots.plot_pair(one, marginal=True, backend="matplotlib").viz["figure"].item()
+    axes = az.plot_pair(one, kind="scatter", marginals=True, scatter_kwargs={"alpha": 0.2, "s": 4})
+    return plt.gcf() if axes is None else np.ravel(axes)[0].figure

@@ -138,6 +138,25 @@ def test_arviz_summary_and_plot(fitter, tmp_path):
     assert [axis.get_title() for axis in figure.axes[2:4]] == ["mu", "tau"]
     with pytest.raises(ValueError, match="var_names"):
         posterior.plot(["nu"])
+    with pytest.raises(ValueError, match="kind must be"):
+        posterior.plot(kind="trace")
+
+
+def test_pair_plots(fitter):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    posterior = fitter.run("student", base=None, num_steps=20, num_particles=16)
+    ks = posterior.element_pareto_k
+    assert ks.shape == (2,) and (ks > posterior.pareto_k).all()  # squared draws have a heavier tail than the weights
+    for names, labels in ((None, {"u[0]", "u[1]"}), (["z"], {"z[0]", "z[1]"})):
+        figure = posterior.plot(names, 500, kind="pair")
+        texts = [axis.get_xlabel() for axis in figure.axes] + [axis.get_ylabel() for axis in figure.axes]
+        assert labels <= {text.replace("\n", "") for text in texts}
+        drawn = [scatter.get_offsets() for axis in figure.axes for scatter in axis.collections]
+        assert max((len(points) for points in drawn), default=0) == 500
+    with pytest.raises(ValueError, match="var_names"):
+        posterior.plot(["nu"], kind="pair")
 
 
 @pytest.mark.parametrize("k", [-0.5, 0.2, 0.9])
