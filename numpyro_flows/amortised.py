@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 from numpyro import handlers
-from numpyro.infer.initialization import init_to_uniform
+from numpyro.infer.initialization import init_to_value
 from tqdm import tqdm
 
 from numpyro_flows import flows, serialization
@@ -35,6 +35,7 @@ _OWNER = "AmortisedFlowVI"
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _NUM_HELD_OUT = 2000  # simulations that score the guide, where there are fresh ones for every step
 _NUM_PILOTS = 2000  # and those by which data and latents are standardised
+_NUM_EXAMPLES = 20  # simulations at most, until one is finite by which the guide can be set up
 _PIECE = 1000  # data sets at a time, where many are scored or inferred from
 _CURVES = ("losses", "validation")  # of a FitHistory: what is an array
 OBJECTIVES = ("forward_kl", "elbo")
@@ -79,7 +80,6 @@ class AmortisedFlowVI:
     :param patience: steps without a better score on what is held out after which the training ends.
     :param base: factory ``base(dim, key=key) -> Base`` of a base that is learned along; standard normal unless given.
     :param refine_steps: gradient steps of :meth:`run` on the ELBO of its data set, from the amortised start.
-    :param init_loc_fn: NumPyro's initialisation strategy, for the guide's set-up alone.
     :param progress_bar: shows a bar with loss, score and the time left.
     :ivar params: the guide's parameters, as ``SVI`` returns them.
     :ivar history: the course of the training (:class:`FitHistory`), in nats a data set: negative log-densities, or
@@ -106,7 +106,6 @@ class AmortisedFlowVI:
         patience: int = 2000,
         base: Callable[..., Base] | None = None,
         refine_steps: int = 0,
-        init_loc_fn: Callable = init_to_uniform,
         progress_bar: bool = True,
     ):
         check_base(base, None, _OWNER)
@@ -118,7 +117,7 @@ class AmortisedFlowVI:
         self.num_steps, self.batch_size, self.num_particles = num_steps, batch_size, num_particles
         self.learning_rate, self.validation, self.patience = learning_rate, validation, patience
         self.base, self.refine_steps = base, refine_steps
-        self.init_loc_fn, self.progress_bar = init_loc_fn, progress_bar
+        self.progress_bar = progress_bar
         self.params: dict[str, Any] = {}
         self.history: FitHistory | None = None
         self._trained: tuple[AutoFlow, PriorPredictive] | None = None
@@ -140,8 +139,8 @@ class AmortisedFlowVI:
         """
         begin = time.perf_counter()
         setup_key, set_key, fit_key = jax.random.split(rng_key, 3)
-        guide = self._guide(setup_key, args, kwargs)
-        source = self._source(guide, args, kwargs)
+        source = self._source(args, kwargs)
+        guide = self._guide(setup_key, source)
         if self.data_sets is not None:
             stored = self._given(source)
         else:
@@ -158,11 +157,16 @@ class AmortisedFlowVI:
         self.__dict__.pop("_compiled", None)
         return self
 
-    def _guide(self, key: Array, args: tuple, kwargs: dict) -> AutoFlow:
+    def _guide(self, key: Array, source: PriorPredictive) -> AutoFlow:
+        """The guide, set up by a simulation: where latents and data go together, the density is finite."""
+        for k in jax.random.split(key, _NUM_EXAMPLES):
+            latents, args, kwargs = source.example(k)
+            if all(np.isfinite(np.asarray(x)).all() for x in latents.values()):
+                break
         guide = AutoFlow(
             self.model,
             self.flow,
-            init_loc_fn=self.init_loc_fn,
+            init_loc_fn=init_to_value(values=latents),
             init_scale=1.0,
             base=self.base,
             encoder=self.encoder,
@@ -177,15 +181,15 @@ class AmortisedFlowVI:
                 f"{_OWNER}: the model has param site(s) {learned}, which a posterior does not cover. Give them priors, "
                 "or train them together with an AutoFlow guide by numpyro.infer.SVI."
             )
+        source.site_names = guide.log_density(*args, **kwargs).site_names
         return guide
 
-    def _source(self, guide: AutoFlow, args: tuple, kwargs: dict) -> PriorPredictive:
-        names = guide.log_density(*args, **kwargs).site_names
+    def _source(self, args: tuple, kwargs: dict) -> PriorPredictive:
         arguments = self.arguments
         if self.data_sets is not None:  # every array of theirs varies
             first = jax.tree.map(lambda a: a[0] if isinstance(a, jax.Array | np.ndarray) else a, tuple(self.data_sets))
             arguments = lambda _: first  # noqa: E731
-        return PriorPredictive(self.model, args, kwargs, names, arguments=arguments, owner=_OWNER)
+        return PriorPredictive(self.model, args, kwargs, arguments=arguments, owner=_OWNER)
 
     def _simulated(self, source: PriorPredictive, key: Array, n: int) -> Simulations:
         found = jax.jit(partial(source.draw, n=n))(key)
@@ -434,8 +438,8 @@ class AmortisedFlowVI:
         tensors, metadata = serialization.load(path)
         if "amortised" not in metadata:
             raise ValueError(f"load: {str(path)!r} holds no amortised guide.")
-        guide = self._guide(jax.random.key(0), args, kwargs)
-        source = self._source(guide, args, kwargs)
+        source = self._source(args, kwargs)
+        guide = self._guide(jax.random.key(0), source)
         for part, module in _modules(guide, {}).items():
             weights = {n.removeprefix(f"{part}."): x for n, x in tensors.items() if n.startswith(f"{part}.")}
             self.params[f"{guide.prefix}_{part}$params"] = parameters(serialization.load_state_dict(module, weights))

@@ -33,7 +33,7 @@ class PriorPredictive:
     :param model: NumPyro model with proper priors and observed sites.
     :param args: positional arguments of the model; of those that are data only the shapes matter.
     :param kwargs: keyword arguments of the model.
-    :param site_names: the latents in the order of the unconstrained vector.
+    :param site_names: the latents in the order of the unconstrained vector; may be set later.
     :param arguments: function ``arguments(key)`` that draws the model's positional arguments anew for every simulation
         (as a tuple; as a dict its keyword arguments): covariates, sizes, masks. They must have the same shapes each
         time; where they are data, only their shapes matter. Unless given, all that is no data is as in ``args``.
@@ -47,12 +47,12 @@ class PriorPredictive:
         model: Callable,
         args: tuple,
         kwargs: dict[str, Any],
-        site_names: list[str],
+        site_names: list[str] | None = None,
         *,
         arguments: Callable | None = None,
         owner: str = "PriorPredictive",
     ):
-        self.model, self.site_names, self.arguments = model, list(site_names), arguments
+        self.model, self.site_names, self.arguments = model, site_names, arguments
         self._fixed = args, kwargs
         self._structure: Any
         self.leaves, self._structure = jax.tree.flatten(self._arguments(jax.random.key(0)))
@@ -135,14 +135,31 @@ class PriorPredictive:
             )
         return tuple(jnp.asarray(leaves[i]) for i in self.varying)
 
-    def _one(self, key: Array) -> Simulations:
+    def example(self, key: Array) -> tuple[dict[str, Array], tuple, dict[str, Any]]:
+        """One simulation: the latents by site, and the model's arguments with the data in their places."""
+        trace, leaves = self._simulate(key)
+        latents = {
+            name: site["value"]
+            for name, site in trace.items()
+            if site["type"] == "sample" and name not in self.observed
+        }
+        return latents, *jax.tree.unflatten(self._structure, leaves)
+
+    def _simulate(self, key: Array) -> tuple[dict[str, Any], list[Any]]:
+        """A trace, and the leaves of the model's arguments with the data in their places."""
         argument_key, model_key = jax.random.split(key)
         args, kwargs = self._arguments(argument_key)
         trace = self._trace(model_key, args, kwargs)
-        parts = [jnp.ravel(biject_to(trace[name]["fn"].support).inv(trace[name]["value"])) for name in self.site_names]
         leaves = jax.tree.leaves((args, kwargs))
         for name, i in self.observed.items():
             leaves[i] = jnp.asarray(trace[name]["value"], jnp.result_type(self.leaves[i]))
+        return trace, leaves
+
+    def _one(self, key: Array) -> Simulations:
+        trace, leaves = self._simulate(key)
+        parts = []
+        for name in self.site_names or []:
+            parts.append(jnp.ravel(biject_to(trace[name]["fn"].support).inv(trace[name]["value"])))
         u, data = jnp.concatenate(parts), tuple(jnp.asarray(leaves[i]) for i in self.varying)
         finite = jnp.isfinite(u).all()
         for value in data:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer.autoguide.initialization import init_to_median
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
@@ -31,6 +31,7 @@ _OWNER = "AmortisedFlowVI"
 _CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _NUM_HELD_OUT = 2000  # simulations that score the guide, where there are fresh ones for every step
 _NUM_PILOTS = 2000  # and those by which data and latents are standardised
+_NUM_EXAMPLES = 20  # simulations at most, until one is finite by which the guide can be set up
 _PIECE = 1000  # data sets at a time, where many are scored or inferred from
 _CURVES = ("losses", "validation")  # of a FitHistory: what is an array
 OBJECTIVES = ("forward_kl", "elbo")
@@ -76,7 +77,6 @@ class AmortisedFlowVI:
     :param patience: steps without a better score on what is held out after which the training ends.
     :param base: factory ``base(dim) -> Base`` of a base that is learned along; standard normal unless given.
     :param refine_steps: gradient steps of :meth:`run` on the ELBO of its data set, from the amortised start.
-    :param init_loc_fn: Pyro's initialisation strategy, for the guide's set-up alone.
     :param progress_bar: shows a bar with loss, score and the time left.
     :ivar history: the course of the training (:class:`FitHistory`), in nats a data set: negative log-densities, or
         negative ELBOs.
@@ -102,7 +102,6 @@ class AmortisedFlowVI:
         patience: int = 2000,
         base: Callable[..., Base] | None = None,
         refine_steps: int = 0,
-        init_loc_fn: Callable = init_to_median,
         progress_bar: bool = True,
     ):
         check_base(base, None, _OWNER)
@@ -114,7 +113,7 @@ class AmortisedFlowVI:
         self.num_steps, self.batch_size, self.num_particles = num_steps, batch_size, num_particles
         self.learning_rate, self.validation, self.patience = learning_rate, validation, patience
         self.base, self.refine_steps = base, refine_steps
-        self.init_loc_fn, self.progress_bar = init_loc_fn, progress_bar
+        self.progress_bar = progress_bar
         self.history: FitHistory | None = None
         self._trained: tuple[AutoFlow, PriorPredictive] | None = None
         self._mode: str | None = None  # of the log-densities of data sets
@@ -134,8 +133,8 @@ class AmortisedFlowVI:
         :raises RuntimeError: if no simulation, or no step's gradient, was finite.
         """
         begin = time.perf_counter()
-        guide = self._guide(args, kwargs)
-        source = self._source(guide, args, kwargs)
+        source = self._source(args, kwargs)
+        guide = self._guide(source)
         if self.data_sets is not None:
             stored = self._given(source)
         else:
@@ -147,11 +146,16 @@ class AmortisedFlowVI:
         self._trained, self._mode = (guide, source), None
         return self
 
-    def _guide(self, args: tuple, kwargs: dict) -> AutoFlow:
+    def _guide(self, source: PriorPredictive) -> AutoFlow:
+        """The guide, set up by a simulation: where latents and data go together, the density is finite."""
+        for _ in range(_NUM_EXAMPLES):
+            latents, args, kwargs = source.example()
+            if all(bool(x.isfinite().all()) for x in latents.values()):
+                break
         guide = AutoFlow(
             self.model,
             self.flow,
-            init_loc_fn=self.init_loc_fn,
+            init_loc_fn=init_to_value(values=latents),
             init_scale=1.0,
             base=self.base,
             encoder=copy.deepcopy(self.encoder),  # so that a second training starts from the same
@@ -164,15 +168,15 @@ class AmortisedFlowVI:
                 f"{_OWNER}: the model has param site(s) {guide.model_params}, which a posterior does not cover. Give "
                 "them priors, or train them together with an AutoFlow guide by pyro.infer.SVI."
             )
+        source.site_names = list(guide._unconstrained_shapes)
         return guide
 
-    def _source(self, guide: AutoFlow, args: tuple, kwargs: dict) -> PriorPredictive:
-        names = list(guide._unconstrained_shapes)
+    def _source(self, args: tuple, kwargs: dict) -> PriorPredictive:
         arguments = self.arguments
         if self.data_sets is not None:  # every tensor of theirs varies
             first = pytree.tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, self.data_sets)
             arguments = lambda: first  # noqa: E731
-        return PriorPredictive(self.model, args, kwargs, names, arguments=arguments, owner=_OWNER)
+        return PriorPredictive(self.model, args, kwargs, arguments=arguments, owner=_OWNER)
 
     def _simulated(self, source: PriorPredictive, n: int) -> Simulations:
         found = source.draw(n)
@@ -417,8 +421,8 @@ class AmortisedFlowVI:
         tensors, metadata = serialization.load(path)
         if "amortised" not in metadata:
             raise ValueError(f"load: {str(path)!r} holds no amortised guide.")
-        guide = self._guide(args, kwargs)
-        source = self._source(guide, args, kwargs)
+        source = self._source(args, kwargs)
+        guide = self._guide(source)
         for part, module in _modules(guide).items():
             weights = {n.removeprefix(f"{part}."): x for n, x in tensors.items() if n.startswith(f"{part}.")}
             serialization.load_state_dict(module, weights)

@@ -39,7 +39,7 @@ class PriorPredictive:
     :param model: Pyro model with proper priors and observed sites.
     :param args: positional arguments of the model; of those that are data only the shapes matter.
     :param kwargs: keyword arguments of the model.
-    :param site_names: the latents in the order of the unconstrained vector.
+    :param site_names: the latents in the order of the unconstrained vector; may be set later.
     :param arguments: function ``arguments()`` that draws the model's positional arguments anew for every simulation
         (as a tuple; as a dict its keyword arguments): covariates, sizes, masks. They must have the same shapes each
         time; where they are data, only their shapes matter. Unless given, all that is no data is as in ``args``.
@@ -53,12 +53,12 @@ class PriorPredictive:
         model: Callable,
         args: tuple,
         kwargs: dict[str, Any],
-        site_names: list[str],
+        site_names: list[str] | None = None,
         *,
         arguments: Callable | None = None,
         owner: str = "PriorPredictive",
     ):
-        self.model, self.site_names, self.arguments = model, list(site_names), arguments
+        self.model, self.site_names, self.arguments = model, site_names, arguments
         self._fixed = args, kwargs
         self.leaves, self._structure = pytree.tree_flatten(self._arguments())
         self.observed = self._find_data(owner)
@@ -151,16 +151,32 @@ class PriorPredictive:
             )
         return tuple(torch.as_tensor(leaves[i]) for i in self.varying)
 
-    def _one(self, _: Tensor) -> Simulations:
+    @torch.no_grad()
+    def example(self) -> tuple[dict[str, Tensor], tuple, dict[str, Any]]:
+        """One simulation: the latents by site, and the model's arguments with the data in their places."""
+        trace, leaves = self._simulate()
+        latents = {
+            name: site["value"]
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and name not in self.observed and not poutine.util.site_is_subsample(site)
+        }
+        return latents, *pytree.tree_unflatten(leaves, self._structure)
+
+    def _simulate(self) -> tuple[poutine.Trace, list[Any]]:
+        """A trace, and the leaves of the model's arguments with the data in their places."""
         args, kwargs = self._arguments()
         trace = self._trace(args, kwargs)
-        parts = []
-        for name in self.site_names:
-            site = trace.nodes[name]
-            parts.append(biject_to(site["fn"].support).inv(site["value"]).reshape(-1))
         leaves = pytree.tree_leaves((args, kwargs))
         for name, i in self.observed.items():
             leaves[i] = trace.nodes[name]["value"].to(torch.as_tensor(self.leaves[i]).dtype)
+        return trace, leaves
+
+    def _one(self, _: Tensor) -> Simulations:
+        trace, leaves = self._simulate()
+        parts = []
+        for name in self.site_names or []:
+            site = trace.nodes[name]
+            parts.append(biject_to(site["fn"].support).inv(site["value"]).reshape(-1))
         u, data = torch.cat(parts), tuple(torch.as_tensor(leaves[i]) for i in self.varying)
         finite = torch.stack([value.isfinite().all() for value in (u, *data)]).all()
         clear = [torch.where(finite, value, torch.zeros_like(value)) for value in (u, *data)]
