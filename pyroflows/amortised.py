@@ -34,6 +34,9 @@ _NUM_PILOTS = 2000  # and those by which data and latents are standardised
 _NUM_EXAMPLES = 20  # simulations at most, until one is finite by which the guide can be set up
 _PIECE = 1000  # data sets at a time, where many are scored or inferred from
 _CURVES = ("losses", "validation")  # of a FitHistory: what is an array
+_NOTHING_FINITE = (
+    "AmortisedFlowVI: none of {} simulations of the model was finite. Check its priors: very wide ones overflow."
+)
 OBJECTIVES = ("forward_kl", "elbo")
 
 
@@ -150,8 +153,10 @@ class AmortisedFlowVI:
         """The guide, set up by a simulation: where latents and data go together, the density is finite."""
         for _ in range(_NUM_EXAMPLES):
             latents, args, kwargs = source.example()
-            if all(bool(x.isfinite().all()) for x in latents.values()):
+            if all(bool(x.isfinite().all()) for x in (*latents.values(), *source.data_of(args, kwargs))):
                 break
+        else:
+            raise RuntimeError(_NOTHING_FINITE.format(_NUM_EXAMPLES))
         guide = AutoFlow(
             self.model,
             self.flow,
@@ -181,9 +186,7 @@ class AmortisedFlowVI:
     def _simulated(self, source: PriorPredictive, n: int) -> Simulations:
         found = source.draw(n)
         if not bool(found.finite.any()):
-            raise RuntimeError(
-                f"{_OWNER}: none of {n} simulations of the model was finite. Check its priors: very wide ones overflow."
-            )
+            raise RuntimeError(_NOTHING_FINITE.format(n))
         return _rows(found, found.finite)
 
     def _given(self, source: PriorPredictive) -> Simulations:
