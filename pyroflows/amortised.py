@@ -100,7 +100,7 @@ class AmortisedFlowVI:
         num_steps: int = 5000,
         batch_size: int = 256,
         num_particles: int = 4,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 5e-3,
         validation: float = 0.1,
         patience: int = 2000,
         base: Callable[..., Base] | None = None,
@@ -344,7 +344,7 @@ class AmortisedFlowVI:
             self.model,
             self.flow,
             num_steps=self.refine_steps,
-            learning_rate=0.5 * self.learning_rate,
+            learning_rate=0.2 * self.learning_rate,
             progress_bar=self.progress_bar,
         )
         try:

@@ -137,11 +137,11 @@ TASKS = {task.name: task for task in (TwoMoons(), GaussianLinear())}
 class Ours:
     """``AmortisedFlowVI`` in one package."""
 
-    def __init__(self, backend: str, steps: int, layers: int):
+    def __init__(self, backend: str, steps: int):
         self.jax = importlib.import_module("jax") if backend == "numpyro" else None
         self.lang = importlib.import_module(backend)
         self.pkg = importlib.import_module("numpyro_flows" if self.jax else "pyroflows")
-        self.steps, self.layers = steps, layers
+        self.steps = steps
         if self.jax is None:
             importlib.import_module("torch").set_num_threads(1)
 
@@ -158,12 +158,13 @@ class Ours:
     def train(self, task: Any, num_simulations: int | None, seed: int) -> Callable:
         key = {"key": self.key(seed)[0]} if self.jax else {}
         self.key(seed)
-        encoder = self.pkg.encoders.MLPEncoder(task.data, 16, (64,), **key)
-        flow = partial(self.pkg.flows.nsf, num_layers=self.layers, hidden_dims=(64,))
         vi = self.pkg.AmortisedFlowVI(
-            partial(task.model, self.lang), flow, encoder=encoder, num_simulations=num_simulations,
-            num_steps=self.steps, learning_rate=2e-3, progress_bar=False,
-        )  # fmt: skip
+            partial(task.model, self.lang),
+            encoder=self.pkg.encoders.MLPEncoder(task.data, 16, **key),
+            num_simulations=num_simulations,
+            num_steps=self.steps,
+            progress_bar=False,
+        )
         vi.fit(*self.key(seed), self.array(np.zeros(task.data)))
 
         def draws(x: np.ndarray, n: int) -> np.ndarray:
@@ -254,12 +255,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["ours", "fresh", "sbi"], choices=["ours", "fresh", "sbi"])
     parser.add_argument("--simulations", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--observations", type=int, default=10)
+    parser.add_argument("--observations", type=int, default=5)
     parser.add_argument("--sbc", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    ours, n, seed = Ours(options.backend, options.steps, options.layers), options.simulations, options.seed
+    ours, n, seed = Ours(options.backend, options.steps), options.simulations, options.seed
     print("| task | method | simulations | s, training | C2ST | 1000 MMD | coverage 50 / 80 / 95 % | p, SBC | s, SBC |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in options.tasks:
