@@ -126,7 +126,7 @@ class AutoFlow(AutoContinuous):
                 whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
             else:
                 self.standardized_encoder = self._standardized(key, args, kwargs)
-                context_dim = self.encode(None, args, kwargs).shape[-1]
+                context_dim = self._encode(None, args, kwargs).shape[-1]
                 whole = [conditional_flow(self.flow, self.latent_dim, context_dim, self.full_rank, key=flow_key)]
             layer = noncentering_of(self._log_density(args, kwargs), self._init_latent) if self.noncentered else None
             coordinates = Compose([] if layer is None else [layer])
@@ -226,7 +226,7 @@ class AutoFlow(AutoContinuous):
         transform, base, encoder = self._registered()
         if encoder is None:
             return FlowDistribution(base, transform)
-        return FlowDistribution(base, transform.condition(self.encode(encoder, args, kwargs)))
+        return FlowDistribution(base, transform.condition(self._encode(encoder, args, kwargs)))
 
     def _sample_latent(self, *args: Any, **kwargs: Any) -> Array:
         sample_shape = kwargs.pop("sample_shape", ())
@@ -311,7 +311,7 @@ class AutoFlow(AutoContinuous):
         found = args[0] if self.data is None else self.data(*args, **kwargs)
         return tuple(jnp.asarray(a) for a in (found if isinstance(found, tuple) else (found,)))
 
-    def encode(self, encoder: StandardizedEncoder | None, args: tuple, kwargs: dict) -> Array:
+    def _encode(self, encoder: StandardizedEncoder | None, args: tuple, kwargs: dict) -> Array:
         """The context ``(c,)`` of one data set.
 
         :param encoder: the encoder at its present parameters; at its first ones unless given.

@@ -117,7 +117,7 @@ class AutoFlow(AutoContinuous):
             self._prototype_call = args, kwargs
             self.standardized_encoder = self._standardized(args, kwargs)
             with torch.no_grad():
-                context_dim = self.encode(args, kwargs).shape[-1]
+                context_dim = self._encode(args, kwargs).shape[-1]
             whole = [conditional_flow(self.flow, self.latent_dim, context_dim, self.full_rank)]
         density = self._log_density(args, kwargs, mode="vmap")  # which makes no trial of modes
         layer = noncentering_of(density, loc) if self.noncentered else None
@@ -219,7 +219,7 @@ class AutoFlow(AutoContinuous):
         transform: Any = copy.deepcopy(self._modules["transform"])
         if self.encoder is not None:
             with torch.no_grad():
-                transform = BoundContext(transform, self.encode(args, kwargs))
+                transform = BoundContext(transform, self._encode(args, kwargs))
         return transform.requires_grad_(False)
 
     def get_base_space(self, *args: Any, **kwargs: Any) -> tuple[TransformModule, dist.TorchDistribution]:
@@ -244,7 +244,7 @@ class AutoFlow(AutoContinuous):
         base: Any = modules["learned_base"] if "learned_base" in modules else self.get_base_dist()
         transform: Any = modules["transform"]
         if self.encoder is not None:
-            transform = transform.condition(self.encode(args, kwargs))
+            transform = transform.condition(self._encode(args, kwargs))
         return FlowDistribution(base, transform)
 
     def _register(self, attribute: str, module: nn.Module) -> None:
@@ -298,7 +298,7 @@ class AutoFlow(AutoContinuous):
         found = args[0] if self.data is None else self.data(*args, **kwargs)
         return tuple(torch.as_tensor(a) for a in (found if isinstance(found, tuple) else (found,)))
 
-    def encode(self, args: tuple, kwargs: dict) -> Tensor:
+    def _encode(self, args: tuple, kwargs: dict) -> Tensor:
         """The context ``(c,)`` of one data set.
 
         :param args: the model's arguments; with no ``kwargs`` either, those of the guide's first call.
@@ -346,7 +346,7 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         with torch.no_grad():
-            context = self.encode(args, kwargs)
+            context = self._encode(args, kwargs)
         guide = copy.copy(self)
         *inner, outer = guide._modules["transform"].layers  # type: ignore[union-attr, misc]
         del guide._modules["standardized_encoder"]

@@ -92,13 +92,14 @@ def test_files_that_do_not_fit_are_refused(twins, tmp_path):
 
 
 ROOMS = [
+    "amortised", "encoders", "prior_predictive",
     "conditioners", "density", "distributions", "elbo", "flows", "guides", "inference", "initialization", "log_density",
     "noncentering", "numerical", "posterior", "reparam", "serialization", "transform_module", "transforms",
     "univariate",
 ]  # fmt: skip
 # where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters, and
 # their methods take the model's arguments; jax differentiates a function of one draw, where torch has batched methods;
-# torch asks on the host whether a search may end, where jax has a loop of its own
+# torch asks on the host whether a search may end, where jax has a loop of its own; torch's vmap has to be helped
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
     "flow_module",
@@ -106,6 +107,9 @@ OWN = {
     "readable",
     "settled",
     "triangular_fixed_point",
+    "batched",
+    "ByGammas",
+    "AmortisedFlowVI.infer_many",
     "FlowPosterior.__init__",
     "LogDensity.__init__",
     "LogDensity.hessian",
