@@ -22,7 +22,9 @@ class Torch:
         self.pkg = importlib.import_module("pyroflows")
         self.serialization = importlib.import_module("pyroflows.serialization")
 
-    def build(self, case: Case, dim: int, context: bool = False, seed: int = 0, dtype: str = "float64") -> Any:
+    def build(
+        self, case: Case, dim: int, context: bool = False, seed: int = 0, dtype: str = "float64", anew: bool = False
+    ) -> Any:
         self.torch.manual_seed(seed)
         flow = case.make(self.pkg, dim, **({"context_dim": CONTEXT_DIM} if context else {}))
         return flow.to(self.device, getattr(self.torch, dtype))
@@ -151,13 +153,20 @@ class Jax:
         self._run = self.eqx.filter_jit(_method)
         self._jacobian = self.eqx.filter_jit(self._jacobian_of)
         self._grads = self.eqx.filter_jit(self._grads_of)
+        self._built: dict[tuple, Any] = {}
         self._hvp = self.eqx.filter_jit(lambda f, x, v, c, i: self.jax.jvp(self._log_det_gradient(f, c, i), (x,), (v,)))
 
-    def build(self, case: Case, dim: int, context: bool = False, seed: int = 0, dtype: str = "float64") -> Any:
-        flow = case.make(
-            self.pkg, dim, key=self.jax.random.key(seed), **({"context_dim": CONTEXT_DIM} if context else {})
-        )
-        return self.jax.tree.map(lambda a: a.astype(dtype) if self.eqx.is_inexact_array(a) else a, flow)
+    def build(
+        self, case: Case, dim: int, context: bool = False, seed: int = 0, dtype: str = "float64", anew: bool = False
+    ) -> Any:
+        """The flow, which is immutable: built once, unless ``anew``, for that takes longer than most of the tests."""
+        key = case, dim, context, seed, dtype
+        if anew or key not in self._built:
+            flow = case.make(
+                self.pkg, dim, key=self.jax.random.key(seed), **({"context_dim": CONTEXT_DIM} if context else {})
+            )
+            self._built[key] = self.jax.tree.map(lambda a: a.astype(dtype) if self.eqx.is_inexact_array(a) else a, flow)
+        return self._built[key]
 
     def state(self, flow: Any) -> dict[str, np.ndarray]:
         return self.serialization.state_dict(flow)

@@ -42,7 +42,18 @@ VARIANTS = [
         for dim in case.dims
     ),
 ]
-LAYERS = [case.name for case in CASES if not case.deep]
+# their structure and their univariate map each stand in another layer
+VARIATIONS = [
+    *("coupling-in-place", "coupling-spline-tails", "coupling-mask", "autoregressive-spline", "autoregressive-tails"),
+    *(
+        "autoregressive-linear-rational",
+        "elementwise-affine",
+        "elementwise-spline-equal-tails",
+        "block-coupling-spline",
+    ),
+    *("autoregressive-ordering", "plu", "sylvester-householder"),
+]
+LAYERS = [case.name for case in CASES if not case.deep and case.name not in VARIATIONS]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -81,7 +92,7 @@ def test_round_trip_and_log_det(backend, case, dim, with_context):
 # a stack's derivatives are those of its layers, which stand for themselves; of stacks, one of each structure
 STACKS = ("continuous", "realnvp", "iaf", "glow")
 OTHERS = ("residual", "gaussianization")  # whose gradients come by rules of their own
-GRADIENTS = [param(c, c.dim, c.context, slow=c.deep and c.name not in STACKS + OTHERS) for c in CASES]
+GRADIENTS = [param(c, c.dim, c.context, slow=c.name not in (*LAYERS, *STACKS, *OTHERS)) for c in CASES]
 GRADIENTS += [param(c, c.dim, False, slow=True) for c in CASES if c.context]
 
 
@@ -139,13 +150,13 @@ def test_batch_shapes(backend, case):
     dim = case.dim
     flow = perturbed_flow(backend, case, dim, 0.3)
     for inverse in (False, True):
-        for batch in ((), (3,), (2, 3), (0,), (2, 0)):
+        for batch in ((), (2, 3), (0,)):
             assert backend.shapes(flow, (*batch, dim), None, inverse) == ((*batch, dim), batch)
     if not case.context:
         return
     flow = perturbed_flow(backend, case, dim, 0.3, context=True)
     for inverse in (False, True):
-        for x, context, batch in [((), (4,), (4,)), ((4,), (), (4,)), ((2, 1), (3,), (2, 3)), ((0,), (), (0,))]:
+        for x, context, batch in [((), (4,), (4,)), ((2, 1), (3,), (2, 3)), ((0,), (), (0,))]:
             assert backend.shapes(flow, (*x, dim), (*context, CONTEXT_DIM), inverse) == ((*batch, dim), batch)
 
 
@@ -168,8 +179,10 @@ def test_copies_and_determinism(backend, case):
     for other in backend.copies(flow):
         for a, b in zip(backend.run(other, x), expected, strict=True):
             np.testing.assert_array_equal(a, b)
-    for name, value in backend.state(backend.build(case, case.dim, seed=7)).items():
-        np.testing.assert_array_equal(value, backend.state(backend.build(case, case.dim, seed=7))[name])
+    first, again = (backend.state(backend.build(case, case.dim, seed=7, anew=True)) for _ in range(2))
+    assert first.keys() == again.keys()
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, again[name])
 
 
 @pytest.mark.parametrize("case", some(CASES, *LAYERS, *STACKS))
