@@ -150,8 +150,8 @@ class AmortisedFlowVI:
             stored = self._simulated(source, set_key, self.num_simulations or _NUM_HELD_OUT)
             guide.start_at(*location_and_scale(stored.unconstrained[:_NUM_PILOTS]))
         guide.standardized_encoder = guide.standardized_encoder_of(source, _rows(stored, slice(_NUM_PILOTS)))
-        held_out, stored = self._split(stored, set_key)
-        (transform, base, encoder), self.history = self._train(guide, source, stored, held_out, fit_key, begin)
+        held_out, training = self._split(stored, set_key)
+        (transform, base, encoder), self.history = self._train(guide, source, training, held_out, fit_key, begin)
         params = {f"{guide.prefix}_flow$params": transform, f"{guide.prefix}_encoder$params": encoder}
         if base is not None:
             params[f"{guide.prefix}_base$params"] = base

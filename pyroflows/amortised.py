@@ -144,8 +144,8 @@ class AmortisedFlowVI:
             stored = self._simulated(source, self.num_simulations or _NUM_HELD_OUT)
             guide.start_at(*location_and_scale(stored.unconstrained[:_NUM_PILOTS]))
         guide.standardized_encoder = guide.standardized_encoder_of(source, _rows(stored, slice(_NUM_PILOTS)))
-        held_out, stored = self._split(stored)
-        self.history = self._train(guide, source, stored, held_out, begin)
+        held_out, training = self._split(stored)
+        self.history = self._train(guide, source, training, held_out, begin)
         self._trained, self._mode = (guide, source), None
         return self
 
