@@ -67,9 +67,9 @@ class FlowVI:
        there are modes which the guide misses; its own draws cannot. If there are, and the base is the default, the
        fit is made once more with a ``MixtureBase`` that starts on all of them, and the better one kept.
     5. *Escalation*, where the fit is still poor (by Pareto k, the gap between ELBO and importance-sampled evidence, or
-       the chains of ``FlowPosterior.departure``): half as many steps again from where it stands, with twice the draws,
-       where that may do (the gap is below 0.1), else a fit of the next flow of ``richer``, until one is good or none
-       is left. The best is kept; ``history.tried`` tells of all.
+       the chains of ``FlowPosterior.departure``): a quarter as many steps again from where it stands, with twice the
+       draws, where that may do (the gap is below 0.1), else a fit of the next flow of ``richer``, until one is good or
+       none is left. The best is kept; ``history.tried`` tells of all.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
     two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
@@ -264,7 +264,7 @@ class FlowVI:
     def _go_on(self, posterior: FlowPosterior, fit_key: Array, draw_key: Array, budget: Budget) -> FlowPosterior:
         """Trains the guide from where it stands: half the step size, and falling from the first step."""
         num_particles, before = 2 * self.num_particles, posterior.history
-        steps = max(self.num_steps // 2, 1)
+        steps = max(self.num_steps // 4, 1)
         schedule = budget.schedule(steps, num_particles, 0.5 * self.learning_rate, annealing=True)
         guide, layers = posterior.guide, posterior._transform.layers
         modules = Compose(layers[: -len(guide.outer_layers)]), posterior._base
