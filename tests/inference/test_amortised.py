@@ -243,9 +243,11 @@ def test_svi_trains_the_encoder_and_the_guide_follows_the_data(lab):
     assert all(np.array_equal(before[name], after[name]) for name in fixed)
     assert len(fixed) == (2 if lab.jax else 0)  # the statistics: buffers in torch
     found, expected = [], []
+    if lab.jax:
+        sample = lab.jax.jit(lambda x: guide.sample_posterior(lab.key()[0], params, x, sample_shape=(400,)))
     for x in data_sets(20, seed=1):
         if lab.jax:
-            draws = guide.sample_posterior(lab.key()[0], params, lab.array(x), sample_shape=(400,))
+            draws = sample(lab.array(x))
             np.testing.assert_allclose(draws["twice"], 2 * draws["theta"], rtol=1e-6)
             draws = np.asarray(draws["theta"])
         else:
@@ -499,6 +501,10 @@ def test_guides_travel_between_the_packages(lab, tmp_path):
 
 
 # -- simulations -------------------------------------------------------------------------------------------------------
+def draw(lab, source, n):
+    return lab.jax.jit(partial(source.draw, n=n))(*lab.key()) if lab.jax else source.draw(*lab.key(), n)
+
+
 def test_simulations_are_draws_of_the_joint_distribution(lab):
     """Of latents with several supports, on the unconstrained space; those that overflow are marked."""
 
@@ -513,7 +519,7 @@ def test_simulations_are_draws_of_the_joint_distribution(lab):
 
     data = {"z": lab.array(1.0), "y": lab.array(0.5), "unused": lab.array(3.0)}
     source = lab.module("prior_predictive").PriorPredictive(model, (data,), {}, ["c", "a", "b", "d"])
-    found = source.draw(*lab.key(), 2500)
+    found = draw(lab, source, 2500)
     u = np.asarray(found.unconstrained)
     assert np.asarray(found.finite).all() and u.shape == (2500, 4)
     scale, a, b = np.exp(u[:, 0]), 1 / (1 + np.exp(-u[:, 1])), np.exp(u[:, 2])
@@ -531,7 +537,7 @@ def test_simulations_are_draws_of_the_joint_distribution(lab):
         lab.ppl.sample("x", lab.dist.Normal(lab.backend.array(1.0) * np.e**s, 1.0), obs=x)
 
     source = lab.module("prior_predictive").PriorPredictive(overflowing, (lab.array(0.0),), {}, ["s"])
-    found = source.draw(*lab.key(), 500)
+    found = draw(lab, source, 500)
     share = np.asarray(found.finite).mean()
     assert share == pytest.approx(stats.norm(0, 600).cdf(709.8), abs=0.06)
     assert np.isfinite(np.asarray(found.data[0])).all() and np.isfinite(np.asarray(found.unconstrained)).all()
@@ -589,7 +595,7 @@ def test_a_flow_as_prior_of_local_latents(lab):
     """The prior of latents in a plate is trained with the guide: two modes, where the normal has one."""
     rng = np.random.default_rng(0)
     x = np.where(rng.random((400, 1)) < 0.5, -2.0, 2.0) + 0.3 * rng.standard_normal((400, 1))
-    flow = build(lab, lab.pkg.flows.nsf, 1, num_layers=1, hidden_dims=(8,))
+    flow = lab.pkg.transforms.Elementwise(1, lab.pkg.univariate.RationalQuadraticSpline(8, 5.0))
     base = lab.module("distributions").standard_base(1, like=lab.array(x))
 
     def prior():
@@ -741,7 +747,7 @@ def test_errors_of_the_training(lab):
 
 
 # -- the tutorial ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("backend", ["numpyro", "pyro"])
+@pytest.mark.parametrize("backend", [pytest.param("numpyro", marks=pytest.mark.slow), "pyro"])
 def test_a_vae_gains_by_flows(backend, monkeypatch):
     """The tutorial's, by fewer steps: the held-out ELBO with flows is above that of the plain one."""
     pytest.importorskip(backend)
