@@ -7,8 +7,8 @@ Guides: an inverse autoregressive flow of two layers of 32 and 32 units (ReLU, a
 all draws of a step in one vectorised pass, Adam. "FlowVI": our loop with this flow (it has a full-rank affine map
 besides), its base fixed and the plain ELBO; "FlowVI, default": as it comes. "AutoFlow": our guide in the ecosystem's
 own ``SVI``. In NumPyro its steps run in one compiled ``lax.scan``, as ``svi.run`` does without a progress bar; flowjax
-has a loop in Python. A cell is the least time in ``--rounds`` rounds of ``--steps`` steps, without compilation; in parentheses
-that over FlowVI's. ``pip install '.[all,benchmark]'``.
+has a loop in Python. A cell is the least time in ``--rounds`` rounds of ``--steps`` steps, without compilation; in
+parentheses that over FlowVI's. ``pip install '.[all,benchmark]'``.
 """
 
 from __future__ import annotations
