@@ -348,6 +348,23 @@ def test_calibration_of_many_is_that_of_one_after_the_other(lab, no_warnings):
         assert stats.ks_2samp(many.ranks["theta"], one.ranks["theta"]).pvalue > 0.001
 
 
+def test_ranks_among_draws_far_from_the_truth(lab):
+    """All draws lie below it, and fit the data worse; and each data set is compared with its own truth."""
+
+    class Far:
+        def __call__(self, *args):
+            raise AssertionError("one at a time, where many can be inferred from at once")
+
+        def infer_many(self, *args):
+            values, _, _, n = args[-4:]
+            return {"theta": lab.array(np.full((len(values["x"]), n), -1e3))}
+
+    found = lab.calibrate(Far(), 12, num_draws=9)
+    for name in ("theta", "log_likelihood"):
+        np.testing.assert_array_equal(found.ranks[name], np.full(12, 9))
+    assert len(set(found.true["theta"])) == len(set(found.true["log_likelihood"])) == 12
+
+
 @pytest.mark.slow
 def test_calibration_of_refined_posteriors(lab, no_warnings):
     vi = copy.copy(lab.trained())
