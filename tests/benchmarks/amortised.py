@@ -16,7 +16,9 @@ defaults until it stops by itself; the seconds of both are in the table. Columns
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -186,8 +188,10 @@ class Sbi:
         theta, x = (
             torch.from_numpy(a.astype("float32")) for a in task.simulate(np.random.default_rng(seed), num_simulations)
         )
-        npe = self.inference.NPE(task.torch_prior(torch), density_estimator=self.estimator, show_progress_bars=False)
-        npe.append_simulations(theta, x).train()
+        prior = task.torch_prior(torch)
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # it leaves its logs where it runs
+            npe = self.inference.NPE(prior, density_estimator=self.estimator, show_progress_bars=False)
+            npe.append_simulations(theta, x).train()
         posterior = npe.build_posterior()
 
         def draws(x: np.ndarray, n: int) -> np.ndarray:
