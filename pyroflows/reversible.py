@@ -108,10 +108,11 @@ class _Chain(torch.autograd.Function):
         inverse, needed = ctx.inverse, ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():  # to be differentiated once more: through the plain chain
             # aliases: one input may be a function of another, and that part is not ours
-            point, held, *own = (t if t is None else t.view_as(t) for t in (x, context, *values))
+            point, held = x.view_as(x), None if context is None else context.view_as(context)
+            aliases = {name: value.view_as(value) for name, value in zip(ctx.names, values, strict=True)}
             with torch.enable_grad():
-                outputs = _pass(ctx.transform, point, held, inverse, dict(zip(ctx.names, own, strict=True)))
-            inputs = [point, held, *own]
+                outputs = _pass(ctx.transform, point, held, inverse, aliases)
+            inputs = [point, held, *aliases.values()]
             return None, None, None, *_gradients(outputs, inputs, needed, (dy, dlog_det), create_graph=True)
         weights = dict(zip(ctx.names, values, strict=True))
         of_weights = {name: torch.zeros_like(value) for name, value in weights.items()}
