@@ -1,12 +1,12 @@
-"""Seconds from a new program to its first training step, for flows of growing depth, in jax.
+"""CPU seconds from a new program to its first training step, for flows of growing depth, in jax.
 
     python -m tests.benchmarks.compile [--depths 4 8 16 32] [--dim 16] [--batch 256] [--rounds 3]
 
 A step: value, log-det and the gradient of a loss of both by the parameters, of a coupling flow (``realnvp``) and of an
-autoregressive one (``iaf``), two hidden layers of 32 units. The time is that of tracing, compiling and running it once,
-without a cache, the least of ``--rounds``, the libraries in turns. "growth" is the last depth's over the first one's.
-FlowJAX scans its layers; "unrolled" are the same layers one after the other (its ``Chain``); NumPyro's autoregressive
-flow unrolls its own. ``pip install '.[all,benchmark]'``.
+autoregressive one (``iaf``), two hidden layers of 32 units. The time is the processor's for tracing, compiling and one
+run, without a cache, the least of ``--rounds``, the libraries in turns. "growth" is the last depth's over the first
+one's. FlowJAX scans its layers; "unrolled" are the same layers one after the other (its ``Chain``); NumPyro's
+autoregressive flow unrolls its own. ``pip install '.[all,benchmark]'``.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def first_step(flow: Any, run: Callable, x: Any) -> float:
         return 0.5 * jnp.square(value).sum() - log_det.sum()
 
     jax.clear_caches()
-    start = time.perf_counter()
+    start = time.process_time()
     jax.block_until_ready(jax.jit(jax.value_and_grad(loss))(arrays, x))
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:
