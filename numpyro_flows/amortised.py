@@ -13,14 +13,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array, lax
+from jax import Array
 from numpyro import handlers
 from numpyro.infer.initialization import init_to_value
-from tqdm import tqdm
 
 from numpyro_flows import flows, serialization
-from numpyro_flows.density import FitHistory
 from numpyro_flows.distributions import Base, distribution_of
 from numpyro_flows.encoders import StandardizedEncoder, location_and_scale
 from numpyro_flows.guides import AutoFlow
@@ -29,10 +26,10 @@ from numpyro_flows.inference import FlowVI
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.posterior import FlowPosterior, History
 from numpyro_flows.prior_predictive import PriorPredictive, Simulations
+from numpyro_flows.training import FitHistory, train
 from numpyro_flows.transform_module import TransformModule, flow_module, parameters
 
 _OWNER = "AmortisedFlowVI"
-_CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _NUM_HELD_OUT = 2000  # simulations that score the guide, where there are fresh ones for every step
 _NUM_PILOTS = 2000  # and those by which data and latents are standardised
 _NUM_EXAMPLES = 20  # simulations at most, until one is finite by which the guide can be set up
@@ -250,29 +247,14 @@ class AmortisedFlowVI:
             log_model = jax.vmap(jax.vmap(log_joint), (0, None))(u, batch.data)
             return (base.log_prob(x) - log_det - log_model).mean(0)
 
-        def loss(params: Any, batch: Simulations, key: Array) -> Array:
-            return jnp.where(batch.finite, terms(params, batch, key), 0).sum() / jnp.maximum(batch.finite.sum(), 1)
-
-        adam = optax.scale_by_adam()
-
-        def step(stored: Simulations | None, state: tuple, step_size_and_key: tuple) -> tuple[tuple, Array]:
-            params, moments, skipped = state
-            step_size, key = step_size_and_key
+        def loss(params: Any, key: Array, stored: Simulations | None) -> Array:
             batch_key, loss_key = jax.random.split(key)
             if stored is None:
                 batch = source.draw(batch_key, self.batch_size)
             else:
-                rows = jax.random.randint(batch_key, (self.batch_size,), 0, len(stored.finite))
-                batch = _rows(stored, rows)
-            value, gradient = jax.value_and_grad(loss)(params, batch, loss_key)
-            finite = jnp.isfinite(optax.tree.norm(gradient))
-            update, new_moments = adam.update(gradient, moments)
-            new = jax.tree.map(lambda p, u: p - step_size * u, params, update), new_moments, skipped
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, moments, skipped + 1)), value
-
-        @jax.jit
-        def chunk(state: tuple, step_sizes: Array, keys: Array, stored: Simulations | None) -> tuple[tuple, Array]:
-            return lax.scan(partial(step, stored), state, (step_sizes, keys))
+                batch = _rows(stored, jax.random.randint(batch_key, (self.batch_size,), 0, len(stored.finite)))
+            each = terms(params, batch, loss_key)
+            return jnp.where(batch.finite, each, 0).sum() / jnp.maximum(batch.finite.sum(), 1)
 
         scored = jax.jit(terms)
 
@@ -281,43 +263,23 @@ class AmortisedFlowVI:
             values = jnp.concatenate([scored(params, piece, held_key) for piece in pieces])
             return float(jnp.where(jnp.isnan(values), jnp.inf, values).mean())
 
-        losses: list[float] = []
-        checks: list[tuple[int, float]] = []
-        interrupted = False
-        state = params, adam.init(params), jnp.zeros((), int)
-        best = np.inf, 0, params
-        step_sizes = 0.5 * self.learning_rate * (1 + np.cos(np.pi * np.arange(self.num_steps) / self.num_steps))
-        with tqdm(total=self.num_steps, desc=_OWNER, disable=not self.progress_bar) as bar:
-            try:
-                while len(losses) < self.num_steps and len(losses) - best[1] < self.patience:
-                    sizes = jnp.asarray(step_sizes[len(losses) : len(losses) + _CHUNK], guide.init_loc.dtype)
-                    keys = jax.random.split(jax.random.fold_in(key, len(losses)), len(sizes))
-                    state, values = chunk(state, sizes, keys, stored)
-                    losses += np.asarray(values, float).tolist()
-                    if int(state[2]) == len(losses):
-                        raise RuntimeError(
-                            f"{_OWNER}: no step had a finite gradient. Are flow and encoder finite at the data, and, "
-                            'for objective="elbo", the model\'s density at draws of the guide?'
-                        )
-                    checks.append((len(losses), score(state[0])))
-                    if checks[-1][1] < best[0]:
-                        best = checks[-1][1], len(losses), state[0]
-                    bar.set_postfix(
-                        loss=f"{np.nanmean(losses[-_CHUNK:]):.3f}", held_out=f"{checks[-1][1]:.3f}", refresh=False
-                    )
-                    bar.update(len(sizes))
-            except KeyboardInterrupt:
-                interrupted = True
-        found = bool(np.isfinite(best[0]))
-        history = FitHistory(
-            np.asarray(losses),
-            np.asarray(checks, float).reshape(-1, 2),
-            best[1] if found else len(losses),
-            int(state[2]),
-            interrupted,
-            time.perf_counter() - begin,
+        best, history = train(
+            params,
+            loss,
+            score,
+            stored,
+            num_steps=self.num_steps,
+            learning_rate=self.learning_rate,
+            patience=self.patience,
+            key=key,
+            dtype=guide.init_loc.dtype,
+            owner=_OWNER,
+            hint='Are flow and encoder finite at the data, and, for objective="elbo", the model\'s density at draws of '
+            "the guide?",
+            progress_bar=self.progress_bar,
+            begin=begin,
         )
-        return eqx.combine(best[2] if found else state[0], static), history
+        return eqx.combine(best, static), history
 
     def _contexts(
         self, guide: AutoFlow, source: PriorPredictive, encoder: StandardizedEncoder, data: tuple[Array, ...]

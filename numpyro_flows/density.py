@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
-import optax
-from jax import Array, lax
-from tqdm import tqdm
+from jax import Array
 
 from numpyro_flows.distributions import Base, ConditionalFlowDistribution, FlowDistribution
 from numpyro_flows.elbo import flow_matching, velocity_of
+from numpyro_flows.training import FitHistory, train
 from numpyro_flows.transform_module import Compose, TransformModule
 from numpyro_flows.transforms import ElementwiseAffine
 
-_CHUNK = 50  # steps between two looks at the held-out data, the keyboard and the progress bar
 _PIECE = 4096  # held-out points scored at a time
-
-
-class FitHistory(NamedTuple):
-    """The course of a fit, in nats a data point."""
-
-    losses: np.ndarray  # of each step: negative log-likelihood of its batch, or the loss of flow matching
-    validation: np.ndarray  # (checks, 2): steps done, negative log-likelihood of the held-out data
-    best_step: int  # whose parameters were kept
-    skipped: int  # steps whose gradient was not finite
-    interrupted: bool
-    seconds: float
 
 
 def fit_density(
@@ -138,29 +123,14 @@ def _fit_modules(
         x, log_det = flow.inverse_and_log_det(data, context)
         return base.log_prob(x) + log_det
 
-    def loss(params, data, context, key):
-        if objective == "flow_matching":
-            flow, base = parts(params)
-            return flow_matching(flow, base, data, context, key=key)
-        return offset - log_prob(params, data, context).mean()
-
-    adam = optax.scale_by_adam()
-
-    def step(data, context, state, step_size_and_key):
-        params, moments, skipped = state
-        step_size, key = step_size_and_key
+    def loss(params, key, data, context):
         rows_key, loss_key = jax.random.split(key)
         rows = training[jax.random.randint(rows_key, (batch_size,), 0, len(training))]
-        context = None if context is None else context[rows]
-        value, gradient = jax.value_and_grad(loss)(params, data[rows], context, loss_key)
-        finite = jnp.isfinite(optax.tree.norm(gradient))
-        update, new_moments = adam.update(gradient, moments)
-        new = jax.tree.map(lambda p, u: p - step_size * u, params, update), new_moments, skipped
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, moments, skipped + 1)), value
-
-    @jax.jit
-    def chunk(state, step_sizes, keys, data, context):
-        return lax.scan(lambda s, k: step(data, context, s, k), state, (step_sizes, keys))
+        data, context = data[rows], None if context is None else context[rows]
+        if objective == "flow_matching":
+            flow, base = parts(params)
+            return flow_matching(flow, base, data, context, key=loss_key)
+        return offset - log_prob(params, data, context).mean()
 
     scored = jax.jit(log_prob)
 
@@ -171,40 +141,23 @@ def _fit_modules(
 
     if objective == "flow_matching":
         velocity_of(flow)
-    losses: list[float] = []
-    checks: list[tuple[int, float]] = []
-    interrupted = False
-    state = params, adam.init(params), jnp.zeros((), int)
-    best = np.inf, 0, params
-    step_sizes = 0.5 * learning_rate * (1 + np.cos(np.pi * np.arange(num_steps) / num_steps))
-    with tqdm(total=num_steps, desc="fit_density", disable=not progress_bar) as bar:
-        try:
-            while len(losses) < num_steps and (not held or len(losses) - best[1] < patience):
-                sizes = jnp.asarray(step_sizes[len(losses) : len(losses) + _CHUNK], data.dtype)
-                keys = jax.random.split(jax.random.fold_in(key, len(losses)), len(sizes))
-                state, values = chunk(state, sizes, keys, data, context)
-                losses += np.asarray(values, float).tolist()
-                if int(state[2]) == len(losses):
-                    raise RuntimeError("fit_density: no step had a finite gradient. Is the flow finite at the data?")
-                if held:
-                    checks.append((len(losses), score(state[0])))
-                    if checks[-1][1] < best[0]:
-                        best = checks[-1][1], len(losses), state[0]
-                shown = {"held_out": f"{checks[-1][1]:.3f}"} if held else {}
-                bar.set_postfix(loss=f"{np.nanmean(losses[-_CHUNK:]):.3f}", **shown, refresh=False)
-                bar.update(len(sizes))
-        except KeyboardInterrupt:
-            interrupted = True
-    found = bool(np.isfinite(best[0]))
-    trained, learned_base = eqx.combine(best[2] if found else state[0], static)
-    history = FitHistory(
-        np.asarray(losses),
-        np.asarray(checks, float).reshape(-1, 2),
-        best[1] if found else len(losses),
-        int(state[2]),
-        interrupted,
-        time.perf_counter() - begin,
+    best, history = train(
+        params,
+        loss,
+        score if held else None,
+        data,
+        context,
+        num_steps=num_steps,
+        learning_rate=learning_rate,
+        patience=patience,
+        key=key,
+        dtype=data.dtype,
+        owner="fit_density",
+        hint="Is the flow finite at the data?",
+        progress_bar=progress_bar,
+        begin=begin,
     )
+    trained, learned_base = eqx.combine(best, static)
     return trained, base if learned_base is None else learned_base, outer, history
 
 

@@ -12,7 +12,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array, lax
 from numpyro import handlers
 from numpyro.infer.initialization import init_to_uniform
@@ -37,9 +36,9 @@ from numpyro_flows.initialization import (
 from numpyro_flows.log_density import LogDensity, prototype_trace
 from numpyro_flows.noncentering import Noncentering, pulled_back
 from numpyro_flows.posterior import FlowPosterior, History
+from numpyro_flows.training import CHUNK, first_state, update
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
-_CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
@@ -412,24 +411,16 @@ class FlowVI:
             score = 0.0 if log_density_of_base is None else score_gradient(terms, log_density_of_base)
             return divergence + score - terms.mean(), (terms.mean(), 0.5 * terms.var())
 
-        adam = optax.scale_by_adam()
-
         def step(annealing, state, step_size_and_key):
-            params, moments, skipped = state
             step_size, key = step_size_and_key
-            gradient, progress = jax.grad(loss, has_aux=True)(params, key, annealing)
-            finite = jnp.isfinite(optax.tree.norm(gradient))
-            update, new_moments = adam.update(gradient, moments)
-            new_params = jax.tree.map(lambda p, u: p - step_size * u, params, update)
-            new = new_params, new_moments, skipped
-            old = params, moments, skipped + 1
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), progress
+            gradient, progress = jax.grad(loss, has_aux=True)(state[0], key, annealing)
+            return update(state, gradient, step_size), progress
 
         @eqx.filter_jit
         def chunk(annealing, state, step_sizes, keys):
             return lax.scan(lambda s, k: step(annealing, s, k), state, (step_sizes, keys))
 
-        state = params, adam.init(params), jnp.zeros((), int)
+        state = first_state(params)
         trace: list[float] = []
         divergence: list[float] = []
         best, interrupted = (-np.inf, params), False
@@ -550,8 +541,8 @@ class Schedule:
                 self._anneal_from = done
                 self._anneal_steps = min(max(done, 2 * _WINDOW), self.num_steps - done)
         if self._anneal_from is None:
-            return np.full(min(_CHUNK, (self.num_steps + 1) // 2 - done), self.learning_rate)
-        steps = np.arange(done, min(done + _CHUNK, self.expected_steps)) - self._anneal_from
+            return np.full(min(CHUNK, (self.num_steps + 1) // 2 - done), self.learning_rate)
+        steps = np.arange(done, min(done + CHUNK, self.expected_steps)) - self._anneal_from
         self.finished = len(steps) == 0
         if self.finished:
             return None

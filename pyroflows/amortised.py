@@ -6,6 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,8 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from pyroflows import flows, serialization
-from pyroflows.density import FitHistory
 from pyroflows.distributions import Base, distribution_of
 from pyroflows.encoders import location_and_scale
 from pyroflows.guides import AutoFlow
@@ -25,10 +24,10 @@ from pyroflows.guides.auto_flow import check_base, check_encoding, check_encodin
 from pyroflows.inference import FlowVI
 from pyroflows.posterior import FlowPosterior, History
 from pyroflows.prior_predictive import PriorPredictive, Simulations, batched
+from pyroflows.training import FitHistory, train
 from pyroflows.transform_module import TransformModule
 
 _OWNER = "AmortisedFlowVI"
-_CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _NUM_HELD_OUT = 2000  # simulations that score the guide, where there are fresh ones for every step
 _NUM_PILOTS = 2000  # and those by which data and latents are standardised
 _NUM_EXAMPLES = 20  # simulations at most, until one is finite by which the guide can be set up
@@ -237,18 +236,8 @@ class AmortisedFlowVI:
             log_model = batched(log_joint, u.flatten(0, 1), *repeated).unflatten(0, u.shape[:2])
             return (base.log_prob(x) - log_det - log_model).mean(0)
 
-        adam = torch.optim.Adam(parameters, fused=True)
-
-        def step(batch: Simulations, step_size: float) -> tuple[Tensor, bool]:
-            value = torch.where(batch.finite, terms(batch), 0.0).sum() / batch.finite.sum().clamp_min(1)
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-            finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
-            if finite:
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
-                adam.param_groups[0]["lr"] = step_size
-                adam.step()
-            return value.detach(), finite
+        def loss(batch: Simulations) -> Tensor:
+            return torch.where(batch.finite, terms(batch), 0.0).sum() / batch.finite.sum().clamp_min(1)
 
         @torch.no_grad()
         def score() -> float:
@@ -259,47 +248,19 @@ class AmortisedFlowVI:
             return float(torch.where(values.isnan(), torch.inf, values).mean())
 
         seed = int(torch.randint(2**31 - 1, ()))
-        losses: list[float] = []
-        checks: list[tuple[int, float]] = []
-        skipped, interrupted = 0, False
-        best = np.inf, 0, [p.detach().clone() for p in parameters]
-        step_sizes = 0.5 * self.learning_rate * (1 + np.cos(np.pi * np.arange(self.num_steps) / self.num_steps))
-        with tqdm(total=self.num_steps, desc=_OWNER, disable=not self.progress_bar) as bar:
-            try:
-                while len(losses) < self.num_steps and len(losses) - best[1] < self.patience:
-                    sizes = step_sizes[len(losses) : len(losses) + _CHUNK]
-                    batches = self._batches(source, stored, len(sizes))
-                    done = [step(batch, float(size)) for batch, size in zip(batches, sizes, strict=True)]
-                    values, finite = zip(*done, strict=True)
-                    losses += torch.stack(values).tolist()
-                    skipped += finite.count(False)
-                    if skipped == len(losses):
-                        raise RuntimeError(
-                            f"{_OWNER}: no step had a finite gradient. Are flow and encoder finite at the data, and, "
-                            'for objective="elbo", the model\'s density at draws of the guide?'
-                        )
-                    checks.append((len(losses), score()))
-                    if checks[-1][1] < best[0]:
-                        best = checks[-1][1], len(losses), [p.detach().clone() for p in parameters]
-                    bar.set_postfix(
-                        loss=f"{np.nanmean(losses[-_CHUNK:]):.3f}", held_out=f"{checks[-1][1]:.3f}", refresh=False
-                    )
-                    bar.update(len(sizes))
-            except KeyboardInterrupt:
-                interrupted = True
-        found = bool(np.isfinite(best[0]))
-        with torch.no_grad():
-            for parameter, value in zip(parameters, best[2], strict=True):
-                parameter.grad = None
-                if found:
-                    parameter.copy_(value)
-        return FitHistory(
-            np.asarray(losses),
-            np.asarray(checks, float).reshape(-1, 2),
-            best[1] if found else len(losses),
-            skipped,
-            interrupted,
-            time.perf_counter() - begin,
+        return train(
+            parameters,
+            partial(self._batches, source, stored),
+            loss,
+            score,
+            num_steps=self.num_steps,
+            learning_rate=self.learning_rate,
+            patience=self.patience,
+            owner=_OWNER,
+            hint='Are flow and encoder finite at the data, and, for objective="elbo", the model\'s density at draws of '
+            "the guide?",
+            progress_bar=self.progress_bar,
+            begin=begin,
         )
 
     def _batches(self, source: PriorPredictive, stored: Simulations | None, n: int) -> list[Simulations]:

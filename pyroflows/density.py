@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyroflows.distributions import Base, ConditionalFlowDistribution, FlowDistribution, distribution_of
 from pyroflows.elbo import flow_matching, velocity_of
+from pyroflows.training import FitHistory, train
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import ElementwiseAffine
 
-_CHUNK = 50  # steps between two looks at the held-out data, the keyboard and the progress bar
 _PIECE = 4096  # held-out points scored at a time
-
-
-class FitHistory(NamedTuple):
-    """The course of a fit, in nats a data point."""
-
-    losses: np.ndarray  # of each step: negative log-likelihood of its batch, or the loss of flow matching
-    validation: np.ndarray  # (checks, 2): steps done, negative log-likelihood of the held-out data
-    best_step: int  # whose parameters were kept
-    skipped: int  # steps whose gradient was not finite
-    interrupted: bool
-    seconds: float
 
 
 def fit_density(
@@ -102,57 +88,22 @@ def fit_density(
         velocity_of(flow)
     learned = [*flow.parameters(), *(base.parameters() if isinstance(base, Base) else ())]
     parameters = [p for p in learned if p.requires_grad]
-    adam = torch.optim.Adam(parameters, fused=True)
 
-    def step(step_size: float) -> tuple[Tensor, bool]:
-        rows = training[torch.randint(len(training), (batch_size,), device=data.device)]
-        value = loss(rows)
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-        finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
-        if finite:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            adam.param_groups[0]["lr"] = step_size
-            adam.step()
-        return value.detach(), finite
+    def batches(n: int) -> Iterator[Tensor]:
+        return (training[torch.randint(len(training), (batch_size,), device=data.device)] for _ in range(n))
 
-    losses: list[float] = []
-    checks: list[tuple[int, float]] = []
-    skipped, interrupted = 0, False
-    best = np.inf, 0, [p.detach().clone() for p in parameters]
-    step_sizes = 0.5 * learning_rate * (1 + np.cos(np.pi * np.arange(num_steps) / num_steps))
-    with tqdm(total=num_steps, desc="fit_density", disable=not progress_bar) as bar:
-        try:
-            while len(losses) < num_steps and (not held or len(losses) - best[1] < patience):
-                done = [step(float(size)) for size in step_sizes[len(losses) : len(losses) + _CHUNK]]
-                values, finite = zip(*done, strict=True)
-                losses += torch.stack(values).tolist()
-                skipped += finite.count(False)
-                if skipped == len(losses):
-                    raise RuntimeError("fit_density: no step had a finite gradient. Is the flow finite at the data?")
-                if held:
-                    checks.append((len(losses), score()))
-                    if checks[-1][1] < best[0]:
-                        best = checks[-1][1], len(losses), [p.detach().clone() for p in parameters]
-                shown = {"held_out": f"{checks[-1][1]:.3f}"} if held else {}
-                bar.set_postfix(loss=f"{np.nanmean(losses[-_CHUNK:]):.3f}", **shown, refresh=False)
-                bar.update(len(done))
-        except KeyboardInterrupt:
-            interrupted = True
-    if np.isfinite(best[0]):
-        with torch.no_grad():
-            for parameter, value in zip(parameters, best[2], strict=True):
-                parameter.copy_(value)
-    for parameter in parameters:
-        parameter.grad = None
-    kept = best[1] if np.isfinite(best[0]) else len(losses)
-    history = FitHistory(
-        np.asarray(losses),
-        np.asarray(checks, float).reshape(-1, 2),
-        kept,
-        skipped,
-        interrupted,
-        time.perf_counter() - begin,
+    history = train(
+        parameters,
+        batches,
+        loss,
+        score if held else None,
+        num_steps=num_steps,
+        learning_rate=learning_rate,
+        patience=patience,
+        owner="fit_density",
+        hint="Is the flow finite at the data?",
+        progress_bar=progress_bar,
+        begin=begin,
     )
     whole = flow if outer is None else Compose([flow, outer])
     density: Callable = FlowDistribution if context is None else ConditionalFlowDistribution

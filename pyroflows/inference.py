@@ -34,9 +34,9 @@ from pyroflows.initialization import (
 from pyroflows.log_density import LogDensity, prototype_trace
 from pyroflows.noncentering import pulled_back
 from pyroflows.posterior import FlowPosterior, History
+from pyroflows.training import CHUNK, copies, settle, update
 from pyroflows.transform_module import Compose, TransformModule
 
-_CHUNK = 50  # steps between two looks at the keyboard and the progress bar
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
@@ -395,21 +395,14 @@ class FlowVI:
                 loss = loss + score_gradient(terms, log_density_of_base)
             if use_path and annealing and tails:
                 loss = loss + forward_kl(inner, base, z, terms)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            skip = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            adam.param_groups[0]["lr"] = step_size
-            # as gradient scalers do it: Adam skips the step, and nothing waits for a GPU
-            adam.found_inf = skip.float()  # type: ignore[attr-defined]
-            adam.step()
+            skip = update(adam, loss, step_size)
             terms = terms.detach()
             return torch.stack([terms.mean(), 0.5 * terms.var(correction=0), skip.to(terms)])
 
         trace: list[float] = []
         divergence: list[float] = []
         skipped, interrupted = 0, False
-        best = -np.inf, [p.detach().clone() for p in parameters]
+        best = -np.inf, copies(parameters)
         with tqdm(total=schedule.expected_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
             try:
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
@@ -422,18 +415,13 @@ class FlowVI:
                         raise RuntimeError(self._nothing_finite(log_density, Compose(guide.outer_layers), base))
                     recent = float(np.nanmean(trace[-_WINDOW:]))
                     if recent > best[0]:
-                        best = recent, [p.detach().clone() for p in parameters]
+                        best = recent, copies(parameters)
                     bar.total = schedule.expected_steps
                     bar.set_postfix(elbo=f"{recent:.3f}", refresh=False)
                     bar.update(len(step_sizes))
             except KeyboardInterrupt:
                 interrupted = True
-        if not schedule.finished:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, best[1], strict=True):
-                    parameter.copy_(value)
-        for parameter in parameters:
-            parameter.grad = None
+        settle(parameters, None if schedule.finished else best[1])
         outer.requires_grad_(True)
         return History(np.asarray(trace), skipped, schedule.stationary, interrupted)
 
@@ -526,8 +514,8 @@ class Schedule:
                 self._anneal_from = done
                 self._anneal_steps = min(max(done, 2 * _WINDOW), self.num_steps - done)
         if self._anneal_from is None:
-            return np.full(min(_CHUNK, (self.num_steps + 1) // 2 - done), self.learning_rate)
-        steps = np.arange(done, min(done + _CHUNK, self.expected_steps)) - self._anneal_from
+            return np.full(min(CHUNK, (self.num_steps + 1) // 2 - done), self.learning_rate)
+        steps = np.arange(done, min(done + CHUNK, self.expected_steps)) - self._anneal_from
         self.finished = len(steps) == 0
         if self.finished:
             return None

@@ -459,7 +459,7 @@ class Bar:
 
 
 def test_interrupted_training_keeps_the_best_and_a_seed_makes_it_repeatable(lab, monkeypatch):
-    monkeypatch.setattr(lab.module("amortised"), "tqdm", Bar)
+    monkeypatch.setattr(lab.module("training"), "tqdm", Bar)
     first, second = (lab.mean_vi().fit(*lab.key(1), lab.array(np.zeros(N))) for _ in range(2))
     history, x = first.history, lab.array(data_sets(2))
     steps, scores = history.validation.T

@@ -95,11 +95,12 @@ def test_files_that_do_not_fit_are_refused(twins, tmp_path):
 ROOMS = [
     "amortised", "conditioners", "density", "diagnosis", "distributions", "elbo", "encoders", "flows", "guides",
     "inference", "initialization", "log_density", "noncentering", "numerical", "posterior", "prior_predictive",
-    "reparam", "reversible", "serialization", "transform_module", "transforms", "univariate",
+    "reparam", "reversible", "serialization", "training", "transform_module", "transforms", "univariate",
 ]  # fmt: skip
 # where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters, and
-# their methods take the model's arguments; jax differentiates a function of one draw, where torch has batched methods;
-# torch asks on the host whether a search may end, where jax has a loop of its own; torch's vmap has to be helped
+# their methods take the model's arguments, and training is in place; jax differentiates a function of one draw, where
+# torch has batched methods; torch asks on the host whether a search may end, where jax has a loop of its own; torch's
+# vmap has to be helped
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
     "flow_module",
@@ -109,6 +110,11 @@ OWN = {
     "takes_custom_gradients",
     "triangular_fixed_point",
     "batched",
+    "copies",
+    "first_state",
+    "settle",
+    "train",
+    "update",
     "ByGammas",
     "AmortisedFlowVI.infer_many",
     "FlowPosterior.__init__",

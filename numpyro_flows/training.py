@@ -1,0 +1,117 @@
+"""What trainings share: Adam that skips steps which are not finite, and the loop that keeps the best held-out score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from tqdm import tqdm
+
+CHUNK = 50  # steps between two looks at the held-out data, the keyboard and the progress bar
+
+_adam = optax.scale_by_adam()
+
+
+class FitHistory(NamedTuple):
+    """The course of a fit, in nats a data point, or a data set."""
+
+    losses: np.ndarray  # of each step
+    validation: np.ndarray  # (checks, 2): steps done, loss of what is held out
+    best_step: int  # whose parameters were kept
+    skipped: int  # steps whose gradient was not finite
+    interrupted: bool
+    seconds: float
+
+
+def first_state(params: Any) -> tuple[Any, Any, Array]:
+    """Parameters, Adam's moments, and the number of steps that were skipped."""
+    return params, _adam.init(params), jnp.zeros((), int)
+
+
+def update(state: tuple[Any, Any, Array], gradient: Any, step_size: Array) -> tuple[Any, Any, Array]:
+    """The state after a step of Adam, or with one more skipped where the gradient is not finite."""
+    params, moments, skipped = state
+    finite = jnp.isfinite(optax.tree.norm(gradient))
+    direction, new_moments = _adam.update(gradient, moments)
+    new = jax.tree.map(lambda p, u: p - step_size * u, params, direction), new_moments, skipped
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, moments, skipped + 1))
+
+
+def train(
+    params: Any,
+    loss: Callable[..., Array],
+    score: Callable[[Any], float] | None,
+    *inputs: Any,
+    num_steps: int,
+    learning_rate: float,
+    patience: int,
+    key: Array,
+    dtype: Any,
+    owner: str,
+    hint: str,
+    progress_bar: bool,
+    begin: float,
+) -> tuple[Any, FitHistory]:
+    """Trains by Adam, whose step size falls to zero along a cosine, and keeps the parameters of the best score.
+
+    Ctrl-C ends the training and keeps what it has reached.
+
+    :param loss: ``loss(params, key, *inputs)`` of one step.
+    :param score: of what is held out; ``None`` if nothing is: then the last parameters are kept.
+    :param inputs: arrays which the loss takes, handed to the compiled program rather than made a part of it.
+    :param patience: steps without a better score after which the training ends.
+    :param dtype: of the step sizes.
+    :param hint: what to ask oneself where no gradient is finite.
+    :param begin: when the fit began, by ``time.perf_counter``.
+    :raises RuntimeError: if no step had a finite gradient.
+    """
+
+    def step(inputs: tuple, state: tuple, step_size_and_key: tuple) -> tuple[tuple, Array]:
+        step_size, key = step_size_and_key
+        value, gradient = jax.value_and_grad(loss)(state[0], key, *inputs)
+        return update(state, gradient, step_size), value
+
+    @jax.jit
+    def chunk(state: tuple, step_sizes: Array, keys: Array, inputs: tuple) -> tuple[tuple, Array]:
+        return lax.scan(lambda s, k: step(inputs, s, k), state, (step_sizes, keys))
+
+    losses: list[float] = []
+    checks: list[tuple[int, float]] = []
+    interrupted = False
+    state = first_state(params)
+    best = np.inf, 0, params
+    step_sizes = 0.5 * learning_rate * (1 + np.cos(np.pi * np.arange(num_steps) / num_steps))
+    with tqdm(total=num_steps, desc=owner, disable=not progress_bar) as bar:
+        try:
+            while len(losses) < num_steps and (score is None or len(losses) - best[1] < patience):
+                sizes = jnp.asarray(step_sizes[len(losses) : len(losses) + CHUNK], dtype)
+                keys = jax.random.split(jax.random.fold_in(key, len(losses)), len(sizes))
+                state, values = chunk(state, sizes, keys, inputs)
+                losses += np.asarray(values, float).tolist()
+                if int(state[2]) == len(losses):
+                    raise RuntimeError(f"{owner}: no step had a finite gradient. {hint}")
+                if score is not None:
+                    checks.append((len(losses), score(state[0])))
+                    if checks[-1][1] < best[0]:
+                        best = checks[-1][1], len(losses), state[0]
+                shown = {"held_out": f"{checks[-1][1]:.3f}"} if checks else {}
+                bar.set_postfix(loss=f"{np.nanmean(losses[-CHUNK:]):.3f}", **shown, refresh=False)
+                bar.update(len(sizes))
+        except KeyboardInterrupt:
+            interrupted = True
+    found = bool(np.isfinite(best[0]))
+    history = FitHistory(
+        np.asarray(losses),
+        np.asarray(checks, float).reshape(-1, 2),
+        best[1] if found else len(losses),
+        int(state[2]),
+        interrupted,
+        time.perf_counter() - begin,
+    )
+    return best[2] if found else state[0], history

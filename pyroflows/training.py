@@ -1,0 +1,124 @@
+"""What trainings share: Adam that skips steps which are not finite, and the loop that keeps the best held-out score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+CHUNK = 50  # steps between two looks at the held-out data, the keyboard and the progress bar
+
+
+class FitHistory(NamedTuple):
+    """The course of a fit, in nats a data point, or a data set."""
+
+    losses: np.ndarray  # of each step
+    validation: np.ndarray  # (checks, 2): steps done, loss of what is held out
+    best_step: int  # whose parameters were kept
+    skipped: int  # steps whose gradient was not finite
+    interrupted: bool
+    seconds: float
+
+
+def update(adam: torch.optim.Adam, loss: Tensor, step_size: float) -> Tensor:
+    """Makes a step of a fused Adam on its parameters, and returns whether it was skipped: its gradient not finite."""
+    parameters = adam.param_groups[0]["params"]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    skip = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    adam.param_groups[0]["lr"] = step_size
+    # as gradient scalers do it: Adam skips the step, and nothing waits for a GPU
+    adam.found_inf = skip.float()  # type: ignore[attr-defined]
+    adam.step()
+    return skip
+
+
+def copies(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The values of parameters."""
+    return [p.detach().clone() for p in parameters]
+
+
+@torch.no_grad()
+def settle(parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
+    """Puts ``values``, if any, into the places of parameters, and forgets their gradients."""
+    for parameter in parameters:
+        parameter.grad = None
+    for parameter, value in zip(parameters, values or (), strict=bool(values)):
+        parameter.copy_(value)
+
+
+def train(
+    parameters: Sequence[Tensor],
+    batches: Callable[[int], Iterable[Any]],
+    loss: Callable[[Any], Tensor],
+    score: Callable[[], float] | None,
+    *,
+    num_steps: int,
+    learning_rate: float,
+    patience: int,
+    owner: str,
+    hint: str,
+    progress_bar: bool,
+    begin: float,
+) -> FitHistory:
+    """Trains by Adam, whose step size falls to zero along a cosine, and keeps the parameters of the best score.
+
+    Ctrl-C ends the training and keeps what it has reached.
+
+    :param parameters: what is trained, in place.
+    :param batches: ``batches(n)`` gives what the loss takes in each of ``n`` steps.
+    :param loss: ``loss(batch)`` of one step.
+    :param score: of what is held out; ``None`` if nothing is: then the last parameters are kept.
+    :param patience: steps without a better score after which the training ends.
+    :param hint: what to ask oneself where no gradient is finite.
+    :param begin: when the fit began, by ``time.perf_counter``.
+    :raises RuntimeError: if no step had a finite gradient.
+    """
+    adam = torch.optim.Adam(parameters, fused=True)
+
+    def step(batch: Any, step_size: float) -> Tensor:
+        value = loss(batch)
+        skip = update(adam, value, step_size)
+        value = value.detach()
+        return torch.stack([value, skip.to(value)])
+
+    losses: list[float] = []
+    checks: list[tuple[int, float]] = []
+    skipped, interrupted = 0, False
+    best = np.inf, 0, copies(parameters)
+    step_sizes = 0.5 * learning_rate * (1 + np.cos(np.pi * np.arange(num_steps) / num_steps))
+    with tqdm(total=num_steps, desc=owner, disable=not progress_bar) as bar:
+        try:
+            while len(losses) < num_steps and (score is None or len(losses) - best[1] < patience):
+                sizes = step_sizes[len(losses) : len(losses) + CHUNK]
+                done = [step(batch, float(size)) for batch, size in zip(batches(len(sizes)), sizes, strict=True)]
+                values, skips = torch.stack(done).T.tolist()
+                losses += values
+                skipped += int(sum(skips))
+                if skipped == len(losses):
+                    raise RuntimeError(f"{owner}: no step had a finite gradient. {hint}")
+                if score is not None:
+                    checks.append((len(losses), score()))
+                    if checks[-1][1] < best[0]:
+                        best = checks[-1][1], len(losses), copies(parameters)
+                shown = {"held_out": f"{checks[-1][1]:.3f}"} if checks else {}
+                bar.set_postfix(loss=f"{np.nanmean(losses[-CHUNK:]):.3f}", **shown, refresh=False)
+                bar.update(len(sizes))
+        except KeyboardInterrupt:
+            interrupted = True
+    found = bool(np.isfinite(best[0]))
+    settle(parameters, best[2] if found else None)
+    return FitHistory(
+        np.asarray(losses),
+        np.asarray(checks, float).reshape(-1, 2),
+        best[1] if found else len(losses),
+        skipped,
+        interrupted,
+        time.perf_counter() - begin,
+    )
