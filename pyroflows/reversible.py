@@ -17,10 +17,10 @@ class Reversible(TransformModule):
     """``transform`` with a gradient that stores none of its activations: memory does not grow with depth.
 
     The gradient goes back through the layers one by one, each layer's input computed again from its output by the
-    other direction (Gomez et al. 2017, The reversible residual network, algorithm 1). It is exact up to the rounding of
-    that inverse, and costs about one more pass. It pays for many layers, wide conditioners and large batches. Reverse
-    mode of any order (the second stores activations again); under ``torch.func``, in forward mode and when compiled
-    the plain gradient is taken.
+    other direction (Gomez et al. 2017, The reversible residual network, algorithm 1), exact up to the rounding of that
+    inverse. It takes about twice as long (``tests.benchmarks.growth``): for what would not fit into memory. Reverse
+    mode of any order (the second stores activations again); under ``torch.func``, in forward mode and when compiled the
+    plain gradient is taken.
 
     :param transform: a :class:`Compose`, a :class:`Repeat`, or a single layer.
     :raises ValueError: if a layer's log-determinant is estimated: noise cannot be run again.

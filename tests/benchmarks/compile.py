@@ -17,58 +17,20 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from tests.benchmarks.transforms import JAX
+
 WIDTH = (32, 32)
+FAMILIES = {"realnvp": "realnvp", "iaf": "maf, iaf"}
 
 
 def candidates(family: str, dim: int, depth: int) -> dict[str, tuple[Any, Callable]]:
     """Of every library, its flow and a function of flow and batch that gives values and log-dets."""
-    import flowjax.flows
-    import jax
-    import jax.numpy as jnp
-    import paramax
     from flowjax.bijections import Chain
-    from flowjax.distributions import Normal
-    from jax.example_libraries import stax
-    from numpyro.distributions.flows import InverseAutoregressiveTransform
-    from numpyro.distributions.transforms import ComposeTransform, PermuteTransform
-    from numpyro.nn import AutoregressiveNN
 
-    from numpyro_flows import flows
-
-    ours = getattr(flows, family)(dim, depth, WIDTH, activation="relu", key=jax.random.key(0))
-    factory = {"realnvp": flowjax.flows.coupling_flow, "iaf": flowjax.flows.masked_autoregressive_flow}[family]
-
-    def theirs(layers: int) -> Any:
-        return factory(
-            jax.random.key(0),
-            base_dist=Normal(jnp.zeros(dim)),
-            flow_layers=layers,
-            nn_width=WIDTH[0],
-            nn_depth=len(WIDTH),
-            invert=False,
-        ).bijection
-
-    def flowjax_pass(flow: Any, x: Any) -> tuple:
-        return jax.vmap(paramax.unwrap(flow).transform_and_log_det)(x)
-
-    found: dict[str, tuple[Any, Callable]] = {
-        "numpyro_flows": (ours, lambda f, x: f.forward_and_log_det(x)),
-        "flowjax": (theirs(depth), flowjax_pass),
-        "flowjax, unrolled": (Chain([theirs(1) for _ in range(depth)]), flowjax_pass),
-    }
-    if family == "iaf":
-        init, apply = AutoregressiveNN(dim, list(WIDTH), nonlinearity=stax.Relu)
-        reverse = PermuteTransform(jnp.arange(dim)[::-1])
-
-        def numpyro_pass(params: Any, x: Any) -> tuple:
-            maps = [InverseAutoregressiveTransform(lambda x, p=p: apply(p, x)) for p in params]
-            flow = ComposeTransform([part for one in maps for part in (one, reverse)])
-            y, intermediates = flow.call_with_intermediates(x)
-            return y, flow.log_abs_det_jacobian(x, y, intermediates)
-
-        keys = jax.random.split(jax.random.key(0), depth)
-        found["numpyro"] = [init(key, (dim,))[1] for key in keys], numpyro_pass
-    return found
+    builds = JAX[FAMILIES[family]]
+    found = {name: build(dim, depth, WIDTH)[:2] for name, build in builds.items()}
+    layers = [builds["flowjax"](dim, 1, WIDTH)[0] for _ in range(depth)]
+    return {**found, "flowjax, unrolled": (Chain(layers), found["flowjax"][1])}
 
 
 def first_step(flow: Any, run: Callable, x: Any) -> float:

@@ -7,19 +7,21 @@ log-det by the parameters; for the size of the data, the log-density of a logist
 its gradient, at 256 draws. One quantity varies, the others stay at d = 32, ten layers, 256 draws. "exponent" is the
 slope of log time over log size between the last two sizes, "expected" that of the matrix products' work. "floor" is the
 time of forward and backward pass of the products alone, the same networks without activations one after the other: how
-far the largest case is from the machine's limit.
+far the largest case is from the machine's limit. A second table has the gradient of deep flows (d = 16, 1,024 draws) as
+they come, and in ``Reversible``: its time, and the peak of what it allocates.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.transforms import race
+from tests.benchmarks.transforms import jax_candidate, race, torch_candidate
 
 WIDTH = (32, 32)
 BASE = {"d": 32, "layers": 10, "draws": 256}
@@ -134,6 +136,28 @@ def data_call(backend: str, n: int) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(torch_density(torch_point).sum(), torch_point)
 
 
+def reversible(backend: str, family: str, layers: int) -> dict[str, Any]:
+    """A deep flow as it comes, and with a gradient that stores no activations."""
+    if backend == "jax":
+        import jax
+
+        from numpyro_flows import Reversible, flows
+
+        flow = getattr(flows, family)(16, layers, WIDTH, key=jax.random.key(0))
+        x = jax.random.normal(jax.random.key(1), (1024, 16))
+        directions = (lambda f, x: f.forward_and_log_det(x)), (lambda f, y: f.inverse_and_log_det(y))
+        return {name: jax_candidate(f, *directions, x) for name, f in (("plain", flow), ("own", Reversible(flow)))}
+    import torch
+
+    import pyroflows
+
+    deep, points = getattr(pyroflows.flows, family)(16, layers, WIDTH), torch.randn(1024, 16)
+    return {
+        name: torch_candidate(f, f.forward_and_log_det, f.inverse_and_log_det, points)
+        for name, f in (("plain", deep), ("own", pyroflows.Reversible(deep)))
+    }
+
+
 def exponent(sizes: list[int], values: list[float]) -> float:
     """Of the last two sizes."""
     return math.log(values[-1] / values[-2]) / math.log(sizes[-1] / sizes[-2])
@@ -162,6 +186,13 @@ def main() -> None:
         slopes = [f"{exponent(sizes, values):.2f}" for values in (seconds, work)]
         row = [name, ", ".join(map(str, sizes)), ", ".join(shown), *slopes, *ends]
         print("| " + " | ".join(row) + " |", flush=True)
+    print("\n| flow | layers | plain, ms | reversible, ms | plain, MiB | reversible, MiB |\n|---|---|---|---|---|---|")
+    for family, layers in itertools.product(("realnvp", "nsf"), (4, 16, 64)):
+        both = reversible(options.backend, family, layers)
+        measured = race({name: candidate.run["backward"] for name, candidate in both.items()}, options.budget)
+        times = [f"{measured[name] * 1e3:.1f}" for name in both]
+        memory = [f"{candidate.memory() / 2**20:.1f}" for candidate in both.values()]
+        print("| " + " | ".join([family, str(layers), *times, *memory]) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,63 +19,36 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from tests.benchmarks.transforms import partial_kwargs, race
+from tests.benchmarks.transforms import JAX, TORCH, race
 
 OPERATIONS = ("inverse", "gradient")
+FAMILY = "maf, iaf"
 
 
-# -- torch -------------------------------------------------------------------------------------------------------------
 def torch_calls(dim: int, batch: int, layers: int, scale: float) -> tuple[dict[str, dict[str, Callable]], float]:
-    import nflows.transforms
+    """The calls of every library by operation, and the passes of one of our layers."""
     import torch
-    import zuko
 
-    from pyroflows import flows
-
-    torch.manual_seed(0)
     width = max(64, dim)
-    ours = flows.iaf(dim, layers, (width, width), activation="relu")
-    theirs = nflows.transforms.CompositeTransform(
-        [
-            part
-            for _ in range(layers)
-            for part in (
-                nflows.transforms.MaskedAffineAutoregressiveTransform(
-                    dim, width, num_blocks=1, use_residual_blocks=False
-                ),
-                nflows.transforms.ReversePermutation(dim),
-            )
-        ]
-    )
-    orders = torch.arange(dim), torch.arange(dim).flip(0)
-    lazy = zuko.lazy.LazyComposedTransform(
-        *(
-            zuko.flows.autoregressive.MaskedAutoregressiveTransform(
-                dim,
-                order=orders[i % 2],
-                univariate=partial_kwargs(zuko.transforms.MonotonicAffineTransform, {}),
-                shapes=[(), ()],
-                hidden_features=(width, width),
-                activation=torch.nn.ReLU,
-            )
-            for i in range(layers)
-        )
-    )
-    built = {
-        "pyroflows": (ours, ours.forward_and_log_det, ours.inverse_and_log_det),
-        "nflows": (theirs, theirs.forward, theirs.inverse),
-        "zuko": (lazy, lambda x: lazy().call_and_ladj(x), lambda y: lazy().inv.call_and_ladj(y)),
-    }
     calls: dict[str, dict[str, Callable]] = {operation: {} for operation in OPERATIONS}
-    x = torch.randn(batch, dim)
-    for name, (module, forward, inverse) in built.items():
+    x, passes = torch.randn(batch, dim, generator=torch.Generator().manual_seed(1)), 0
+
+    def counted(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    for name in ("pyroflows", "nflows", "zuko"):
+        torch.manual_seed(0)
+        module, forward, inverse = TORCH[FAMILY][name](dim, layers, (width, width))
         with torch.no_grad():
             for p in module.parameters():
                 p.add_(scale * torch.randn_like(p) * p.shape[-1] ** -0.5)
             y = forward(x)[0].clone()
-            error = (inverse(y)[0] - x).abs().max()
-            if not error < 1e-2:
-                raise RuntimeError(f"{name}: the inverse is off by {error:.2g} at d = {dim}: choose a smaller --scale.")
+            networks = [m for m in module.modules() if name == "pyroflows" and type(m).__name__ == "MaskedMLP"]
+            hooks = [network.register_forward_hook(counted) for network in networks]
+            check(name, dim, float((inverse(y)[0] - x).abs().max()))
+            for hook in hooks:
+                hook.remove()
 
         def plain(y=y, inverse=inverse) -> None:
             with torch.no_grad():
@@ -88,73 +61,23 @@ def torch_calls(dim: int, batch: int, layers: int, scale: float) -> tuple[dict[s
             torch.autograd.grad(loss, [point, *module.parameters()], allow_unused=True)
 
         gradient()  # what torch loads at the first one
-
         calls["inverse"][name], calls["gradient"][name] = plain, gradient
-    count = 0
-
-    def counted(*_: Any) -> None:
-        nonlocal count
-        count += 1
-
-    hooks = [m.register_forward_hook(counted) for m in ours.modules() if type(m).__name__ == "MaskedMLP"]
-    calls["inverse"]["pyroflows"]()
-    for hook in hooks:
-        hook.remove()
-    return calls, count / layers
+    return calls, passes / layers
 
 
-# -- jax ---------------------------------------------------------------------------------------------------------------
 def jax_calls(dim: int, batch: int, layers: int, scale: float) -> tuple[dict[str, dict[str, Callable]], float]:
+    """The calls of every library by operation, and the passes of one of our layers."""
     import equinox as eqx
-    import flowjax.flows
     import jax
     import jax.numpy as jnp
-    import paramax
-    from flowjax.distributions import Normal
-    from jax.example_libraries import stax
-    from numpyro.distributions.flows import InverseAutoregressiveTransform
-    from numpyro.distributions.transforms import ComposeTransform, PermuteTransform
-    from numpyro.nn import AutoregressiveNN
 
-    from numpyro_flows import flows
     from numpyro_flows.conditioners import MaskedMLP
 
     width = max(64, dim)
-    ours = flows.iaf(dim, layers, (width, width), activation="relu", key=jax.random.key(0))
-    theirs = flowjax.flows.masked_autoregressive_flow(
-        jax.random.key(0),
-        base_dist=Normal(jnp.zeros(dim)),
-        flow_layers=layers,
-        nn_width=width,
-        nn_depth=2,
-        invert=False,
-    ).bijection
-    init, apply = AutoregressiveNN(dim, [width, width], nonlinearity=stax.Relu)
-    params = [init(key, (dim,))[1] for key in jax.random.split(jax.random.key(0), layers)]
-    reverse = PermuteTransform(jnp.arange(dim)[::-1])
-
-    def stack(params: Any) -> ComposeTransform:
-        maps = [InverseAutoregressiveTransform(lambda x, p=p: apply(p, x)) for p in params]
-        return ComposeTransform([part for one in maps for part in (one, reverse)])
-
-    def numpyro_inverse(params: Any, y: Any) -> tuple:
-        flow = stack(params)
-        x = flow._inverse(y)
-        return x, -flow.log_abs_det_jacobian(x, y)
-
-    built: dict[str, tuple] = {
-        "numpyro_flows": (ours, lambda f, x: f(x), lambda f, y: f.inverse_and_log_det(y)),
-        "flowjax": (
-            theirs,
-            lambda f, x: jax.vmap(paramax.unwrap(f).transform)(x),
-            lambda f, y: jax.vmap(paramax.unwrap(f).inverse_and_log_det)(y),
-        ),
-        "numpyro": (params, lambda p, x: stack(p)(x), numpyro_inverse),
-    }
     calls: dict[str, dict[str, Callable]] = {operation: {} for operation in OPERATIONS}
-    x = jax.random.normal(jax.random.key(1), (batch, dim))
-    moved = {}
-    for name, (flow, forward, inverse) in built.items():
+    x, passes, plain = jax.random.normal(jax.random.key(1), (batch, dim)), 0, MaskedMLP.__call__
+    for name, build in JAX[FAMILY].items():
+        flow, forward, inverse = build(dim, layers, (width, width))
         arrays, static = eqx.partition(flow, eqx.is_inexact_array)
         leaves, tree = jax.tree.flatten(arrays)
         keys = jax.random.split(jax.random.key(2), len(leaves))
@@ -168,34 +91,33 @@ def jax_calls(dim: int, batch: int, layers: int, scale: float) -> tuple[dict[str
             value, log_det = inverted(arrays, y)
             return 0.5 * jnp.square(value).sum() - log_det.sum()
 
-        moved[name] = eqx.combine(arrays, static)
-        y = forward(moved[name], x)
-        error = jnp.abs(inverted(arrays, y)[0] - x).max()
-        if not error < 1e-2:
-            raise RuntimeError(f"{name}: the inverse is off by {error:.2g} at d = {dim}: choose a smaller --scale.")
+        y = forward(eqx.combine(arrays, static), x)[0]
         for operation, function in (("inverse", inverted), ("gradient", jax.grad(loss, argnums=(0, 1)))):
             compiled = jax.jit(function).lower(arrays, y).compile()
             calls[operation][name] = lambda f=compiled, a=arrays, y=y: jax.block_until_ready(f(a, y))
-    count = 0
+        check(name, dim, float(jnp.abs(calls["inverse"][name]()[0] - x).max()))
+        if name == "numpyro_flows":
 
-    def counted(_: Any) -> None:
-        nonlocal count
-        count += 1
+            def counted(_: Any) -> None:
+                nonlocal passes
+                passes += 1
 
-    plain = MaskedMLP.__call__
+            def watched(self: MaskedMLP, x: Any, context: Any = None) -> Any:
+                jax.debug.callback(counted, x[..., :0])
+                return plain(self, x, context)
 
-    def watched(self: MaskedMLP, x: Any, context: Any = None) -> Any:
-        jax.debug.callback(counted, x[..., :0])
-        return plain(self, x, context)
+            MaskedMLP.__call__ = watched  # type: ignore[method-assign]
+            try:
+                jax.block_until_ready(jax.jit(lambda y, a=arrays, f=inverted: f(a, y))(y))  # a program of its own
+                jax.effects_barrier()
+            finally:
+                MaskedMLP.__call__ = plain  # type: ignore[method-assign]
+    return calls, passes / layers
 
-    MaskedMLP.__call__ = watched  # type: ignore[method-assign]
-    try:
-        flow = moved["numpyro_flows"]
-        jax.block_until_ready(jax.jit(lambda y: flow.inverse_and_log_det(y))(flow(x)))
-        jax.effects_barrier()
-    finally:
-        MaskedMLP.__call__ = plain  # type: ignore[method-assign]
-    return calls, (count - layers) / layers  # the forward pass which gave y counts too
+
+def check(name: str, dim: int, error: float) -> None:
+    if not error < 1e-2:
+        raise RuntimeError(f"{name}: the inverse is off by {error:.2g} at d = {dim}: choose a smaller --scale.")
 
 
 def main() -> None:

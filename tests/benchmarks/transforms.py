@@ -102,45 +102,38 @@ def torch_candidate(module: Any, forward: Callable, inverse: Callable, x: Any) -
     )
 
 
-def _ours(factory: str, **kwargs: Any) -> Callable[[int], tuple]:
-    def build(dim: int) -> tuple:
+def _ours(factory: str) -> Callable[..., tuple]:
+    def build(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
         from pyroflows import flows
 
-        flow = getattr(flows, factory)(dim, LAYERS, HIDDEN, activation="relu", **kwargs)
-        flow = flow.transform if factory == "maf" else flow
+        flow = getattr(flows, factory)(dim, num_layers, hidden, activation="relu")
         return flow, flow.forward_and_log_det, flow.inverse_and_log_det
 
     return build
 
 
-def _zuko(kind: str, univariate: str, shapes: list[tuple[int, ...]], **kwargs: Any) -> Callable[[int], tuple]:
-    def build(dim: int) -> tuple:
+def _zuko(kind: str, univariate: str, shapes: list[tuple[int, ...]]) -> Callable[..., tuple]:
+    def build(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
         import torch
         import zuko
 
-        make = partial_kwargs(getattr(zuko.transforms, univariate), kwargs)
-        common = {"univariate": make, "shapes": shapes, "hidden_features": HIDDEN, "activation": torch.nn.ReLU}
+        make = getattr(zuko.transforms, univariate)
+        common = {"univariate": make, "shapes": shapes, "hidden_features": hidden, "activation": torch.nn.ReLU}
         if kind == "coupling":
             layers = [
                 zuko.flows.coupling.GeneralCouplingTransform(dim, mask=torch.arange(dim) % 2 == i % 2, **common)
-                for i in range(LAYERS)
+                for i in range(num_layers)
             ]
         else:
             orders = torch.arange(dim), torch.arange(dim).flip(0)
             layers = [
                 zuko.flows.autoregressive.MaskedAutoregressiveTransform(dim, order=orders[i % 2], **common)
-                for i in range(LAYERS)
+                for i in range(num_layers)
             ]
         lazy = zuko.lazy.LazyComposedTransform(*layers)
         return lazy, lambda x: lazy().call_and_ladj(x), lambda y: lazy().inv.call_and_ladj(y)
 
     return build
-
-
-def partial_kwargs(f: Callable, kwargs: dict[str, Any]) -> Callable:
-    from functools import partial
-
-    return partial(f, **kwargs) if kwargs else f
 
 
 def _perceptron(inputs: int, outputs: int) -> Any:
@@ -156,13 +149,20 @@ def _perceptron(inputs: int, outputs: int) -> Any:
     )
 
 
-def _nflows(make_layer: Callable[[Any, int, Any], Any]) -> Callable[[int], tuple]:
-    def build(dim: int) -> tuple:
+def _nflows(make_layer: Callable[..., Any], made: bool = False) -> Callable[..., tuple]:
+    """``make_layer(transforms, dim, mask)``, or for ``made`` with the keyword arguments of a masked network in place of
+    the mask."""
+
+    def build(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
         import torch
         from nflows import transforms
 
-        masks = [(torch.arange(dim) + i) % 2 for i in range(LAYERS)]
-        flow = transforms.CompositeTransform([make_layer(transforms, dim, mask) for mask in masks])
+        if made:
+            network = {"hidden_features": hidden[0], "num_blocks": 1, "use_residual_blocks": False}
+            layers = [make_layer(transforms, dim, network) for _ in range(num_layers)]
+        else:
+            layers = [make_layer(transforms, dim, (torch.arange(dim) + i) % 2) for i in range(num_layers)]
+        flow = transforms.CompositeTransform(layers)
         return flow, flow.forward, flow.inverse
 
     return build
@@ -240,7 +240,8 @@ SPLINE = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND}
 MADE = {"hidden_features": HIDDEN[0], "num_blocks": 1, "use_residual_blocks": False}
 RQS_SHAPES = [(BINS,), (BINS,), (BINS - 1,)]
 
-TORCH: dict[str, dict[str, Callable[[int], tuple]]] = {
+# some take other numbers of layers and widths than those above: what other benchmarks ask of them
+TORCH: dict[str, dict[str, Callable[..., tuple]]] = {
     "nice": {
         "pyroflows": _ours("nice"),
         "zuko": _zuko("coupling", "AdditiveTransform", [()]),
@@ -269,7 +270,9 @@ TORCH: dict[str, dict[str, Callable[[int], tuple]]] = {
     "maf, iaf": {
         "pyroflows": _ours("iaf"),
         "zuko": _zuko("autoregressive", "MonotonicAffineTransform", [(), ()]),
-        "nflows": _nflows(lambda t, d, mask: _reversing(t, d, t.MaskedAffineAutoregressiveTransform(d, **MADE))),
+        "nflows": _nflows(
+            lambda t, d, network: _reversing(t, d, t.MaskedAffineAutoregressiveTransform(d, **network)), made=True
+        ),
         "normflows": _normflows(lambda n, d, mask: n.flows.MaskedAffineAutoregressive(d, **MADE), permute=True),
         "pyro": _pyro(lambda t, d: t.affine_autoregressive(d, list(HIDDEN))),
     },
@@ -277,9 +280,10 @@ TORCH: dict[str, dict[str, Callable[[int], tuple]]] = {
         "pyroflows": _ours("nsf_ar"),
         "zuko": _zuko("autoregressive", "MonotonicRQSTransform", RQS_SHAPES),
         "nflows": _nflows(
-            lambda t, d, mask: _reversing(
-                t, d, t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(d, **MADE, **SPLINE)
-            )
+            lambda t, d, network: _reversing(
+                t, d, t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(d, **network, **SPLINE)
+            ),
+            made=True,
         ),
         "normflows": _normflows(
             lambda n, d, mask: n.flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive(
@@ -348,20 +352,20 @@ def jax_candidate(flow: Any, forward: Callable, inverse: Callable, x: Any) -> Ca
     return Candidate(run, memory)
 
 
-def _numpyro_flows(factory: str) -> Callable[[int], tuple]:
-    def build(dim: int) -> tuple:
+def _numpyro_flows(factory: str) -> Callable[..., tuple]:
+    def build(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
         import jax
 
         from numpyro_flows import flows
 
-        flow = getattr(flows, factory)(dim, LAYERS, HIDDEN, activation="relu", key=jax.random.key(0))
+        flow = getattr(flows, factory)(dim, num_layers, hidden, activation="relu", key=jax.random.key(0))
         return flow, lambda f, x: f.forward_and_log_det(x), lambda f, y: f.inverse_and_log_det(y)
 
     return build
 
 
-def _flowjax(factory: str, spline: bool = False) -> Callable[[int], tuple]:
-    def build(dim: int) -> tuple:
+def _flowjax(factory: str, spline: bool = False) -> Callable[..., tuple]:
+    def build(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
         import flowjax.flows
         import jax
         import paramax
@@ -372,9 +376,9 @@ def _flowjax(factory: str, spline: bool = False) -> Callable[[int], tuple]:
             jax.random.key(0),
             base_dist=Normal(jax.numpy.zeros(dim)),
             transformer=RationalQuadraticSpline(knots=BINS - 1, interval=BOUND) if spline else None,
-            flow_layers=LAYERS,
-            nn_width=HIDDEN[0],
-            nn_depth=len(HIDDEN),
+            flow_layers=num_layers,
+            nn_width=hidden[0],
+            nn_depth=len(hidden),
             invert=False,
         )
 
@@ -389,15 +393,15 @@ def _flowjax(factory: str, spline: bool = False) -> Callable[[int], tuple]:
     return build
 
 
-def _numpyro(dim: int) -> tuple:
+def _numpyro(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
     import jax
     from jax.example_libraries import stax
     from numpyro.distributions.flows import InverseAutoregressiveTransform
     from numpyro.distributions.transforms import ComposeTransform, PermuteTransform
     from numpyro.nn import AutoregressiveNN
 
-    init, apply = AutoregressiveNN(dim, list(HIDDEN), nonlinearity=stax.Relu)
-    params = [init(key, (dim,))[1] for key in jax.random.split(jax.random.key(0), LAYERS)]
+    init, apply = AutoregressiveNN(dim, list(hidden), nonlinearity=stax.Relu)
+    params = [init(key, (dim,))[1] for key in jax.random.split(jax.random.key(0), num_layers)]
 
     def stack(params: Any) -> ComposeTransform:
         reverse = PermuteTransform(jax.numpy.arange(dim)[::-1])
@@ -417,7 +421,7 @@ def _numpyro(dim: int) -> tuple:
     return params, forward, inverse
 
 
-JAX: dict[str, dict[str, Callable[[int], tuple]]] = {
+JAX: dict[str, dict[str, Callable[..., tuple]]] = {
     "realnvp": {"numpyro_flows": _numpyro_flows("realnvp"), "flowjax": _flowjax("coupling_flow")},
     "nsf": {"numpyro_flows": _numpyro_flows("nsf"), "flowjax": _flowjax("coupling_flow", spline=True)},
     "maf, iaf": {
