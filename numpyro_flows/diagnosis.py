@@ -77,26 +77,34 @@ def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, floa
 def _in_base_space(posterior: Any, rng_key: Array) -> np.ndarray:
     """Log weights ``(chains,)`` at the ends of chains in the space of the guide's base."""
     space = BaseSpace(posterior)
-    start_key, run_key = jax.random.split(rng_key)
-    z = _hamiltonian(space.log_density, space.base.sample(start_key, (_NUM_CHAINS,)), run_key)
-    scored = space.score(z)
-    return np.asarray(scored.log_model - scored.log_guide, float)
+
+    @jax.jit
+    def run(rng_key: Array) -> Array:
+        start_key, run_key = jax.random.split(rng_key)
+        z = _hamiltonian(space.log_density, space.base.sample(start_key, (_NUM_CHAINS,)), run_key)
+        scored = space.score(z)
+        return scored.log_model - scored.log_guide
+
+    return np.asarray(run(rng_key), float)
 
 
 def _in_whitened_space(posterior: Any, rng_key: Array) -> np.ndarray:
     """The same, of chains in the coordinates where the guide has mean zero and covariance one."""
-    guide, density = posterior.guide, pulled_back(posterior.log_density, posterior.guide.noncentering)
-    x = guide.coordinates.inverse_and_log_det(posterior.draws.unconstrained[: 8 * _NUM_CHAINS])[0]
-    loc, scale_tril = (jnp.asarray(a, x.dtype) for a in _location_and_scale(np.asarray(x, float)))
+    coordinates, density = posterior.guide.coordinates, pulled_back(posterior.log_density, posterior.guide.noncentering)
+    x = jax.jit(lambda u: coordinates.inverse_and_log_det(u)[0])(posterior.draws.unconstrained[: 8 * _NUM_CHAINS])
 
-    def log_density(z: Array) -> Array:
-        value = density(loc + scale_tril @ z)
-        return jnp.where(jnp.isnan(value), -jnp.inf, value)
+    @jax.jit
+    def run(x: Array, loc: Array, scale_tril: Array, rng_key: Array) -> tuple[Array, Array]:
+        def log_density(z: Array) -> Array:
+            value = density(loc + scale_tril @ z)
+            return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
-    starts = jnp.linalg.solve(scale_tril, (x[:_NUM_CHAINS] - loc).T).T
-    ends = loc + _hamiltonian(log_density, starts, rng_key) @ scale_tril.T
-    u, log_det = guide.coordinates.forward_and_log_det(ends)
-    log_model = jax.vmap(density)(ends) - log_det
+        starts = jnp.linalg.solve(scale_tril, (x[:_NUM_CHAINS] - loc).T).T
+        ends = loc + _hamiltonian(log_density, starts, rng_key) @ scale_tril.T
+        u, log_det = coordinates.forward_and_log_det(ends)
+        return u, jax.vmap(density)(ends) - log_det
+
+    u, log_model = run(x, *(jnp.asarray(a, x.dtype) for a in _location_and_scale(np.asarray(x, float))), rng_key)
     return np.asarray(log_model - posterior._log_guide(u), float)
 
 
@@ -136,11 +144,7 @@ def _hamiltonian(log_density: Callable[[Array], Array], z: Array, rng_key: Array
         log_step = log_step + rate * (probability.mean() - _ACCEPTANCE)
         return (jnp.where(accepted[:, None], new, z), log_step), None
 
-    @jax.jit
-    def run(z: Array, rng_key: Array) -> Array:
-        log_step = jnp.asarray(-0.25 * math.log(z.shape[-1]), z.dtype)
-        rates = 2.0 / jnp.sqrt(1.0 + jnp.arange(_NUM_ITERATIONS, dtype=z.dtype))
-        keys = jax.random.split(rng_key, _NUM_ITERATIONS)
-        return lax.scan(step, (z, log_step), (keys, rates))[0][0]
-
-    return run(z, rng_key)
+    log_step = jnp.asarray(-0.25 * math.log(z.shape[-1]), z.dtype)
+    rates = 2.0 / jnp.sqrt(1.0 + jnp.arange(_NUM_ITERATIONS, dtype=z.dtype))
+    keys = jax.random.split(rng_key, _NUM_ITERATIONS)
+    return lax.scan(step, (z, log_step), (keys, rates))[0][0]

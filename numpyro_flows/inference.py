@@ -302,17 +302,6 @@ class FlowVI:
         history = history._replace(gradients=budget.gradients, seconds=budget.seconds)
         return FlowPosterior(guide, params, log_density, history, rng_key=draw_key)
 
-    def _target(self, log_density: LogDensity, noncentering: Noncentering | None) -> Target:
-        density = pulled_back(log_density, noncentering)
-        batch = jax.jit(jax.vmap(density))
-        value_and_grad = jax.jit(jax.value_and_grad(density))
-        hessian = jax.jit(jax.hessian(density))
-        return Target(
-            lambda u: np.asarray(batch(u), float),
-            lambda u: tuple(np.asarray(part, float) for part in value_and_grad(u)),  # type: ignore[arg-type, return-value]
-            lambda u: np.asarray(hessian(u), float),
-        )
-
     def _points(self, guide: AutoFlow, log_density: LogDensity, target: Target, key: Array, n: int) -> list[np.ndarray]:
         """Points of finite log-density by ``init_loc_fn``, at most ``n``."""
 
@@ -333,8 +322,10 @@ class FlowVI:
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
 
+        functions = _compiled(log_density)
+
         def search() -> tuple[Target, Start]:
-            target = self._target(log_density, guide.noncentering)
+            target = Target(*(partial(_in_numpy, function, guide.noncentering) for function in functions))
             points = [np.asarray(guide.coordinates.inverse_and_log_det(guide.init_loc)[0], float)]
             for point in self._points(guide, log_density, target, key, self.num_starts - 1):
                 if not np.allclose(point, points[0]):
@@ -402,23 +393,32 @@ class FlowVI:
             u, log_det = outer.forward_and_log_det(z)
             return jax.vmap(log_density)(u) + log_det
 
-        def loss(params, key, annealing):
+        def modules_at(params):
             transform, learned = eqx.combine(params, static)
-            base = fixed_base if learned is None else learned
-            x, log_density_of_base = (base.sample(key, (n,)), None) if learned is None else learned.draw(key, n)
+            return transform, fixed_base if learned is None else learned
+
+        def loss(params, key):
+            transform, base = modules_at(params)
+            x, log_density_of_base = base.draw(key, n) if isinstance(base, Base) else (base.sample(key, (n,)), None)
             terms, z = elbo_terms(transform, base, whitened, x, path=use_path)
-            divergence = forward_kl(transform, base, z, terms) if use_path and annealing else 0.0
             score = 0.0 if log_density_of_base is None else score_gradient(terms, log_density_of_base)
-            return divergence + score - terms.mean(), (terms.mean(), 0.5 * terms.var())
+            return score - terms.mean(), (terms, z)
 
         def step(annealing, state, step_size_and_key):
             step_size, key = step_size_and_key
-            gradient, progress = jax.grad(loss, has_aux=True)(state[0], key, annealing)
-            return update(state, gradient, step_size), progress
+            gradient, (terms, z) = jax.grad(loss, has_aux=True)(state[0], key)
 
-        @eqx.filter_jit
+            def with_divergence():
+                other = jax.grad(lambda params: forward_kl(*modules_at(params), z, terms))(state[0])
+                return jax.tree.map(jnp.add, gradient, other)
+
+            if use_path and tails:  # one program for both phases; the plain ELBO's steps are all alike
+                gradient = lax.cond(annealing, with_divergence, lambda: gradient)
+            return update(state, gradient, step_size), (terms.mean(), 0.5 * terms.var())
+
+        @jax.jit
         def chunk(annealing, state, step_sizes, keys):
-            return lax.scan(lambda s, k: step(annealing, s, k), state, (step_sizes, keys))
+            return lax.scan(partial(step, annealing), state, (step_sizes, keys))
 
         state = first_state(params)
         trace: list[float] = []
@@ -429,8 +429,8 @@ class FlowVI:
             try:
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
                     keys = jax.random.split(jax.random.fold_in(key, len(trace)), len(step_sizes))
-                    annealing = bool(use_path and tails and schedule.annealing)  # the plain ELBO's steps are all alike
-                    state, (elbos, divergences) = chunk(annealing, state, jnp.asarray(step_sizes, dtype), keys)
+                    sizes = jnp.asarray(step_sizes, dtype)
+                    state, (elbos, divergences) = chunk(schedule.annealing, state, sizes, keys)
                     trace += np.asarray(elbos, float).tolist()
                     divergence += np.asarray(divergences, float).tolist()
                     if int(state[2]) == len(trace):
@@ -458,6 +458,23 @@ class FlowVI:
             f"FlowVI: no step had a finite gradient. Sites whose log-density is not finite near the start: {bad}. "
             "Check the data and the priors of what these sites depend on."
         )
+
+
+def _compiled(log_density: LogDensity) -> tuple[Callable, Callable, Callable]:
+    """Value of a batch, value with gradient, and Hessian, as functions of a non-centring and of points before it."""
+
+    def density(noncentering: Noncentering | None, u: Array) -> Array:
+        return pulled_back(log_density, noncentering)(u)
+
+    return (
+        eqx.filter_jit(lambda noncentering, u: jax.vmap(partial(density, noncentering))(u)),
+        eqx.filter_jit(lambda noncentering, u: jax.value_and_grad(partial(density, noncentering))(u)),
+        eqx.filter_jit(lambda noncentering, u: jax.hessian(partial(density, noncentering))(u)),
+    )
+
+
+def _in_numpy(function: Callable, *args: Any) -> Any:
+    return jax.tree.map(lambda part: np.asarray(part, float), function(*args))
 
 
 def _numpy_rng(key: Array) -> np.random.Generator:

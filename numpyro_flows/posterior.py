@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from numpyro_flows import _arviz, diagnosis, evidence, refinement, serialization
 from numpyro_flows.diagnosis import Departure
-from numpyro_flows.distributions import BASES
+from numpyro_flows.distributions import BASES, FlowDistribution
 from numpyro_flows.evidence import PARETO_K_GOOD, Estimate
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import FACTORIES
@@ -190,7 +190,7 @@ class FlowPosterior:
         """``num_draws`` draws of the guide, scored; made once."""
         sizes = [min(_MANY, self.num_draws - done) for done in range(0, self.num_draws, _MANY)]
         keys = jax.random.split(self._key, len(sizes))
-        parts = [self._distribution.sample_and_log_prob(k, (n,)) for k, n in zip(keys, sizes, strict=True)]
+        parts = [_draw(self._distribution, k, n) for k, n in zip(keys, sizes, strict=True)]
         u, log_guide = (jnp.concatenate(column) for column in zip(*parts, strict=True))
         return Draws(u, np.asarray(log_guide, float), np.asarray(self._score(u), float))
 
@@ -522,6 +522,11 @@ class FlowPosterior:
         noted = {**metadata["history"], "tried": tuple(metadata["history"].get("tried", ()))}
         history = History(**{**noted, "elbo": np.asarray(tensors["history.elbo"])})
         return cls(guide, params, log_density, history, num_draws=metadata["num_draws"])
+
+
+@eqx.filter_jit
+def _draw(distribution: FlowDistribution, key: Array, n: int) -> tuple[Array, Array]:
+    return distribution.sample_and_log_prob(key, (n,))
 
 
 @eqx.filter_jit

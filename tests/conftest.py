@@ -1,6 +1,7 @@
 import gc
 import os
 import sys
+import tempfile
 import warnings
 
 import pytest
@@ -31,6 +32,26 @@ _COMPILED = {
         "test_verdict.py",
     ),
 }
+
+
+_compiled = tempfile.TemporaryDirectory(prefix="pyroflows_jax_")
+
+
+def pytest_configure(config):
+    """What jax has compiled once, it loads: the same fit made again, and what was thrown away for its memory.
+
+    A folder for each worker, since jax does not write it in one stroke.
+    """
+    del config
+    settings = {
+        "jax_compilation_cache_dir": _compiled.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)  # of what the tests run as a program of its own
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update(name, value)
 
 
 @pytest.fixture(autouse=True)

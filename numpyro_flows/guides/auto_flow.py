@@ -122,7 +122,7 @@ class AutoFlow(AutoContinuous):
             dtype = self._init_latent.dtype
             flow_key = jax.random.fold_in(key, 1)
             if self.encoder is None:
-                flow = self.flow(self.latent_dim, key=flow_key)
+                flow = _built(self.flow, self.latent_dim, key=flow_key)
                 whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
             else:
                 self.standardized_encoder = self._standardized(key, args, kwargs)
@@ -134,7 +134,7 @@ class AutoFlow(AutoContinuous):
             whole = _cast(whole, dtype)
             self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates])
             if self.base is not None:
-                base = check_built_base(self.base(self.latent_dim, key=jax.random.fold_in(key, 2)))
+                base = check_built_base(_built(self.base, self.latent_dim, key=jax.random.fold_in(key, 2)))
                 self.learned_base = _cast(base, dtype)
 
     def _location_and_scale(self, loc: Array, scale: float | Array) -> TransformModule:
@@ -507,6 +507,14 @@ def _without(data: Array, out: Array) -> Array:
         return data
     data = data.astype(jnp.result_type(data, jnp.float32))
     return jnp.where(out.reshape(-1, *[1] * (data.ndim - 1)), jnp.nan, data)
+
+
+def _built(factory: Callable, dim: int, *, key: Array) -> Any:
+    """What a factory builds, compiled as a whole where it can be: operation by operation it takes seconds."""
+    try:
+        return eqx.filter_jit(factory)(dim, key=key)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):  # a factory that looks at values
+        return factory(dim, key=key)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
