@@ -409,8 +409,11 @@ class FlowVI:
             gradient, (terms, z) = jax.grad(loss, has_aux=True)(state[0], key)
 
             def with_divergence():
-                other = jax.grad(lambda params: forward_kl(*modules_at(params), z, terms))(state[0])
-                return jax.tree.map(jnp.add, gradient, other)
+                def divergence(params):
+                    transform, base = modules_at(params)
+                    return forward_kl(transform, base, z, terms)
+
+                return jax.tree.map(jnp.add, gradient, jax.grad(divergence)(state[0]))
 
             if use_path and tails:  # one program for both phases; the plain ELBO's steps are all alike
                 gradient = lax.cond(annealing, with_divergence, lambda: gradient)
