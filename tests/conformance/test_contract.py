@@ -51,6 +51,7 @@ VARIATIONS = [
         "elementwise-spline-equal-tails",
         "block-coupling-spline",
     ),
+    *("autoregressive-dense-sigmoidal", "autoregressive-circular"),
     *("autoregressive-ordering", "plu", "sylvester-householder"),
 ]
 LAYERS = [case.name for case in CASES if not case.deep and case.name not in VARIATIONS]
