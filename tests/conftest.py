@@ -27,6 +27,7 @@ _COMPILED = {
         "test_amortised.py",
         "test_auto_flow_numpyro.py",
         "test_evidence.py",
+        "test_flow_vi.py",
         "test_refinement.py",
         "test_reparam.py",
         "test_verdict.py",
@@ -58,7 +59,7 @@ def pytest_configure(config):
 def quick_compilation(request):
     """Where jax compiles far longer than it runs, without its slower optimisations."""
     jax = sys.modules.get("jax")
-    if jax is None or not _COMPILED & set(request.path.parts):
+    if jax is None or not _COMPILED & set(request.path.parts) or request.node.get_closest_marker("optimised"):
         yield
         return
     jax.config.update("jax_disable_most_optimizations", True)

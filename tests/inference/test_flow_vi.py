@@ -19,6 +19,7 @@ EVIDENCE_EIGHT_SCHOOLS = -31.311  # by two-dimensional quadrature, and by long N
 DATA = np.random.default_rng(0).normal(1.0, 1.0, 20)
 
 
+@pytest.mark.optimised
 def test_conjugate_normal(fitter, no_warnings):
     posterior = fitter.fit("conjugate", fitter.array(DATA))
     precision = 1 / 4 + len(DATA)
@@ -37,6 +38,7 @@ def test_conjugate_normal(fitter, no_warnings):
     np.testing.assert_allclose(log_prob[bulk], stats.norm.logpdf(grid[bulk], mean, sd), atol=0.1)
 
 
+@pytest.mark.optimised
 def test_correlated_gaussian_of_ten_dimensions(fitter):
     rng = np.random.default_rng(1)
     root = rng.normal(size=(10, 10)) * np.geomspace(0.01, 10, 10)[:, None]
@@ -51,6 +53,7 @@ def test_correlated_gaussian_of_ten_dimensions(fitter):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_neals_funnel(fitter):
     posterior = fitter.fit("funnel")
     v = fitter.sample(posterior, 20_000)["v"]
@@ -59,6 +62,7 @@ def test_neals_funnel(fitter):
     assert posterior._log_evidence().value == pytest.approx(0, abs=0.1)
 
 
+@pytest.mark.optimised
 def test_eight_schools_centred(fitter, no_warnings):
     posterior = fitter.fit("eight_schools")
     assert -31.45 <= posterior.elbo.value <= EVIDENCE_EIGHT_SCHOOLS + 4 * posterior.elbo.standard_error
@@ -73,9 +77,10 @@ def test_eight_schools_centred(fitter, no_warnings):
         assert (draws["tau"] < 0.5).mean() == pytest.approx(0.101, abs=0.02)
 
 
+@pytest.mark.optimised
 def test_supports(fitter):
     """Draws from priors of every kind of support; the evidence of a model without data is one."""
-    posterior = fitter.run("constrained", num_steps=2000)
+    posterior = fitter.run("constrained", num_steps=1500)
     draws = fitter.sample(posterior, 20_000)
     np.testing.assert_allclose(draws["simplex"].mean(0), np.array([2, 3, 4]) / 9, atol=0.01)
     np.testing.assert_allclose(draws["simplex"].sum(-1), 1, atol=1e-9)
@@ -105,8 +110,9 @@ def test_log_prob_is_the_density_of_the_constrained_values(fitter):
         posterior.log_prob({k: v for k, v in native.items() if k != "tau"})
 
 
+@pytest.mark.optimised
 def test_dependent_supports(fitter):
-    posterior = fitter.run("dependent_support", num_steps=1500)
+    posterior = fitter.run("dependent_support", num_steps=1000)
     draws = fitter.sample(posterior, 20_000)
     assert (draws["b"] < draws["a"]).all()
     assert draws["a"].mean() == pytest.approx(1, abs=0.03) and draws["b"].mean() == pytest.approx(0.5, abs=0.03)
