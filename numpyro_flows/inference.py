@@ -46,6 +46,7 @@ _NEARLY_EXACT = 0.01  # nats of KL divergence, below which a fit that no longer 
 _NUM_STEPS = 5000
 _GAP_POOR = 0.02  # nats of KL divergence, above which a fit goes on
 _GAP_NEAR = 0.1  # above which more steps will not do: the flow is not rich enough
+_GAP_HOPELESS = 0.15  # before annealing, which would spend half of the steps on what a richer flow is needed for
 _K_TAILS = 0.5  # of Pareto k, below which a poor fit goes on without the forward KL divergence, which costs ELBO
 RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the default one turns to
 
@@ -61,7 +62,8 @@ class FlowVI:
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
        of 250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
     3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the forward KL
-       divergence added to the loss, which makes the tails wide enough for importance weights.
+       divergence added to the loss, which makes the tails wide enough for importance weights. Left out where the KL
+       divergence is above 0.15 still, and phase 5 may take as long as it needs.
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
        there are modes which the guide misses; its own draws cannot. If there are, and the base is the default, the
        fit is made once more with a ``MixtureBase`` that starts on all of them, and the better one kept.
@@ -146,7 +148,8 @@ class FlowVI:
         log_density = guide.log_density(*args, **kwargs)
         target, start = self._find_start(guide, log_density, start_key)
         budget.gradients += start.gradients
-        posterior = self._fit(guide, log_density, start, fit_key, draw_key, budget)
+        hopeless = _GAP_HOPELESS if self.escalate and self.richer else np.inf
+        posterior = self._fit(guide, log_density, start, fit_key, draw_key, budget, hopeless=hopeless)
         if posterior.history.interrupted:
             return posterior
         try:
@@ -249,6 +252,7 @@ class FlowVI:
         draw_key: Array,
         budget: Budget,
         tails: bool = True,
+        hopeless: float = np.inf,
     ) -> FlowPosterior:
         """Trains the guide from ``start``."""
         loc, scale_tril = start.loc, start.scale_tril
@@ -256,7 +260,7 @@ class FlowVI:
             loc, scale_tril, *modes = gaussian_around(start.modes)
             guide.learned_base = guide.learned_base.at_modes(*(jnp.asarray(a, guide.init_loc.dtype) for a in modes))
         guide.start_at(jnp.asarray(loc), jnp.asarray(scale_tril))
-        schedule = budget.schedule(self.num_steps, self.num_particles, self.learning_rate)
+        schedule = budget.schedule(self.num_steps, self.num_particles, self.learning_rate, hopeless=hopeless)
         fit = self._ascend(guide, log_density, fit_key, schedule, tails=tails)
         return self._posterior(guide, log_density, fit, schedule, draw_key, budget, self.num_particles)
 
@@ -509,12 +513,25 @@ class Budget:
         return not self.stopped
 
     def schedule(
-        self, num_steps: int, num_particles: int, learning_rate: float, *, annealing: bool = False
+        self,
+        num_steps: int,
+        num_particles: int,
+        learning_rate: float,
+        *,
+        annealing: bool = False,
+        hopeless: float = np.inf,
     ) -> Schedule:
-        """The schedule of a fit, as far as there is something left."""
+        """The schedule of a fit, as far as there is something left. With limits, no fit is given up as hopeless."""
         left = np.inf if self.max_gradients is None else max(self.max_gradients - self.gradients, 0) // num_particles
         deadline = None if self.max_time is None else self.begin + self.max_time
-        schedule = Schedule(int(min(num_steps, left)), learning_rate, annealing=annealing, deadline=deadline)
+        limited = deadline is not None or self.max_gradients is not None
+        schedule = Schedule(
+            int(min(num_steps, left)),
+            learning_rate,
+            annealing=annealing,
+            deadline=deadline,
+            hopeless=np.inf if limited else hopeless,
+        )
         schedule.shortened = left < num_steps
         return schedule
 
@@ -526,10 +543,19 @@ class Schedule:
     :param learning_rate: the first step size.
     :param annealing: whether to begin with the second part.
     :param deadline: by ``time.perf_counter``. The second part begins when a third of the time until then is over.
+    :param hopeless: approximate KL divergence above which there is no second part.
     """
 
-    def __init__(self, num_steps: int, learning_rate: float, *, annealing: bool = False, deadline: float | None = None):
-        self.num_steps, self.learning_rate, self.deadline = num_steps, learning_rate, deadline
+    def __init__(
+        self,
+        num_steps: int,
+        learning_rate: float,
+        *,
+        annealing: bool = False,
+        deadline: float | None = None,
+        hopeless: float = np.inf,
+    ):
+        self.num_steps, self.learning_rate, self.deadline, self.hopeless = num_steps, learning_rate, deadline, hopeless
         self.stationary = self.finished = self.late = self.shortened = False
         self._begin = time.perf_counter()
         self._anneal_from: int | None = 0 if annealing else None
@@ -558,6 +584,9 @@ class Schedule:
             hurried = done > 0 and elapsed >= allowed / 3
             if (self.stationary and nearly_exact) or 2 * done >= self.num_steps or hurried:
                 self.late = hurried and 2 * done < self.num_steps and not (self.stationary and nearly_exact)
+                self.finished = bool(np.nanmedian(divergence[-_WINDOW:]) > self.hopeless)
+                if self.finished:
+                    return None
                 self._anneal_from = done
                 self._anneal_steps = min(max(done, 2 * _WINDOW), self.num_steps - done)
         if self._anneal_from is None:

@@ -293,6 +293,19 @@ def test_the_same_seed_gives_the_same_escalation(fitter):
     assert a.history.tried == b.history.tried and a.elbo == b.elbo
 
 
+def test_a_hopeless_fit_is_not_annealed(fitter, monkeypatch):
+    module = fitter.module("inference")
+    for divergence, steps in ((0.2, None), (0.1, 50)):
+        schedule = module.Schedule(100, 1e-3, hopeless=0.15)
+        chunk = schedule.next_chunk([0.0] * 50, [divergence] * 50)
+        assert (None if chunk is None else len(chunk)) == steps and schedule.finished == (steps is None)
+    assert module.Budget().schedule(100, 1, 1e-3, hopeless=0.15).hopeless == 0.15
+    assert module.Budget(max_time=1e3).schedule(100, 1, 1e-3, hopeless=0.15).hopeless == np.inf
+    monkeypatch.setattr(module, "_GAP_HOPELESS", 0.01)
+    steps = [int(re.search(r"(\d+) steps:", line)[1]) for line in poor(fitter).history.tried]
+    assert steps[0] == 50 and len(steps) > 1 and min(steps[1:]) >= 75  # what comes after is annealed
+
+
 def test_a_good_fit_does_not_go_on(fitter):
     flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=1, hidden_dims=(4,))
     posterior = fitter.run("conjugate", fitter.array(DATA), flow=flow, num_steps=200, escalate=True)
