@@ -17,7 +17,7 @@ Y = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]
 SIGMA = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
 
 
-def fit_with_numpyro():
+def fit_with_numpyro(num_steps=None):
     import jax.numpy as jnp
     import numpyro
     import numpyro.distributions as dist
@@ -32,10 +32,10 @@ def fit_with_numpyro():
             theta = numpyro.sample("theta", dist.Normal(mu, tau))
             numpyro.sample("obs", dist.Normal(theta, sigma), obs=y)
 
-    return FlowVI(model).run(random.key(0), jnp.array(SIGMA), y=jnp.array(Y))
+    return FlowVI(model, num_steps=num_steps).run(random.key(0), jnp.array(SIGMA), y=jnp.array(Y))
 
 
-def fit_with_pyro():
+def fit_with_pyro(num_steps=None):
     import pyro
     import pyro.distributions as dist
     import torch
@@ -50,14 +50,16 @@ def fit_with_pyro():
             pyro.sample("obs", dist.Normal(theta, sigma), obs=y)
 
     pyro.set_rng_seed(0)
-    return FlowVI(model).run(torch.tensor(SIGMA), y=torch.tensor(Y))
+    return FlowVI(model, num_steps=num_steps).run(torch.tensor(SIGMA), y=torch.tensor(Y))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=["numpyro", "pyro"], default="numpyro")
-    backend = parser.parse_args().backend
-    posterior = {"numpyro": fit_with_numpyro, "pyro": fit_with_pyro}[backend]()
+    parser.add_argument("--num-steps", type=int, help="a shorter fit than by default")
+    options = parser.parse_args()
+    backend = options.backend
+    posterior = {"numpyro": fit_with_numpyro, "pyro": fit_with_pyro}[backend](options.num_steps)
     posterior.print_summary()
     posterior.plot().savefig(f"eight_schools_{backend}.png", dpi=120)
     posterior.save(f"eight_schools_{backend}.safetensors")
