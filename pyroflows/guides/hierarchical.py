@@ -67,7 +67,9 @@ class AutoHierarchicalFlow(AutoGuide):
         all the plate's, ``(size, features)``, which are then indexed by the subsample. In nested plates an axis for
         each, outermost first. The model's first argument unless given; a dict as for ``amortise``.
     :param element_parameters: whether every element has its own location and scale; unless given, where it has no
-        encoder. With both, the encoder gives the first guess (semi-amortised, Kim et al. 2018).
+        encoder. With both, the encoder gives the first guess (semi-amortised, Kim et al. 2018). An element's parameters
+        say nothing of how its own latents are correlated: where that differs between elements, as that of an intercept
+        and a slope does, give an encoder of what it depends on.
     :param noncentered: whether the model's conditional priors are used, as above.
     :param path_gradient: takes the gradient of ``log q`` by the parameters, whose mean is zero, off that of the ELBO
         ("sticking the landing", Roeder et al. 2017). What is left has no variance where the guide is exact, which is
