@@ -34,7 +34,7 @@ from numpyro_flows.initialization import (
     pseudo_observations,
 )
 from numpyro_flows.log_density import LogDensity, prototype_trace
-from numpyro_flows.noncentering import Noncentering, pulled_back
+from numpyro_flows.noncentering import pulled_back
 from numpyro_flows.posterior import FlowPosterior, History
 from numpyro_flows.training import CHUNK, first_state, update
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
@@ -470,14 +470,10 @@ class FlowVI:
 def _compiled(log_density: LogDensity) -> tuple[Callable, Callable, Callable]:
     """Value of a batch, value with gradient, and Hessian, as functions of a non-centring and of points before it."""
 
-    def density(noncentering: Noncentering | None, u: Array) -> Array:
-        return pulled_back(log_density, noncentering)(u)
+    def compiled(of: Callable) -> Callable:
+        return eqx.filter_jit(lambda noncentering, u: of(pulled_back(log_density, noncentering))(u))
 
-    return (
-        eqx.filter_jit(lambda noncentering, u: jax.vmap(partial(density, noncentering))(u)),
-        eqx.filter_jit(lambda noncentering, u: jax.value_and_grad(partial(density, noncentering))(u)),
-        eqx.filter_jit(lambda noncentering, u: jax.hessian(partial(density, noncentering))(u)),
-    )
+    return compiled(jax.vmap), compiled(jax.value_and_grad), compiled(jax.hessian)
 
 
 def _in_numpy(function: Callable, *args: Any) -> Any:

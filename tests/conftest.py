@@ -35,17 +35,16 @@ _COMPILED = {
 }
 
 
-_compiled = tempfile.TemporaryDirectory(prefix="pyroflows_jax_")
+_cache = tempfile.TemporaryDirectory(prefix="pyroflows_jax_")
 
 
-def pytest_configure(config):
+def pytest_configure():
     """What jax has compiled once, it loads: the same fit made again, and what was thrown away for its memory.
 
     A folder for each worker, since jax does not write it in one stroke.
     """
-    del config
     settings = {
-        "jax_compilation_cache_dir": _compiled.name,
+        "jax_compilation_cache_dir": _cache.name,
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

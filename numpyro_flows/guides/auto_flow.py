@@ -127,7 +127,8 @@ class AutoFlow(AutoContinuous):
             else:
                 self.standardized_encoder = self._standardized(key, args, kwargs)
                 context_dim = self._encode(None, args, kwargs).shape[-1]
-                whole = [conditional_flow(self.flow, self.latent_dim, context_dim, self.full_rank, key=flow_key)]
+                conditional = partial(conditional_flow, self.flow, context_dim=context_dim, full_rank=self.full_rank)
+                whole = [_built(conditional, self.latent_dim, key=flow_key)]
             layer = noncentering_of(self._log_density(args, kwargs), self._init_latent) if self.noncentered else None
             coordinates = Compose([] if layer is None else [layer])
             start = coordinates.inverse_and_log_det(self._init_latent)[0]

@@ -73,7 +73,7 @@ def numpyro_run(y: np.ndarray, guide_name: str, steps: int) -> tuple[Callable, C
             numpyro.sample("y", dist.Normal(theta[:, None], 1.0).to_event(1), obs=y[i])
 
     encoder = conditioners.MLP(OBSERVATIONS, (32,), 8, key=jax.random.key(3))
-    guide = AutoHierarchicalFlow(model, path_gradient=True, **_options(guide_name, encoder))
+    guide = AutoHierarchicalFlow(model, path_gradient=True, **options_of(guide_name, encoder))
 
     def labels(params):
         own = lambda site, name: site == "auto_groups$params" and name in ("loc", "log_scale")  # noqa: E731
@@ -120,7 +120,7 @@ def pyro_run(y: np.ndarray, guide_name: str, steps: int) -> tuple[Callable, Call
     pyro.set_rng_seed(0)
     pyro.enable_validation(False)
     encoder = conditioners.MLP(OBSERVATIONS, (32,), 8)
-    guide = AutoHierarchicalFlow(model, path_gradient=True, **_options(guide_name, encoder))
+    guide = AutoHierarchicalFlow(model, path_gradient=True, **options_of(guide_name, encoder))
     data = torch.as_tensor(y)
     guide(data, BATCH)
     own: list[Any] = []
@@ -146,7 +146,8 @@ def pyro_run(y: np.ndarray, guide_name: str, steps: int) -> tuple[Callable, Call
     return train, draws, sum(p.numel() for p in guide.parameters())
 
 
-def _options(guide_name: str, encoder: Any) -> dict[str, Any]:
+def options_of(guide_name: str, encoder: Any) -> dict[str, Any]:
+    """The options of an ``AutoHierarchicalFlow`` by the name of its row."""
     return {
         "elements": {},
         "encoder": {"amortise": encoder},

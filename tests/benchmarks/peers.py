@@ -132,6 +132,20 @@ def _flowjax(posterior: Any, optimizer: Any, seed: int, steps: int, particles: i
 
 
 # -- Pyro ----------------------------------------------------------------------------------------------------------
+def pyro_schedule(steps: int) -> Any:
+    """Adam whose step size falls to zero along a cosine, as optax has it."""
+    import pyro
+    import torch
+
+    return pyro.optim.LambdaLR(
+        {
+            "optimizer": torch.optim.Adam,
+            "optim_args": {"lr": LEARNING_RATE},
+            "lr_lambda": lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))),
+        }
+    )
+
+
 def _pyro(name: str, posterior: Any, seed: int, steps: int, particles: int, n: int) -> Result:
     import pyro
     import torch
@@ -176,13 +190,7 @@ def _pyro(name: str, posterior: Any, seed: int, steps: int, particles: int, n: i
     else:
         make = getattr(autoguide, name)
     guide = make(model)
-    schedule = pyro.optim.LambdaLR(
-        {
-            "optimizer": torch.optim.Adam,
-            "optim_args": {"lr": LEARNING_RATE},
-            "lr_lambda": lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))),
-        }
-    )
+    schedule = pyro_schedule(steps)
     elbo = Trace_ELBO(num_particles=particles, vectorize_particles=True)
     svi = SVI(model, guide, schedule, elbo)
     for _ in range(steps):

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.radon --backend numpyro|pyro [--steps 5000] [--particles 16] [guides ...]
 
 A simulation of the size of the radon survey of Minnesota (Gelman & Hill 2007, chapter 12): 919 houses in 85 counties of
-1 to some 100, a predictor of the house (its floor) and one of the county (its uranium)::
+1 to 55, a predictor of the house (its floor) and one of the county (its uranium)::
 
     mu_a ~ N(0, 5), gamma, mu_b ~ N(0, 2), sigma_a, sigma_b ~ HalfNormal(1), sigma ~ HalfNormal(2)
     alpha_j ~ N(mu_a + gamma uranium_j, sigma_a), beta_j ~ N(mu_b, sigma_b)
@@ -22,12 +22,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from tests.benchmarks.hierarchical import RATES, options_of
+from tests.benchmarks.peers import LEARNING_RATE, pyro_schedule
+from tests.benchmarks.posteriors import print_row
 
 COUNTIES, HOUSES = 85, 919
 GUIDES = {
@@ -38,7 +41,7 @@ GUIDES = {
     ],
 }  # fmt: skip
 SITES = ("mu_a", "gamma", "mu_b", "sigma_a", "sigma_b", "sigma", "alpha", "beta")
-LEARNING_RATE, DRAWS, ELBO_DRAWS = 5e-3, 10_000, 4096
+DRAWS, ELBO_DRAWS = 10_000, 4096
 
 
 def simulated() -> tuple[np.ndarray, ...]:
@@ -63,19 +66,23 @@ def features(county: np.ndarray, floor: np.ndarray, uranium: np.ndarray, y: np.n
     return (table - table.mean(0)) / table.std(0)
 
 
-def numpyro_globals() -> tuple[Any, ...]:
-    import numpyro
-    from numpyro import distributions as dist
+def hierarchical_guide(kind: Callable, name: str, model: Callable, encoder: Any, seen: Any) -> Any:
+    options = options_of(name, encoder)
+    return kind(model, path_gradient=True, **options, **({"data": lambda *_: seen} if options else {}))
 
-    priors = (dist.Normal(0.0, 5.0), *[dist.Normal(0.0, 2.0)] * 2, *[dist.HalfNormal(1.0)] * 2, dist.HalfNormal(2.0))
-    return tuple(numpyro.sample(name, prior) for name, prior in zip(SITES, priors, strict=False))
+
+def sampled(ppl: Any) -> tuple[Any, ...]:
+    """The global latents, in either ecosystem."""
+    normal, half_normal = ppl.distributions.Normal, ppl.distributions.HalfNormal
+    priors = (normal(0.0, 5.0), *[normal(0.0, 2.0)] * 2, *[half_normal(1.0)] * 2, half_normal(2.0))
+    return tuple(ppl.sample(name, prior) for name, prior in zip(SITES, priors, strict=False))
 
 
 def numpyro_model(county: Any, floor: Any, uranium: Any, y: Any) -> None:
     import numpyro
     from numpyro import distributions as dist
 
-    mu_a, gamma, mu_b, sigma_a, sigma_b, sigma = numpyro_globals()
+    mu_a, gamma, mu_b, sigma_a, sigma_b, sigma = sampled(numpyro)
     with numpyro.plate("counties", COUNTIES):
         alpha = numpyro.sample("alpha", dist.Normal(mu_a + gamma * uranium, sigma_a))
         beta = numpyro.sample("beta", dist.Normal(mu_b, sigma_b))
@@ -131,7 +138,7 @@ def numpyro_run(guide_name: str, data: tuple[np.ndarray, ...], steps: int, parti
         uranium, floors, ys, is_house = (jnp.asarray(a) for a in (data[2], *by_county(data[0], data[1], data[3])))
 
         def global_model(*_):
-            return dict(zip(SITES, numpyro_globals(), strict=False))
+            return dict(zip(SITES, sampled(numpyro), strict=False))
 
         def local_model(found):
             mu_a, gamma, mu_b, sigma_a, sigma_b, sigma = (found[name] for name in SITES[:6])
@@ -147,13 +154,9 @@ def numpyro_run(guide_name: str, data: tuple[np.ndarray, ...], steps: int, parti
         guide = autoguide.AutoSemiDAIS(
             model, local_model, autoguide.AutoNormal(global_model), subsample_plate="counties"
         )  # fmt: skip
-    elif guide_name == "elements":
-        guide = AutoHierarchicalFlow(model, path_gradient=True)
-    elif guide_name == "both":
-        seen, encoder = jnp.asarray(features(*data)), conditioners.MLP(6, (32,), 8, key=jax.random.key(3))
-        guide = AutoHierarchicalFlow(
-            model, amortise=encoder, element_parameters=True, data=lambda *_: seen, path_gradient=True
-        )  # fmt: skip
+    elif guide_name in RATES:
+        encoder = conditioners.MLP(6, (32,), 8, key=jax.random.key(3))
+        guide = hierarchical_guide(AutoHierarchicalFlow, guide_name, model, encoder, jnp.asarray(features(*data)))
     else:
         guide = getattr(autoguide, guide_name)(model)
     begin = time.perf_counter()
@@ -182,12 +185,7 @@ def pyro_run(guide_name: str, data: tuple[np.ndarray, ...], steps: int, particle
     from pyroflows import AutoHierarchicalFlow, conditioners
 
     def model(county, floor, uranium, y):
-        priors = (
-            dist.Normal(0.0, 5.0), *[dist.Normal(0.0, 2.0)] * 2, *[dist.HalfNormal(1.0)] * 2, dist.HalfNormal(2.0),
-        )  # fmt: skip
-        mu_a, gamma, mu_b, sigma_a, sigma_b, sigma = (
-            pyro.sample(name, prior) for name, prior in zip(SITES, priors, strict=False)
-        )
+        mu_a, gamma, mu_b, sigma_a, sigma_b, sigma = sampled(pyro)
         with pyro.plate("counties", COUNTIES):
             alpha = pyro.sample("alpha", dist.Normal(mu_a + gamma * uranium, sigma_a))
             beta = pyro.sample("beta", dist.Normal(mu_b, sigma_b))
@@ -200,24 +198,14 @@ def pyro_run(guide_name: str, data: tuple[np.ndarray, ...], steps: int, particle
     pyro.set_rng_seed(0)
     pyro.enable_validation(False)
     tensors = tuple(torch.as_tensor(a) for a in data)
-    if guide_name == "elements":
-        guide = AutoHierarchicalFlow(model, path_gradient=True)
-    elif guide_name == "both":
-        seen, encoder = torch.as_tensor(features(*data)), conditioners.MLP(6, (32,), 8)
-        guide = AutoHierarchicalFlow(
-            model, amortise=encoder, element_parameters=True, data=lambda *_: seen, path_gradient=True
-        )  # fmt: skip
+    if guide_name in RATES:
+        encoder, seen = conditioners.MLP(6, (32,), 8), torch.as_tensor(features(*data))
+        guide = hierarchical_guide(AutoHierarchicalFlow, guide_name, model, encoder, seen)
     else:
         guide = getattr(autoguide, guide_name)(model)
     begin = time.perf_counter()
     guide(*tensors)
-    schedule = pyro.optim.LambdaLR(
-        {
-            "optimizer": torch.optim.Adam,
-            "optim_args": {"lr": LEARNING_RATE},
-            "lr_lambda": lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))),
-        }
-    )
+    schedule = pyro_schedule(steps)
     svi = SVI(model, guide, schedule, Trace_ELBO(particles, max_plate_nesting=1, vectorize_particles=True))
     for _ in range(steps):
         svi.step(*tensors)
@@ -258,15 +246,9 @@ def main() -> None:
             errors.append(np.max(np.abs(draws[site].mean(0) - truth[site].mean(0)) / sd))
             ratios.append(np.ravel(draws[site].std(0) / sd))
         spread = np.concatenate(ratios)
-        cells = (
-            name,
-            f"{elbo:.2f}",
-            f"{max(errors):.3f}",
-            f"{spread.min():.2f}-{spread.max():.2f}",
-            size,
-            f"{seconds:.0f}",
-        )
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        print_row(
+            name, f"{elbo:.2f}", f"{max(errors):.3f}", f"{spread.min():.2f}-{spread.max():.2f}", size, f"{seconds:.0f}"
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

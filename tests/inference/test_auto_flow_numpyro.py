@@ -348,3 +348,13 @@ def test_neutra_with_a_learned_base():
     total = sum(site["fn"].log_prob(site["value"]) for site in trace.values() if site["type"] == "sample")
     u, log_det = transform.forward_and_log_det(z)
     np.testing.assert_allclose(total, guide.log_density()(u) + log_det, rtol=1e-5)
+
+
+def test_a_factory_that_looks_at_values_serves_too():
+    def flow(dim, *, key):
+        return tiny(dim, key=jax.random.key(int(jax.random.randint(key, (), 0, 1000))))
+
+    guide = AutoFlow(eight_schools, flow)
+    guide.log_density()
+    shapes = [leaf.shape for leaf in jax.tree.leaves(guide.transform.layers[0])]
+    assert shapes == [leaf.shape for leaf in jax.tree.leaves(tiny(10, key=jax.random.key(0)))]
