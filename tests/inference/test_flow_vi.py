@@ -420,11 +420,11 @@ def test_a_second_fit_that_fails_leaves_the_first(fitter, monkeypatch):
     kind, calls = fitter.pkg.FlowVI, []
     fit = kind._fit
 
-    def failing(self, *args):
+    def failing(self, *args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise RuntimeError("no step had a finite gradient")
-        return fit(self, *args)
+        return fit(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "_fit", failing)
     flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
