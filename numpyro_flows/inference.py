@@ -424,8 +424,10 @@ class FlowVI:
             return update(state, gradient, step_size), (terms.mean(), 0.5 * terms.var())
 
         @jax.jit
-        def chunk(annealing, state, step_sizes, keys):
-            return lax.scan(partial(step, annealing), state, (step_sizes, keys))
+        def chunk(annealing, state, step_sizes, key, done):
+            keys = jax.random.split(jax.random.fold_in(key, done), len(step_sizes))
+            state, outputs = lax.scan(partial(step, annealing), state, (step_sizes, keys))
+            return state, (*outputs, state[2])
 
         state = first_state(params)
         trace: list[float] = []
@@ -435,12 +437,12 @@ class FlowVI:
         with tqdm(total=schedule.expected_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
             try:
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
-                    keys = jax.random.split(jax.random.fold_in(key, len(trace)), len(step_sizes))
-                    sizes = jnp.asarray(step_sizes, dtype)
-                    state, (elbos, divergences) = chunk(schedule.annealing, state, sizes, keys)
-                    trace += np.asarray(elbos, float).tolist()
-                    divergence += np.asarray(divergences, float).tolist()
-                    if int(state[2]) == len(trace):
+                    sizes = np.asarray(step_sizes, dtype)
+                    state, outputs = chunk(schedule.annealing, state, sizes, key, len(trace))
+                    elbos, divergences, skipped = jax.device_get(outputs)
+                    trace += elbos.tolist()
+                    divergence += divergences.tolist()
+                    if skipped == len(trace):
                         raise RuntimeError(self._nothing_finite(log_density, outer, fixed_base, key))
                     recent = float(np.nanmean(trace[-_WINDOW:]))
                     if recent > best[0]:

@@ -78,8 +78,10 @@ def train(
         return update(state, gradient, step_size), value
 
     @jax.jit
-    def chunk(state: tuple, step_sizes: Array, keys: Array, inputs: tuple) -> tuple[tuple, Array]:
-        return lax.scan(lambda s, k: step(inputs, s, k), state, (step_sizes, keys))
+    def chunk(state: tuple, step_sizes: Array, key: Array, done: Array, inputs: tuple) -> tuple[tuple, tuple]:
+        keys = jax.random.split(jax.random.fold_in(key, done), len(step_sizes))
+        state, values = lax.scan(lambda s, k: step(inputs, s, k), state, (step_sizes, keys))
+        return state, (values, state[2])
 
     losses: list[float] = []
     checks: list[tuple[int, float]] = []
@@ -90,11 +92,11 @@ def train(
     with tqdm(total=num_steps, desc=owner, disable=not progress_bar) as bar:
         try:
             while len(losses) < num_steps and (score is None or len(losses) - best[1] < patience):
-                sizes = jnp.asarray(step_sizes[len(losses) : len(losses) + CHUNK], dtype)
-                keys = jax.random.split(jax.random.fold_in(key, len(losses)), len(sizes))
-                state, values = chunk(state, sizes, keys, inputs)
-                losses += np.asarray(values, float).tolist()
-                if int(state[2]) == len(losses):
+                sizes = np.asarray(step_sizes[len(losses) : len(losses) + CHUNK], dtype)
+                state, outputs = chunk(state, sizes, key, len(losses), inputs)
+                values, skipped = jax.device_get(outputs)
+                losses += values.tolist()
+                if skipped == len(losses):
                     raise RuntimeError(f"{owner}: no step had a finite gradient. {hint}")
                 if score is not None:
                     checks.append((len(losses), score(state[0])))

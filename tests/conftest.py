@@ -85,11 +85,13 @@ def no_warnings():
 
 
 def pytest_collection_modifyitems(items):
-    """The tests of one case stay on one worker, which then has what it needs compiled."""
+    """Tests of one case stay on one worker, which has what it needs compiled; as do a file's that share its fits."""
     for item in items:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-        if case is not None:
-            item.add_marker(pytest.mark.xdist_group(case.name))
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "case" in params:
+            item.add_marker(pytest.mark.xdist_group(params["case"].name))
+        elif "in_float64" in params:
+            item.add_marker(pytest.mark.xdist_group(f"{params['in_float64']}-{item.path.stem}"))
 
 
 _limit = 3 * 2**30  # bytes held, beyond which compiled functions are thrown away

@@ -16,6 +16,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array, lax
+from jax.scipy.linalg import solve_triangular
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.distributions.util import sum_rightmost
@@ -31,6 +32,7 @@ from numpyro_flows.noncentering import LOCATION_SCALE, WRAPPERS, unwrapped
 from numpyro_flows.transform_module import TransformModule, flow_module
 
 LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
+_MOST_CORRELATED = 8  # latents of an element that have a full precision matrix unless asked for
 
 
 class AutoHierarchicalFlow(AutoGuide):
@@ -42,14 +44,16 @@ class AutoHierarchicalFlow(AutoGuide):
     not share is the location and scale of an element: with ``amortise=None`` they are parameters of the element, of the
     plate's full size, gathered by the subsample's indices; with an encoder they are functions of the element's data.
 
-    They are those of a pseudo-observation. An element ``u`` of a latent whose prior is of location-scale form
-    ``(m, s)``, which depend on other latents, is, with ``y`` from the flow::
+    They are those of a pseudo-observation. An element's latents ``u``, whose priors have locations ``m`` and precision
+    matrix ``A``, which depend on other latents, are, with ``y`` from the flow::
 
-        v = (s^-2 + exp(-2 log_scale))^(-1/2),    u = m + v^2 exp(-2 log_scale) (loc - m) + v y
+        B = W^T W,    R R^T = A + B,    u = m + (A + B)^-1 B (loc - m) + R^-T y,    W = diag(exp(-log_scale)) L
 
-    This is the exact conditional posterior where the likelihood is normal: a local latent moves with the global ones as
-    far as its data leave it free to (partial non-centring, Papaspiliopoulos et al. 2007; the model's prior as a part of
-    the guide, Ambrogioni et al. 2021). For all other latents ``u = loc + exp(log_scale) y``.
+    where ``L`` is lower triangular with a unit diagonal, and an element's ``tril`` stands below it. This is the exact
+    conditional posterior where the likelihood is normal and linear: local latents move with the global ones as far as
+    their data leave them free to (partial non-centring, Papaspiliopoulos et al. 2007; the model's prior as a part of
+    the guide, Ambrogioni et al. 2021). Priors that are not of location-scale form, or depend on no other latent, have
+    no part in ``m`` and ``A``; where none has, ``u = loc + W^-1 y``, up to a rotation of ``y``.
 
     The guide runs the model up to its last latent and puts its own draws at the model's sites, so plates, subsample
     indices, masks and scales are the model's: in NumPyro's ``SVI`` the ELBO of a subsample is unbiased. Discrete
@@ -68,10 +72,12 @@ class AutoHierarchicalFlow(AutoGuide):
         all the plate's, ``(size, features)``, which are then indexed by the subsample. In nested plates an axis for
         each, outermost first. The model's first argument unless given; a dict as for ``amortise``.
     :param element_parameters: whether every element has its own location and scale; unless given, where it has no
-        encoder. With both, the encoder gives the first guess (semi-amortised, Kim et al. 2018). An element's parameters
-        say nothing of how its own latents are correlated: where that differs between elements, as that of an intercept
-        and a slope does, give an encoder of what it depends on.
+        encoder. With both, the encoder gives the first guess (semi-amortised, Kim et al. 2018).
     :param noncentered: whether the model's conditional priors are used, as above.
+    :param correlated: whether an element's latents have a full precision matrix ``B``, of ``k (k + 1) / 2`` parameters,
+        for they may be correlated in another way in every element, as an intercept and a slope are; otherwise ``L`` is
+        the identity. Unless given, where an element has two to eight latents, of which none is in another's prior. The
+        priors of several sites together need the model's statements up to them run once more.
     :param path_gradient: takes the gradient of ``log q`` by the parameters, whose mean is zero, off that of the ELBO
         ("sticking the landing", Roeder et al. 2017). What is left has no variance where the guide is exact, which is
         what fits the parameters of elements that are seen a few dozen times; far from there it can have more. Costs an
@@ -95,6 +101,7 @@ class AutoHierarchicalFlow(AutoGuide):
         data: Callable | Mapping[str, Callable] | None = None,
         element_parameters: bool | None = None,
         noncentered: bool = True,
+        correlated: bool | None = None,
         path_gradient: bool = False,
         prefix: str = "auto",
         init_loc_fn: Callable = init_to_median,
@@ -104,7 +111,7 @@ class AutoHierarchicalFlow(AutoGuide):
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
         self.global_flow, self.local_flow, self.amortise, self.data = global_flow, local_flow, amortise, data
         self.element_parameters, self.noncentered, self._init_scale = element_parameters, noncentered, init_scale
-        self.path_gradient = path_gradient
+        self.correlated, self.path_gradient = correlated, path_gradient
         self.groups: dict[str, Group] = {}
         self.group_flows: dict[str, GroupFlow] = {}
 
@@ -120,6 +127,7 @@ class AutoHierarchicalFlow(AutoGuide):
         modules = {}
         for n, group in enumerate(groups.values()):
             group.informed = informed & set(group.sites)
+            group.joint = self._joint(group, key, args, kwargs, trace)
             modules[group.label] = self._module(group, groups, trace, args, kwargs, jax.random.fold_in(key, n + 1))
         self.groups, self.group_flows, self.prototype_trace = groups, modules, trace
         self._prototype_call = args, kwargs
@@ -134,39 +142,54 @@ class AutoHierarchicalFlow(AutoGuide):
             return None
         return first_value(site) if site["fn"].support.is_discrete else self.init_loc_fn(site)
 
+    def _priors(
+        self, key: Array, args: tuple, kwargs: dict, trace: dict[str, Any], moved: set[str], last: bool = False
+    ) -> dict[str, tuple[Array, Array] | None]:
+        """Locations and scales of the sites' priors where the latents ``moved`` are not as in ``trace``.
+
+        :param last: whether the discrete latents have the last of their values, not the first.
+        """
+        rng, values = np.random.default_rng(0), {}
+        for name, site in trace.items():
+            if _is_latent(site) and not site["fn"].support.is_discrete:
+                u = biject_to(site["fn"].support).inv(site["value"])
+                values[name] = u + (name in moved) * 0.1 * jnp.asarray(rng.standard_normal(u.shape), u.dtype)
+
+        def value(site: dict[str, Any]) -> Array | None:
+            if not _is_latent(site):
+                return None
+            if site["name"] in values:
+                return biject_to(site["fn"].support)(values[site["name"]])
+            return first_value(site, last)
+
+        run = self._run_model(key, args, kwargs, value)
+        return {name: location_and_scale(run[name]["fn"], u.shape) for name, u in values.items() if name in run}
+
     def _informed(self, key: Array, args: tuple, kwargs: dict, trace: dict[str, Any]) -> set[str]:
         """Sites whose prior is of location-scale form and depends on other continuous latents, and on no discrete."""
-        start = {
-            name: biject_to(site["fn"].support).inv(site["value"])
-            for name, site in trace.items()
-            if _is_latent(site) and not site["fn"].support.is_discrete
-        }
-        rng = np.random.default_rng(0)
-        noise = {name: 0.1 * jnp.asarray(rng.standard_normal(u.shape), u.dtype) for name, u in start.items()}
+        here = self._priors(key, args, kwargs, trace, set())
+        there = self._priors(key, args, kwargs, trace, set(trace))
+        after = self._priors(key, args, kwargs, trace, set(), last=True)
+        return {name for name in here if _differ(here, there, name) and not _differ(here, after, name, missing=True)}
 
-        def moved(size: float, last: bool) -> Callable:
-            def value(site: dict[str, Any]) -> Array | None:
-                if not _is_latent(site):
-                    return None
-                if site["name"] in start:
-                    return biject_to(site["fn"].support)(start[site["name"]] + size * noise[site["name"]])
-                return first_value(site, last)
-
-            return value
-
-        runs = [self._run_model(key, args, kwargs, moved(*how)) for how in ((0.0, False), (1.0, False), (0.0, True))]
-        informed = set()
-        for name, u in start.items():
-            priors = [location_and_scale(run[name]["fn"], u.shape) for run in runs if name in run]
-            if len(priors) < 3 or any(prior is None for prior in priors):
-                continue
-            moves, jumps = (
-                any(not np.array_equal(a, b) for a, b in zip(priors[0], other, strict=True))  # type: ignore[arg-type]
-                for other in priors[1:]
+    def _joint(self, group: Group, key: Array, args: tuple, kwargs: dict, trace: dict[str, Any]) -> bool:
+        """Whether an element's latents are placed together, with a full precision matrix."""
+        most = _MOST_CORRELATED if self.correlated is None else math.inf
+        if self.correlated is False or not group.plates or not 1 < group.dim <= most:
+            return False
+        if len(group.sites) == 1 or not group.informed:
+            return True
+        latent = [name for name, site in trace.items() if _is_latent(site)]
+        late = set(latent[min(latent.index(name) for name in group.sites) :])
+        here, there = (self._priors(key, args, kwargs, trace, moved) for moved in (set(), late))
+        bound = [name for name in group.sites if name in group.informed and _differ(here, there, name)]
+        if bound and self.correlated:
+            raise ValueError(
+                f"AutoHierarchicalFlow: correlated=True needs the priors of {list(group.sites)} before any of them is "
+                f"drawn, but those of {bound} depend on one of them or on a latent that comes later. Move that latent "
+                "up in the model, or leave correlated out."
             )
-            if moves and not jumps:
-                informed.add(name)
-        return informed
+        return not bound
 
     def _check_keys(self, groups: dict[str, Group]) -> None:
         local = [label for label in groups if label != "global"]
@@ -192,8 +215,9 @@ class AutoHierarchicalFlow(AutoGuide):
         encoder = self._of_group(self.amortise, group)
         if not group.plates:
             flow = self.global_flow(group.dim, key=key)
-            return GroupFlow(_cast(flow, start.dtype), start, log_scale, None, None)
+            return GroupFlow(_cast(flow, start.dtype), start, log_scale, None, None, None)
         context_dim = sum(groups[parent].dim for parent in group.parents)
+        tril: Array | None = jnp.zeros(group.dim * (group.dim - 1) // 2, start.dtype) if group.joint else None
         head = None
         if encoder is not None:
             sizes = {name: trace[name]["value"] for name in group.plates}
@@ -202,11 +226,13 @@ class AutoHierarchicalFlow(AutoGuide):
             # small, not zero: many encoders give zeros at the start, and a product of zeros has no gradient
             limit = 0.1 / math.sqrt(encoding.shape[-1])
             head_key, key = jax.random.split(key)
-            head = jax.random.uniform(head_key, (2 * group.dim, encoding.shape[-1]), start.dtype, -limit, limit)
+            rows = 2 * group.dim + (0 if tril is None else len(tril))
+            head = jax.random.uniform(head_key, (rows, encoding.shape[-1]), start.dtype, -limit, limit)
         if self.element_parameters or (self.element_parameters is None and encoder is None):
             start, log_scale = (jnp.broadcast_to(a, (*group.sizes, group.dim)) for a in (start, log_scale))
+            tril = None if tril is None else jnp.broadcast_to(tril, (*group.sizes, len(tril)))
         flow = self.local_flow(group.dim, context_dim=context_dim, key=key)
-        return GroupFlow(_cast(flow, start.dtype), start, log_scale, encoder, head)
+        return GroupFlow(_cast(flow, start.dtype), start, log_scale, tril, encoder, head)
 
     @staticmethod
     def _of_group(given: Any, group: Group) -> Any:
@@ -247,6 +273,12 @@ class AutoHierarchicalFlow(AutoGuide):
             self._setup_prototype(*args, **kwargs)
         modules = {label: flow_module(f"{self.prefix}_{label}", module) for label, module in self.group_flows.items()}
         run = _GuideRun(self, modules, numpyro.prng_key(), args, kwargs)
+        for group in self.groups.values():
+            if group.joint and group.informed and len(group.sites) > 1:
+                run.ahead = group
+                with contextlib.suppress(_Done), run:
+                    self.model(*args, **kwargs)
+        run.ahead = None
         with contextlib.suppress(_Done), run:
             self.model(*args, **kwargs)
         missing = [name for group in self.groups.values() for name in group.sites if name not in run.values]
@@ -317,13 +349,17 @@ class GroupFlow(eqx.Module):
     :param flow: flow of size ``dim``, with a context unless it is the global one.
     :param loc: ``(dim,)``, or ``(*plate_sizes, dim)`` where elements have their own.
     :param log_scale: as ``loc``.
+    :param tril: ``(dim (dim - 1) / 2,)``, likewise: what stands below the diagonal of ``L``, row by row, where an
+        element's latents may be correlated.
     :param encoder: encoder to ``(..., c)``, if any.
-    :param head: ``(2 dim, c)``: what the encoding adds to location and log-scale.
+    :param head: ``(2 dim, c)``, or as many rows more as ``tril`` has numbers: what the encoding adds to location,
+        log-scale and ``tril``.
     """
 
     flow: TransformModule
     loc: Array
     log_scale: Array
+    tril: Array | None
     encoder: Any
     head: Array | None
 
@@ -351,6 +387,7 @@ class Group:
     sites: dict[str, Site] = dataclasses.field(default_factory=dict)
     parents: tuple[str, ...] = ()
     informed: set[str] = dataclasses.field(default_factory=set)
+    joint: bool = False  # an element's latents have a full precision matrix
 
     @property
     def label(self) -> str:
@@ -391,6 +428,25 @@ class Group:
         axes = [value.ndim - len(site.event) + axis for axis in site.axes]
         return jnp.moveaxis(value, axes, range(len(axes))).reshape(*batch, site.size)
 
+    def prior(self, priors: dict[str, Any], like: Array) -> tuple[Array, Array]:
+        """Location ``(*batch, dim)`` and precision ``(*batch, dim, dim)`` of the priors; zeros for those not used."""
+        batch, end = like.shape[:-1], 0
+        locs, precision = [], jnp.zeros((*like.shape, self.dim), like.dtype)
+        for name, part in self.split(like).items():
+            start, end = end, end + self.sites[name].size
+            if name not in self.informed:
+                locs.append(jnp.zeros((*batch, end - start), like.dtype))
+                continue
+            loc, scale = (self.flat(name, a, batch) for a in location_and_scale(priors[name], part.shape))  # type: ignore[union-attr]
+            block, fn = jnp.eye(end - start) * jnp.square(scale)[..., None] ** -1, unwrapped(priors[name])
+            if isinstance(fn, dist.MultivariateNormal) and part.shape[-1] == end - start:
+                full = jnp.broadcast_to(fn.precision_matrix, (*part.shape, end - start))
+                axes = [full.ndim - 2 + axis for axis in self.sites[name].axes]
+                block = jnp.moveaxis(full, axes, range(len(axes))).reshape(block.shape)
+            locs.append(loc)
+            precision = precision.at[..., start:end, start:end].set(block)
+        return jnp.concatenate(locs, -1), precision
+
 
 class _Done(Exception):
     """Every latent is drawn: what the model does from here on, its likelihood, is not needed."""
@@ -412,12 +468,19 @@ class _GuideRun(Messenger):
         self.encodings: dict[str, Array] = {}
         self.standard: dict[str, tuple[Array, Array]] = {}
         self.values: dict[str, Array] = {}
+        self.late: set[str] = set()  # sites of a group drawn whose own messages are still to come
+        self.drawn: dict[str, tuple[Array, Any]] = {}  # value and distribution of the sites
+        self.placed: dict[str, tuple[Array, Array]] = {}  # unconstrained value and log-scale of sites placed together
+        self.ahead: Group | None = None  # whose priors this run of the model is to find
+        self.priors: dict[str, Any] = {}
         if "global" in guide.groups:
             self._draw(guide.groups["global"])
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "deterministic":
             msg["stop"] = True
+        if msg["type"] == "plate" and msg["name"] in self.indices:
+            msg["value"] = self.indices[msg["name"]]  # of the run ahead
         if msg["type"] != "sample":
             return
         name = msg["name"]
@@ -431,11 +494,23 @@ class _GuideRun(Messenger):
                     )
                 msg["value"] = first_value(msg)
             return
-        group = self.group_of[name]
-        if group.label not in self.noise:
-            self._draw(group)
-        msg["value"], msg["fn"] = self._site(group, name, msg["fn"])
-        self.values[name] = msg["value"]
+        group, ahead = self.group_of[name], self.ahead
+        if ahead is not None:
+            msg["stop"] = True
+            if name not in self.drawn and (group is ahead or not self.priors.keys().isdisjoint(ahead.sites)):
+                bijection = biject_to(msg["fn"].support)  # a stand-in, on which none of these priors depend
+                msg["value"] = bijection(jnp.zeros(bijection.inverse_shape(msg["fn"].shape())))
+                if group is ahead:
+                    self.priors[name] = msg["fn"]
+                return
+        if name not in self.drawn:
+            if group.label not in self.noise:
+                self.priors.setdefault(name, msg["fn"])
+                self._draw(group)
+            self.drawn[name] = self._site(group, name, msg["fn"])
+        msg["value"], msg["fn"] = self.drawn[name]
+        if ahead is None:
+            self.values[name] = msg["value"]
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate":
@@ -449,7 +524,9 @@ class _GuideRun(Messenger):
                         f"{group.sizes[position]} when the guide was set up, and its elements have parameters of their "
                         "own. Keep the size (subsample_size= may change), make a new guide, or use amortise=."
                     )
-        elif msg["type"] == "sample" and len(self.values) == len(self.group_of):
+        elif msg["type"] == "sample" and (
+            self.priors.keys() >= self.ahead.sites.keys() if self.ahead else len(self.values) == len(self.group_of)
+        ):
             raise _Done
 
     def _draw(self, group: Group) -> None:
@@ -457,23 +534,27 @@ class _GuideRun(Messenger):
         module = self.modules[group.label]
         batch = group.batch_shape(self.indices)
         contexts = [self.noise[parent] for parent in group.parents]
-        loc, log_scale = module.loc, module.log_scale
+        loc, log_scale, tril = module.loc, module.log_scale, module.tril
         if loc.ndim > 1:
             index = tuple(self.indices[name].reshape([-1] + [1] * (-dim - 1)) for name, dim in group.plates.items())
-            loc, log_scale = loc[index], log_scale[index]
+            loc, log_scale, tril = loc[index], log_scale[index], None if tril is None else tril[index]
         if module.encoder is not None:
             encoding = self.guide._encode(group, module.encoder, self.indices, *self.call)
             self.encodings[group.label] = encoding
             contexts.append(encoding)
             assert module.head is not None
-            shift, log_factor = jnp.split(encoding @ module.head.T, 2, -1)
-            loc, log_scale = loc + shift, log_scale + log_factor
+            shift, log_factor, skew = jnp.split(encoding @ module.head.T, [group.dim, 2 * group.dim], -1)
+            loc, log_scale, tril = loc + shift, log_scale + log_factor, None if tril is None else tril + skew
         number = list(self.guide.groups).index(group.label)
         base = standard_base(group.dim, like=loc)
         x = base.sample(jax.random.fold_in(self.key, number), batch)
         y, log_det = module.flow.forward_and_log_det(x, _joined(contexts, batch))
         self.noise[group.label], self.log_q[group.label] = y, base.log_prob(x) - log_det
+        self.late.update(group.sites)
         loc, log_scale = (jnp.broadcast_to(a, y.shape) for a in (loc, log_scale))
+        if tril is not None:
+            self._place(group, y, loc, log_scale, tril)
+            return
         ys, locs, log_scales = (group.split(a) for a in (y, loc, log_scale))
         for name in group.sites:
             self.parts[name] = ys[name], locs[name], log_scales[name]
@@ -481,17 +562,28 @@ class _GuideRun(Messenger):
                 u = locs[name] + jnp.exp(log_scales[name]) * ys[name]
                 self._standardise(group, name, u, locs[name], log_scales[name])
 
+    def _place(self, group: Group, y: Array, loc: Array, log_scale: Array, tril: Array) -> None:
+        """Puts the latents of a group's elements where their priors and pseudo-observations together have them."""
+        prior = group.prior(self.priors, y)
+        centre, factor = _posterior(loc, log_scale, tril, *prior)
+        u = centre + solve_triangular(factor.mT, y[..., None], lower=False)[..., 0]
+        values = group.split(u), group.split(-jnp.log(jnp.diagonal(factor, 0, -2, -1)))
+        self.placed.update((name, (values[0][name], values[1][name])) for name in group.sites)
+        if self.guide.path_gradient:
+            centre, factor = _posterior(loc, log_scale, tril, *lax.stop_gradient(prior))
+            y = (factor.mT @ (lax.stop_gradient(u) - centre)[..., None])[..., 0]
+            log_s, end = -jnp.log(jnp.diagonal(factor, 0, -2, -1)), 0
+            for name, site in group.sites.items():
+                start, end = end, end + site.size
+                self.standard[name] = y[..., start:end], log_s[..., start:end]
+
     def _site(self, group: Group, name: str, fn: Any) -> tuple[Array, Any]:
         """Value of a site, and its distribution in the guide: a point that carries the log-density."""
-        y, loc, log_scale = self.parts.pop(name)
-        centre, log_s = loc, log_scale
-        if name in group.informed:
-            prior_loc, prior_scale = location_and_scale(fn, y.shape)  # type: ignore[misc]
-            centre, log_s = _with_prior(loc, log_scale, prior_loc, prior_scale)
-        u = centre + jnp.exp(log_s) * y
-        if self.guide.path_gradient and name in group.informed:
-            fixed = _with_prior(loc, log_scale, lax.stop_gradient(prior_loc), lax.stop_gradient(prior_scale))
-            self._standardise(group, name, u, *fixed)
+        if group.joint:
+            u, log_s = self.placed[name]
+        else:
+            u, log_s = self._alone(group, name, fn)
+        self.late.remove(name)
         bijection = biject_to(fn.support)
         value = bijection(u)
         event_dim = fn.event_dim
@@ -499,7 +591,7 @@ class _GuideRun(Messenger):
         log_det = sum_rightmost(log_det, log_det.ndim - value.ndim + event_dim)
         site = group.sites[name]
         log_q = -log_det - sum_rightmost(log_s, len(site.event))
-        if self.parts.keys().isdisjoint(group.sites):  # the last site takes the flow's part
+        if self.late.isdisjoint(group.sites):  # the last site takes the flow's part
             joint = self.log_q[group.label]
             if self.guide.path_gradient:
                 joint = joint - self._score(group)
@@ -508,6 +600,19 @@ class _GuideRun(Messenger):
         delta = dist.Delta(value, log_q, event_dim)
         mask = mask_of(fn)
         return value, delta if mask is None else delta.mask(mask)
+
+    def _alone(self, group: Group, name: str, fn: Any) -> tuple[Array, Array]:
+        """Unconstrained value of a site by its own prior and pseudo-observation, and its log-scale."""
+        y, loc, log_scale = self.parts[name]
+        if name not in group.informed:
+            return loc + jnp.exp(log_scale) * y, log_scale
+        prior_loc, prior_scale = location_and_scale(fn, y.shape)  # type: ignore[misc]
+        centre, log_s = _with_prior(loc, log_scale, prior_loc, prior_scale)
+        u = centre + jnp.exp(log_s) * y
+        if self.guide.path_gradient:
+            fixed = _with_prior(loc, log_scale, lax.stop_gradient(prior_loc), lax.stop_gradient(prior_scale))
+            self._standardise(group, name, u, *fixed)
+        return u, log_s
 
     # -- the path gradient: the log-density's gradient by the parameters, at fixed values, is taken off ------------
     def _standardise(self, group: Group, name: str, u: Array, centre: Array, log_s: Array) -> None:
@@ -549,6 +654,27 @@ def _with_prior(loc: Array, log_scale: Array, prior_loc: Array, prior_scale: Arr
     """Centre and log-scale of a latent with its prior and pseudo-observation."""
     log_s = -0.5 * jnp.logaddexp(-2 * log_scale, -2 * jnp.log(prior_scale))
     return prior_loc + jnp.exp(2 * (log_s - log_scale)) * (loc - prior_loc), log_s
+
+
+def _posterior(loc: Array, log_scale: Array, tril: Array, prior_loc: Array, precision: Array) -> tuple[Array, Array]:
+    """Centre of an element's latents and the lower Cholesky factor of their precision matrix."""
+    eye = jnp.eye(loc.shape[-1], dtype=loc.dtype)
+    rows, columns = np.tril_indices(loc.shape[-1], -1)
+    factor = jnp.zeros((*tril.shape[:-1], *eye.shape), tril.dtype).at[..., rows, columns].set(tril) + eye
+    factor = jnp.exp(-log_scale)[..., None] * factor
+    observed = factor.mT @ factor
+    cholesky = jnp.linalg.cholesky(precision + observed)
+    pull = observed @ (loc - prior_loc)[..., None]
+    pull = solve_triangular(cholesky.mT, solve_triangular(cholesky, pull, lower=True), lower=False)
+    return prior_loc + pull[..., 0], cholesky
+
+
+def _differ(some: dict[str, Any], others: dict[str, Any], name: str, missing: bool = False) -> bool:
+    """Whether a site's prior is another one; ``missing`` where one is none, or not of location-scale form."""
+    one, other = some.get(name), others.get(name)
+    if one is None or other is None:
+        return missing
+    return any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # -- reading a model -----------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from pyroflows.noncentering import LOCATION_SCALE, WRAPPERS, unwrapped
 from pyroflows.transform_module import TransformModule
 
 LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
+_MOST_CORRELATED = 8  # latents of an element that have a full precision matrix unless asked for
 
 
 class AutoHierarchicalFlow(AutoGuide):
@@ -41,14 +42,16 @@ class AutoHierarchicalFlow(AutoGuide):
     not share is the location and scale of an element: with ``amortise=None`` they are parameters of the element, of the
     plate's full size, gathered by the subsample's indices; with an encoder they are functions of the element's data.
 
-    They are those of a pseudo-observation. An element ``u`` of a latent whose prior is of location-scale form
-    ``(m, s)``, which depend on other latents, is, with ``y`` from the flow::
+    They are those of a pseudo-observation. An element's latents ``u``, whose priors have locations ``m`` and precision
+    matrix ``A``, which depend on other latents, are, with ``y`` from the flow::
 
-        v = (s^-2 + exp(-2 log_scale))^(-1/2),    u = m + v^2 exp(-2 log_scale) (loc - m) + v y
+        B = W^T W,    R R^T = A + B,    u = m + (A + B)^-1 B (loc - m) + R^-T y,    W = diag(exp(-log_scale)) L
 
-    This is the exact conditional posterior where the likelihood is normal: a local latent moves with the global ones as
-    far as its data leave it free to (partial non-centring, Papaspiliopoulos et al. 2007; the model's prior as a part of
-    the guide, Ambrogioni et al. 2021). For all other latents ``u = loc + exp(log_scale) y``.
+    where ``L`` is lower triangular with a unit diagonal, and an element's ``tril`` stands below it. This is the exact
+    conditional posterior where the likelihood is normal and linear: local latents move with the global ones as far as
+    their data leave them free to (partial non-centring, Papaspiliopoulos et al. 2007; the model's prior as a part of
+    the guide, Ambrogioni et al. 2021). Priors that are not of location-scale form, or depend on no other latent, have
+    no part in ``m`` and ``A``; where none has, ``u = loc + W^-1 y``, up to a rotation of ``y``.
 
     The guide runs the model up to its last latent and puts its own draws at the model's sites, so plates, subsample
     indices, masks and scales are the model's: in Pyro's ``SVI`` the ELBO of a subsample is unbiased. Discrete latents
@@ -67,10 +70,12 @@ class AutoHierarchicalFlow(AutoGuide):
         all the plate's, ``(size, features)``, which are then indexed by the subsample. In nested plates an axis for
         each, outermost first. The model's first argument unless given; a dict as for ``amortise``.
     :param element_parameters: whether every element has its own location and scale; unless given, where it has no
-        encoder. With both, the encoder gives the first guess (semi-amortised, Kim et al. 2018). An element's parameters
-        say nothing of how its own latents are correlated: where that differs between elements, as that of an intercept
-        and a slope does, give an encoder of what it depends on.
+        encoder. With both, the encoder gives the first guess (semi-amortised, Kim et al. 2018).
     :param noncentered: whether the model's conditional priors are used, as above.
+    :param correlated: whether an element's latents have a full precision matrix ``B``, of ``k (k + 1) / 2`` parameters,
+        for they may be correlated in another way in every element, as an intercept and a slope are; otherwise ``L`` is
+        the identity. Unless given, where an element has two to eight latents, of which none is in another's prior. The
+        priors of several sites together need the model's statements up to them run once more.
     :param path_gradient: takes the gradient of ``log q`` by the parameters, whose mean is zero, off that of the ELBO
         ("sticking the landing", Roeder et al. 2017). What is left has no variance where the guide is exact, which is
         what fits the parameters of elements that are seen a few dozen times; far from there it can have more. Costs an
@@ -93,6 +98,7 @@ class AutoHierarchicalFlow(AutoGuide):
         data: Callable | Mapping[str, Callable] | None = None,
         element_parameters: bool | None = None,
         noncentered: bool = True,
+        correlated: bool | None = None,
         path_gradient: bool = False,
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 0.1,
@@ -102,7 +108,7 @@ class AutoHierarchicalFlow(AutoGuide):
         self.global_flow, self.local_flow, self.data = global_flow, local_flow, data
         self._given = (amortise,)  # not a submodule: what is trained stands with its group
         self.element_parameters, self.noncentered = element_parameters, noncentered
-        self.path_gradient = path_gradient
+        self.correlated, self.path_gradient = correlated, path_gradient
         self.init_loc_fn, self._init_scale = init_loc_fn, init_scale
         self.groups: dict[str, Group] = {}
         self.group_flows = nn.ModuleDict()
@@ -122,6 +128,7 @@ class AutoHierarchicalFlow(AutoGuide):
         modules = nn.ModuleDict()
         for group in groups.values():
             group.informed = informed & set(group.sites)
+            group.joint = self._joint(group, seed, args, kwargs, trace)
             modules[group.label] = self._module(group, groups, trace, args, kwargs)
         self.groups, self.group_flows = groups, modules
         self.prototype_trace = trace
@@ -134,39 +141,52 @@ class AutoHierarchicalFlow(AutoGuide):
     def _initial_value(self, site: dict) -> Tensor:
         return first_value(site) if site["fn"].support.is_discrete else self.init_loc_fn(site)
 
+    def _priors(
+        self, seed: int, args: tuple, kwargs: dict, trace: poutine.Trace, moved: set[str], last: bool = False
+    ) -> dict[str, tuple[Tensor, Tensor] | None]:
+        """Locations and scales of the sites' priors where the latents ``moved`` are not as in ``trace``.
+
+        :param last: whether the discrete latents have the last of their values, not the first.
+        """
+        generator, values = torch.Generator().manual_seed(0), {}
+        for name, site in trace.nodes.items():
+            if _is_latent(site) and not site["fn"].support.is_discrete:
+                u = biject_to(site["fn"].support).inv(site["value"])
+                values[name] = u + (name in moved) * 0.1 * torch.randn(u.shape, generator=generator).to(u)
+
+        def value(site: dict) -> Tensor:
+            if site["name"] in values:
+                return biject_to(site["fn"].support)(values[site["name"]])
+            return first_value(site, last)
+
+        run = self._run_model(seed, args, kwargs, value).nodes
+        return {name: location_and_scale(run[name]["fn"], u) for name, u in values.items() if name in run}
+
     def _informed(self, seed: int, args: tuple, kwargs: dict, trace: poutine.Trace) -> set[str]:
         """Sites whose prior is of location-scale form and depends on other continuous latents, and on no discrete."""
-        start = {
-            name: biject_to(site["fn"].support).inv(site["value"])
-            for name, site in trace.nodes.items()
-            if _is_latent(site) and not site["fn"].support.is_discrete
-        }
-        generator = torch.Generator().manual_seed(0)
-        noise = {name: 0.1 * torch.randn(u.shape, generator=generator).to(u) for name, u in start.items()}
+        here = self._priors(seed, args, kwargs, trace, set())
+        there = self._priors(seed, args, kwargs, trace, set(trace.nodes))
+        after = self._priors(seed, args, kwargs, trace, set(), last=True)
+        return {name for name in here if _differ(here, there, name) and not _differ(here, after, name, missing=True)}
 
-        def moved(size: float, last: bool) -> Callable:
-            def value(site: dict) -> Tensor:
-                name = site["name"]
-                if name in start:
-                    return biject_to(site["fn"].support)(start[name] + size * noise[name])
-                return first_value(site, last)
-
-            return value
-
-        how = ((0.0, False), (1.0, False), (0.0, True))
-        runs = [self._run_model(seed, args, kwargs, moved(*each)).nodes for each in how]
-        informed = set()
-        for name, u in start.items():
-            priors = [location_and_scale(run[name]["fn"], u) for run in runs if name in run]
-            if len(priors) < 3 or any(prior is None for prior in priors):
-                continue
-            moves, jumps = (
-                any(not torch.equal(a, b) for a, b in zip(priors[0], other, strict=True))  # type: ignore[arg-type]
-                for other in priors[1:]
+    def _joint(self, group: Group, seed: int, args: tuple, kwargs: dict, trace: poutine.Trace) -> bool:
+        """Whether an element's latents are placed together, with a full precision matrix."""
+        most = _MOST_CORRELATED if self.correlated is None else math.inf
+        if self.correlated is False or not group.plates or not 1 < group.dim <= most:
+            return False
+        if len(group.sites) == 1 or not group.informed:
+            return True
+        latent = [name for name, site in trace.nodes.items() if _is_latent(site)]
+        late = set(latent[min(latent.index(name) for name in group.sites) :])
+        here, there = (self._priors(seed, args, kwargs, trace, moved) for moved in (set(), late))
+        bound = [name for name in group.sites if name in group.informed and _differ(here, there, name)]
+        if bound and self.correlated:
+            raise ValueError(
+                f"AutoHierarchicalFlow: correlated=True needs the priors of {list(group.sites)} before any of them is "
+                f"drawn, but those of {bound} depend on one of them or on a latent that comes later. Move that latent "
+                "up in the model, or leave correlated out."
             )
-            if moves and not jumps:
-                informed.add(name)
-        return informed
+        return not bound
 
     def _check_keys(self, groups: dict[str, Group]) -> None:
         local = [label for label in groups if label != "global"]
@@ -192,8 +212,9 @@ class AutoHierarchicalFlow(AutoGuide):
         log_scale = torch.full_like(start, math.log(self._init_scale))
         encoder = self._of_group(self.amortise, group)
         if not group.plates:
-            return GroupFlow(self.global_flow(group.dim).to(start), start, log_scale, None, None)
+            return GroupFlow(self.global_flow(group.dim).to(start), start, log_scale, None, None, None)
         context_dim = sum(groups[parent].dim for parent in group.parents)
+        tril = start.new_zeros(group.dim * (group.dim - 1) // 2) if group.joint else None
         head = None
         if encoder is not None:
             indices = {name: trace.nodes[name]["value"] for name in group.plates}
@@ -201,11 +222,13 @@ class AutoHierarchicalFlow(AutoGuide):
             context_dim += encoding.shape[-1]
             # small, not zero: many encoders give zeros at the start, and a product of zeros has no gradient
             limit = 0.1 / math.sqrt(encoding.shape[-1])
-            head = start.new_empty(2 * group.dim, encoding.shape[-1]).uniform_(-limit, limit)
+            rows = 2 * group.dim + (0 if tril is None else len(tril))
+            head = start.new_empty(rows, encoding.shape[-1]).uniform_(-limit, limit)
         if self.element_parameters or (self.element_parameters is None and encoder is None):
             start, log_scale = (t.expand(*group.sizes, group.dim).clone() for t in (start, log_scale))
+            tril = None if tril is None else tril.expand(*group.sizes, len(tril)).clone()
         flow = self.local_flow(group.dim, context_dim=context_dim).to(start)
-        return GroupFlow(flow, start, log_scale, encoder, head)
+        return GroupFlow(flow, start, log_scale, tril, encoder, head)
 
     @staticmethod
     def _of_group(given: Any, group: Group) -> Any:
@@ -248,6 +271,12 @@ class AutoHierarchicalFlow(AutoGuide):
         if not pyro.settings.get("module_local_params"):
             AutoFlow._register(self, "group_flows", modules)  # type: ignore[arg-type]
         run = _GuideRun(self, modules, args, kwargs)  # type: ignore[arg-type]
+        for group in self.groups.values():
+            if group.joint and group.informed and len(group.sites) > 1:
+                run.ahead = group
+                with contextlib.suppress(_Done), run:
+                    self.model(*args, **kwargs)
+        run.ahead = None
         with contextlib.suppress(_Done), run:
             self.model(*args, **kwargs)
         missing = [name for group in self.groups.values() for name in group.sites if name not in run.values]
@@ -309,16 +338,26 @@ class GroupFlow(nn.Module):
     :param flow: flow of size ``dim``, with a context unless it is the global one.
     :param loc: ``(dim,)``, or ``(*plate_sizes, dim)`` where elements have their own.
     :param log_scale: as ``loc``.
+    :param tril: ``(dim (dim - 1) / 2,)``, likewise: what stands below the diagonal of ``L``, row by row, where an
+        element's latents may be correlated.
     :param encoder: encoder to ``(..., c)``, if any.
-    :param head: ``(2 dim, c)``: what the encoding adds to location and log-scale.
+    :param head: ``(2 dim, c)``, or as many rows more as ``tril`` has numbers: what the encoding adds to location,
+        log-scale and ``tril``.
     """
 
     def __init__(
-        self, flow: TransformModule, loc: Tensor, log_scale: Tensor, encoder: Callable | None, head: Tensor | None
+        self,
+        flow: TransformModule,
+        loc: Tensor,
+        log_scale: Tensor,
+        tril: Tensor | None,
+        encoder: Callable | None,
+        head: Tensor | None,
     ):
         super().__init__()
         self.flow, self.encoder = flow, encoder
         self.loc, self.log_scale = nn.Parameter(loc), nn.Parameter(log_scale)
+        self.tril = None if tril is None else nn.Parameter(tril)
         self.head = None if head is None else nn.Parameter(head)
 
 
@@ -344,6 +383,7 @@ class Group:
     sites: dict[str, Site] = dataclasses.field(default_factory=dict)
     parents: tuple[str, ...] = ()
     informed: set[str] = dataclasses.field(default_factory=set)
+    joint: bool = False  # an element's latents have a full precision matrix
 
     @property
     def label(self) -> str:
@@ -373,6 +413,23 @@ class Group:
             for part, (name, site) in zip(parts, self.sites.items(), strict=True)
         }
 
+    def prior(self, priors: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Location ``(*batch, dim)`` and precision ``(*batch, dim, dim)`` of the priors; zeros for those not used."""
+        batch, end = like.shape[:-1], 0
+        locs, precision = [], like.new_zeros(*like.shape, self.dim)
+        for name, part in self.split(like).items():
+            start, end = end, end + self.sites[name].size
+            if name not in self.informed:
+                locs.append(like.new_zeros(*batch, end - start))
+                continue
+            loc, scale = (t.reshape(*batch, end - start) for t in location_and_scale(priors[name], part))  # type: ignore[union-attr]
+            block, fn = scale.square().reciprocal().diag_embed(), unwrapped(priors[name])
+            if isinstance(fn, torch.distributions.MultivariateNormal) and part.shape[-1:] == (end - start,):
+                block = fn.precision_matrix.expand(*part.shape, end - start).reshape(block.shape)
+            locs.append(loc)
+            precision[..., start:end, start:end] = block
+        return torch.cat(locs, -1), precision
+
 
 class _Done(Exception):
     """Every latent is drawn: what the model does from here on, its likelihood, is not needed."""
@@ -393,12 +450,22 @@ class _GuideRun(Messenger):
         self.encodings: dict[str, Tensor] = {}
         self.standard: dict[str, tuple[Tensor, Tensor]] = {}
         self.values: dict[str, Tensor] = {}
+        self.late: set[str] = set()  # sites of a group drawn whose own messages are still to come
+        self.drawn: dict[str, tuple[Tensor, Any]] = {}  # value and distribution of the sites
+        self.placed: dict[str, tuple[Tensor, Tensor]] = {}  # unconstrained value and log-scale of sites placed together
+        self.ahead: Group | None = None  # whose priors this run of the model is to find
+        self.priors: dict[str, Any] = {}
         if "global" in guide.groups:
             self._draw(guide.groups["global"])
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if name in self.noise_sites or site_is_subsample(msg):
+        if name in self.noise_sites:
+            return
+        if site_is_subsample(msg):
+            msg["stop"] = msg["stop"] or self.ahead is not None
+            if name in self.indices:  # of the run ahead
+                msg["value"], msg["done"] = self.indices[name], True
             return
         if name not in self.group_of or msg["is_observed"]:
             msg["stop"] = True  # observed, or left to the model
@@ -410,18 +477,37 @@ class _GuideRun(Messenger):
                     )
                 msg["value"], msg["done"] = first_value(msg), True
             return
-        group = self.group_of[name]
-        if group.label not in self.noise:
-            self._draw(group)
-        msg["value"], msg["fn"] = self._site(group, name, msg["fn"])
         msg["done"] = True
-        self.values[name] = msg["value"]
+        group, ahead = self.group_of[name], self.ahead
+        if ahead is not None:
+            msg["stop"] = True
+            if name not in self.drawn and (group is ahead or not self.priors.keys().isdisjoint(ahead.sites)):
+                bijection = biject_to(msg["fn"].support)  # a stand-in, on which none of these priors depend
+                loc: Tensor = self.modules[group.label].loc  # type: ignore[assignment]
+                msg["value"] = bijection(loc.new_zeros(bijection.inverse_shape(msg["fn"].shape())))
+                if group is ahead:
+                    self.priors[name] = msg["fn"]
+                return
+        if name not in self.drawn:
+            if group.label not in self.noise:
+                self.priors.setdefault(name, msg["fn"])
+                self._draw(group)
+            self.drawn[name] = self._site(group, name, msg["fn"])
+        msg["value"], msg["fn"] = self.drawn[name]
+        if ahead is None:
+            self.values[name] = msg["value"]
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             self._check_plate(msg["name"], msg["fn"].size)
-            self.indices[msg["name"]] = torch.as_tensor(msg["value"])
-        elif len(self.values) == len(self.group_of):
+            indices = torch.as_tensor(msg["value"])
+            if not torch.equal(indices, self.indices.setdefault(msg["name"], indices)):
+                raise ValueError(
+                    f"AutoHierarchicalFlow: the subsample of plate {msg['name']!r} is given by a handler around the "
+                    "guide, which its run ahead for the priors does not see. Give it to pyro.plate(subsample=), or set "
+                    "correlated=False."
+                )
+        elif self.priors.keys() >= self.ahead.sites.keys() if self.ahead else len(self.values) == len(self.group_of):
             raise _Done
 
     def _check_plate(self, name: str, size: int) -> None:
@@ -441,6 +527,7 @@ class _GuideRun(Messenger):
         module: GroupFlow = self.modules[group.label]  # type: ignore[assignment]
         loc: Tensor = module.loc
         log_scale: Tensor = module.log_scale
+        tril: Tensor | None = module.tril
         base = standard_base(group.dim, like=loc.detach())
         # the noise's own density is part of that of the flow: the site only makes it follow plates of particles
         name = f"_{self.guide._pyro_name}_{group.label}_noise"
@@ -448,16 +535,21 @@ class _GuideRun(Messenger):
         contexts = [self.noise[parent] for parent in group.parents]
         if loc.dim() > 1:
             index = tuple(self.indices[name].reshape([-1] + [1] * (-dim - 1)) for name, dim in group.plates.items())
-            loc, log_scale = loc[index], log_scale[index]
+            loc, log_scale, tril = loc[index], log_scale[index], None if tril is None else tril[index]
         if module.encoder is not None:
             encoding = self.guide._encode(group, module.encoder, self.indices, *self.call)
             self.encodings[group.label] = encoding
             contexts.append(encoding)
             assert module.head is not None
-            shift, log_factor = (encoding @ module.head.T).chunk(2, -1)
-            loc, log_scale = loc + shift, log_scale + log_factor
+            sizes = [group.dim, group.dim, len(module.head) - 2 * group.dim]
+            shift, log_factor, skew = (encoding @ module.head.T).split(sizes, -1)
+            loc, log_scale, tril = loc + shift, log_scale + log_factor, None if tril is None else tril + skew
         y, log_det = module.flow.forward_and_log_det(x, _joined(contexts, x.shape[:-1]))
         self.noise[group.label], self.log_q[group.label] = y, base.log_prob(x) - log_det
+        self.late.update(group.sites)
+        if tril is not None:
+            self._place(group, y, loc, log_scale, tril)
+            return
         ys, locs, log_scales = (group.split(t) for t in (y, loc, log_scale))
         for name in group.sites:
             self.parts[name] = ys[name], locs[name], log_scales[name]
@@ -465,29 +557,50 @@ class _GuideRun(Messenger):
                 u = locs[name] + log_scales[name].exp() * ys[name]
                 self._standardise(group, name, u, locs[name], log_scales[name])
 
+    def _place(self, group: Group, y: Tensor, loc: Tensor, log_scale: Tensor, tril: Tensor) -> None:
+        """Puts the latents of a group's elements where their priors and pseudo-observations together have them."""
+        prior = group.prior(self.priors, y)
+        centre, factor = _posterior(loc, log_scale, tril, *prior)
+        u = centre + torch.linalg.solve_triangular(factor.mT, y[..., None], upper=True)[..., 0]
+        values = group.split(u), group.split(-factor.diagonal(0, -2, -1).log())
+        self.placed.update((name, (values[0][name], values[1][name])) for name in group.sites)
+        if self.guide.path_gradient:
+            centre, factor = _posterior(loc, log_scale, tril, *(t.detach() for t in prior))
+            y, log_s = (factor.mT @ (u.detach() - centre)[..., None])[..., 0], -factor.diagonal(0, -2, -1).log()
+            sizes = [site.size for site in group.sites.values()]
+            self.standard.update(
+                zip(group.sites, zip(y.split(sizes, -1), log_s.split(sizes, -1), strict=True), strict=True)
+            )
+
     def _site(self, group: Group, name: str, fn: Any) -> tuple[Tensor, Any]:
         """Value of a site, and its distribution in the guide: a point that carries the log-density."""
-        y, loc, log_scale = self.parts.pop(name)
-        centre, log_s = loc, log_scale.expand(y.shape)
-        if name in group.informed:
-            prior_loc, prior_scale = location_and_scale(fn, y)  # type: ignore[misc]
-            centre, log_s = _with_prior(loc, log_scale, prior_loc, prior_scale)
-        u = centre + log_s.exp() * y
-        if self.guide.path_gradient and name in group.informed:
-            fixed = _with_prior(loc, log_scale, prior_loc.detach(), prior_scale.detach())
-            self._standardise(group, name, u, *fixed)
+        u, log_s = self.placed[name] if group.joint else self._alone(group, name, fn)
+        self.late.remove(name)
         bijection = biject_to(fn.support)
         value = bijection(u)
         log_det = bijection.log_abs_det_jacobian(u, value)
         log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
         log_q = -log_det - sum_rightmost(log_s, len(group.sites[name].event))
-        if self.parts.keys().isdisjoint(group.sites):  # the last site takes the flow's part
+        if self.late.isdisjoint(group.sites):  # the last site takes the flow's part
             log_q = log_q + self.log_q[group.label]
             if self.guide.path_gradient:
                 log_q = log_q - self._score(group)
         delta = dist.Delta(value, log_q, event_dim=fn.event_dim)
         mask = mask_of(fn)
         return value, delta if mask is None else delta.mask(mask)
+
+    def _alone(self, group: Group, name: str, fn: Any) -> tuple[Tensor, Tensor]:
+        """Unconstrained value of a site by its own prior and pseudo-observation, and its log-scale."""
+        y, loc, log_scale = self.parts[name]
+        if name not in group.informed:
+            return loc + log_scale.exp() * y, log_scale.expand(y.shape)
+        prior_loc, prior_scale = location_and_scale(fn, y)  # type: ignore[misc]
+        centre, log_s = _with_prior(loc, log_scale, prior_loc, prior_scale)
+        u = centre + log_s.exp() * y
+        if self.guide.path_gradient:
+            fixed = _with_prior(loc, log_scale, prior_loc.detach(), prior_scale.detach())
+            self._standardise(group, name, u, *fixed)
+        return u, log_s
 
     # -- the path gradient: the log-density's gradient by the parameters, at fixed values, is taken off ------------
     def _standardise(self, group: Group, name: str, u: Tensor, centre: Tensor, log_s: Tensor) -> None:
@@ -529,6 +642,30 @@ def _with_prior(loc: Tensor, log_scale: Tensor, prior_loc: Tensor, prior_scale: 
     """Centre and log-scale of a latent with its prior and pseudo-observation."""
     log_s = -0.5 * torch.logaddexp(-2 * log_scale, -2 * prior_scale.log())
     return prior_loc + (2 * (log_s - log_scale)).exp() * (loc - prior_loc), log_s
+
+
+def _posterior(
+    loc: Tensor, log_scale: Tensor, tril: Tensor, prior_loc: Tensor, precision: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Centre of an element's latents and the lower Cholesky factor of their precision matrix."""
+    dim = loc.shape[-1]
+    rows, columns = torch.tril_indices(dim, dim, -1, device=tril.device)
+    factor = torch.eye(dim, dtype=tril.dtype, device=tril.device).repeat(*tril.shape[:-1], 1, 1)
+    factor[..., rows, columns] = tril
+    factor = (-log_scale).exp()[..., None] * factor
+    observed = factor.mT @ factor
+    cholesky, failed = torch.linalg.cholesky_ex(precision + observed)
+    cholesky = torch.where((failed > 0)[..., None, None], math.nan, cholesky)  # as where a log-density is not finite
+    pull = torch.cholesky_solve(observed @ (loc - prior_loc)[..., None], cholesky)
+    return prior_loc + pull[..., 0], cholesky
+
+
+def _differ(some: dict[str, Any], others: dict[str, Any], name: str, missing: bool = False) -> bool:
+    """Whether a site's prior is another one; ``missing`` where one is none, or not of location-scale form."""
+    one, other = some.get(name), others.get(name)
+    if one is None or other is None:
+        return missing
+    return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # -- reading a model -----------------------------------------------------------------------------------------------

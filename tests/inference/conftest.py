@@ -7,7 +7,7 @@ from tests.inference.fitting import Fitter
 _fitters = {}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("torch", "jax")])
+@pytest.fixture(params=["torch", "jax"])
 def in_float64(request):
     """The name of a backend, which works in float64 by default."""
     if request.param == "torch":

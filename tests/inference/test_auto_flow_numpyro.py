@@ -32,7 +32,7 @@ from numpyro_flows import AutoFlow, flows  # noqa: E402
 from numpyro_flows.distributions import MixtureBase  # noqa: E402
 from tests.inference.models_numpyro import bimodal, constrained, dependent_support, eight_schools  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("jax")
+pytestmark = pytest.mark.xdist_group("jax-auto_flow")
 
 
 def small(dim, **kwargs):

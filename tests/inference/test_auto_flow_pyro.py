@@ -35,7 +35,7 @@ from pyroflows.log_density import LogDensity  # noqa: E402
 from pyroflows.noncentering import pulled_back  # noqa: E402
 from tests.inference.models_pyro import SIGMA, Y, bimodal, constrained, dependent_support, eight_schools  # noqa: E402
 
-pytestmark = [pytest.mark.xdist_group("torch"), pytest.mark.usefixtures("clean_param_store")]
+pytestmark = [pytest.mark.xdist_group("torch-auto_flow"), pytest.mark.usefixtures("clean_param_store")]
 
 small = functools.partial(flows.realnvp, num_layers=2, hidden_dims=(8, 8))
 small_iaf = functools.partial(flows.iaf, num_layers=2, hidden_dims=(8, 8))

@@ -208,8 +208,8 @@ class Pyro:
 
 
 BACKENDS = [
-    pytest.param(("numpyro", NumPyro), id="numpyro", marks=pytest.mark.xdist_group("jax")),
-    pytest.param(("pyro", Pyro), id="pyro", marks=pytest.mark.xdist_group("torch")),
+    pytest.param(("numpyro", NumPyro), id="numpyro", marks=pytest.mark.xdist_group("jax-hierarchical")),
+    pytest.param(("pyro", Pyro), id="pyro", marks=pytest.mark.xdist_group("torch-hierarchical")),
 ]
 
 
@@ -376,6 +376,109 @@ def test_gradient_is_that_of_the_elbo(backend):
             params = backend.put(guide, params, group, there)
         values.append(backend.elbos(guide.model, guide, params, backend.array(y), seed=5)[0])
     np.testing.assert_allclose(slope, (values[0] - values[1]) / (2 * step), rtol=0.02)
+
+
+# -- intercepts and slopes: elements whose latents are correlated --------------------------------------------------
+SLOPE_SCALE, COVARIANCE = 0.4, np.array([[0.5, 0.2], [0.2, 0.3]])
+
+
+def slopes_hierarchy(b, vector=False, chained=False, design=None):
+    """``y_ij ~ N(alpha_i + beta_i x_ij, 1)`` with the priors' means ``mu`` and ``mu / 2``; rows of ``y`` are groups.
+
+    :param vector: whether intercept and slope are one site, with a correlated prior.
+    :param chained: whether the slope's prior depends on the intercept.
+    """
+
+    def model(y, batch=None):
+        mu = b.ppl.sample("mu", b.dist.Normal(0.0, 3.0))
+        with b.plate("groups", len(y), batch) as i:
+            if vector:
+                loc = mu[..., None] * b.array(np.array([1.0, 0.5]))
+                both = b.ppl.sample("both", b.dist.MultivariateNormal(loc, b.array(COVARIANCE)))
+                alpha, beta = both[..., 0], both[..., 1]
+            else:
+                alpha = b.ppl.sample("alpha", b.dist.Normal(mu, SCALE))
+                beta = b.ppl.sample("beta", b.dist.Normal((alpha if chained else mu) / 2, SLOPE_SCALE))
+            loc = alpha[..., None] + beta[..., None] * b.array(design)[i]
+            b.ppl.sample("y", b.dist.Normal(loc, 1.0).to_event(1), obs=y[i])
+
+    return model
+
+
+def slopes_data(num_groups=5, n=6):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(num_groups, n)) + 1.5 * rng.normal(size=(num_groups, 1))
+    alpha, beta = 1 + SCALE * rng.normal(size=(num_groups, 1)), 0.5 + SLOPE_SCALE * rng.normal(size=(num_groups, 1))
+    return x, alpha + beta * x + rng.normal(size=x.shape)
+
+
+def slopes_posterior(x, y, covariance):
+    """Mean and sd of ``mu``, the log evidence, and the pseudo-observations of the elements."""
+    rows = np.stack([np.ones_like(x), x], -1)  # (groups, n, 2)
+    direction = (rows @ [1.0, 0.5]).ravel()
+    noise = np.zeros((x.size, x.size))
+    for i, row in enumerate(rows):
+        part = slice(i * len(row), (i + 1) * len(row))
+        noise[part, part] = row @ covariance @ row.T + np.eye(len(row))
+    precision = 1 / 9 + direction @ np.linalg.solve(noise, direction)
+    mean = direction @ np.linalg.solve(noise, y.ravel()) / precision
+    evidence = multivariate_normal(np.zeros(x.size), noise + 9 * np.outer(direction, direction)).logpdf(y.ravel())
+    information = rows.mT @ rows
+    factor = np.linalg.cholesky(information[:, ::-1, ::-1])[:, ::-1, ::-1].mT  # lower, and W^T W is the information
+    diagonal = np.diagonal(factor, 0, 1, 2)
+    loc = np.linalg.solve(information, rows.mT @ y[..., None])[..., 0]
+    element = {"loc": loc, "log_scale": -np.log(diagonal), "tril": factor[:, 1:, 0] / diagonal[:, 1:]}
+    return mean, precision**-0.5, evidence, element
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_correlated_elements(backend, vector):
+    """Exact for every draw where likelihoods are linear and normal, whatever the subsample; without bias elsewhere."""
+    x, y = slopes_data()
+    guide = backend.guide(slopes_hierarchy(backend, vector, design=x), path_gradient=True)
+    params = backend.start(guide, backend.array(y))
+    covariance = COVARIANCE if vector else np.diag([SCALE**2, SLOPE_SCALE**2])
+    mean, sd, evidence, element = slopes_posterior(x, y, covariance)
+    params = backend.put(guide, params, "global", {"loc": np.array([mean]), "log_scale": np.log([sd])})
+    params = backend.put(guide, params, "groups", element)
+    elbos = backend.elbos(guide.model, guide, params, backend.array(y), n=4)
+    np.testing.assert_allclose(elbos, evidence, rtol=2e-5)
+    exact, _ = backend.gradients(guide.model, guide, params, backend.array(y), n=2)
+    assert np.abs(exact).max() < 2e-3
+    params = moved(backend, guide, params, 0.05)
+    weights = np.exp(backend.elbos(guide.model, guide, params, backend.array(y), n=1000) - evidence)
+    assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(len(weights)) < 0.25
+    full = backend.elbos(guide.model, guide, params, backend.array(y), n=400, seed=1)
+    part = backend.elbos(guide.model, guide, params, backend.array(y), 2, n=1000, seed=2)
+    error = math.hypot(full.std() / math.sqrt(len(full)), part.std() / math.sqrt(len(part)))
+    assert abs(full.mean() - part.mean()) < 4 * error < 0.3 * part.std()
+
+
+def test_gradient_with_correlated_elements(backend):
+    x, y = slopes_data(3)
+    guide = backend.guide(slopes_hierarchy(backend, design=x), path_gradient=True, amortise=backend.mlp(6, 3))
+    params = moved(backend, guide, backend.start(guide, backend.array(y)), 0.1)
+    path, path_error = backend.gradients(guide.model, guide, params, backend.array(y), n=400)
+    guide.path_gradient = False
+    plain, plain_error = backend.gradients(guide.model, guide, params, backend.array(y), n=400)
+    z = (path - plain) / np.hypot(path_error, plain_error).clip(1e-6)
+    assert np.abs(plain / plain_error.clip(1e-6)).max() > 5 and np.abs(z).max() < 5
+
+
+def test_which_elements_are_correlated(backend):
+    x, y = slopes_data()
+    y = backend.array(y)
+
+    def has_tril(model, **kwargs):
+        guide = backend.guide(model, **kwargs)
+        params = backend.start(guide, y)
+        return "tril" in backend.get(guide, params, "groups")
+
+    chained = slopes_hierarchy(backend, chained=True, design=x)
+    assert has_tril(slopes_hierarchy(backend, design=x)) and has_tril(chained, noncentered=False)
+    assert not has_tril(chained) and not has_tril(slopes_hierarchy(backend, design=x), correlated=False)
+    with pytest.raises(ValueError, match=r"correlated=True needs the priors of \['alpha', 'beta'\].*\['beta'\] depend"):
+        backend.start(backend.guide(chained, correlated=True), y)
 
 
 # -- structure -----------------------------------------------------------------------------------------------------
@@ -574,6 +677,13 @@ def test_parameters_are_alike():
         found = {name: value.shape for name, value in b.get(guide, params, "groups").items()}
         shapes.append({name: shape for name, shape in found.items() if not name.startswith("flow.")})
     assert shapes[0] == shapes[1] and shapes[0]["loc"] == (5, 1)
+    shapes = []
+    for b in (NumPyro(), Pyro()):
+        x, y = slopes_data()
+        guide = b.guide(slopes_hierarchy(b, design=x), amortise=b.mlp(6, 3), element_parameters=True)
+        params = b.start(guide, b.array(y))
+        shapes.append({name: value.shape for name, value in b.get(guide, params, "groups").items()})
+    assert [s["tril"] for s in shapes] == [(5, 1)] * 2 and [s["head"] for s in shapes] == [(5, 3)] * 2
 
 
 def test_parameters_stand_in_the_param_store():

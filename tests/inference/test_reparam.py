@@ -125,7 +125,9 @@ def ecosystem(name):
     return _ecosystems[name]
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("torch", "jax")])
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(f"{name}-reparam")) for name in ("torch", "jax")]
+)
 def eco(request):
     """One ecosystem with its package, in float64."""
     found = ecosystem(request.param)
@@ -262,7 +264,7 @@ def test_nuts_is_exact_whatever_the_flow(eco):
     assert g.std() == pytest.approx(0.75**0.5, rel=0.15)
 
 
-@pytest.mark.xdist_group("jax")
+@pytest.mark.xdist_group("jax-reparam")
 def test_vectorised_chains(no_warnings):
     """Centred eight schools, with plates, a positive latent and a deterministic site; the truth is by quadrature."""
     eco, draws = ecosystem("jax"), 600
@@ -346,14 +348,14 @@ def test_errors(eco):
         eco.trace(neutra.reparam(models.without_theta))
 
 
-@pytest.mark.xdist_group("jax")
+@pytest.mark.xdist_group("jax-reparam")
 def test_a_guide_needs_its_params():
     eco = ecosystem("jax")
     with pytest.raises(ValueError, match=r"params is missing: pass FlowReparam\(guide, svi_result.params\)"):
         eco.pkg.FlowReparam(eco.pkg.AutoFlow(eco.models.gamma))
 
 
-@pytest.mark.xdist_group("jax")
+@pytest.mark.xdist_group("jax-reparam")
 def test_latents_within_a_scan_are_refused():
     eco = ecosystem("jax")
     scan, dist = importlib.import_module("numpyro.contrib.control_flow").scan, eco.numpyro.distributions
@@ -369,7 +371,7 @@ def test_latents_within_a_scan_are_refused():
         eco.trace(eco.pkg.FlowReparam(flow(eco, 3)).reparam(walk))
 
 
-@pytest.mark.xdist_group("jax")
+@pytest.mark.xdist_group("jax-reparam")
 def test_the_first_run_may_be_under_jit():
     eco = ecosystem("jax")
     neutra = eco.pkg.FlowReparam(flow(eco, 1))
