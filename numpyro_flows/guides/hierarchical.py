@@ -84,7 +84,8 @@ class AutoHierarchicalFlow(AutoGuide):
         inverse pass. For ``Trace_ELBO`` only. An attribute which may be changed between two runs of ``SVI``.
     :param prefix: prefix of the guide's parameters.
     :param init_loc_fn: NumPyro's initialisation strategy, which gives the first locations.
-    :param init_scale: first scale on the unconstrained space, a positive number.
+    :param init_scale: first scale on the unconstrained space, a positive number. Elements without elements of their own
+        start at the gradient and curvature of their likelihood instead, where there are no discrete latents.
     :raises TypeError: for flows or encoders that cannot be called.
     :raises ValueError: at the first call, for a model without plates or local latents, discrete latents that are not
         enumerated, or a log-density that is not finite at the start; at any call, for a plate whose size has changed,
@@ -217,7 +218,10 @@ class AutoHierarchicalFlow(AutoGuide):
             flow = self.global_flow(group.dim, key=key)
             return GroupFlow(_cast(flow, start.dtype), start, log_scale, None, None, None)
         context_dim = sum(groups[parent].dim for parent in group.parents)
-        tril: Array | None = jnp.zeros(group.dim * (group.dim - 1) // 2, start.dtype) if group.joint else None
+        tril = jnp.zeros(group.dim * (group.dim - 1) // 2, start.dtype)
+        found = self._first_pseudo_observations(group, groups, trace, args, kwargs, key)
+        if found is not None:
+            start, log_scale, tril = (a.mean(tuple(range(a.ndim - 1))) for a in found)
         head = None
         if encoder is not None:
             sizes = {name: trace[name]["value"] for name in group.plates}
@@ -226,13 +230,67 @@ class AutoHierarchicalFlow(AutoGuide):
             # small, not zero: many encoders give zeros at the start, and a product of zeros has no gradient
             limit = 0.1 / math.sqrt(encoding.shape[-1])
             head_key, key = jax.random.split(key)
-            rows = 2 * group.dim + (0 if tril is None else len(tril))
+            rows = 2 * group.dim + (len(tril) if group.joint else 0)
             head = jax.random.uniform(head_key, (rows, encoding.shape[-1]), start.dtype, -limit, limit)
         if self.element_parameters or (self.element_parameters is None and encoder is None):
             start, log_scale = (jnp.broadcast_to(a, (*group.sizes, group.dim)) for a in (start, log_scale))
-            tril = None if tril is None else jnp.broadcast_to(tril, (*group.sizes, len(tril)))
+            tril = jnp.broadcast_to(tril, (*group.sizes, len(tril)))
+            if found is not None:  # the others start at the mean of those present
+                index = jnp.ix_(*(trace[name]["value"] for name in group.plates))
+                start, log_scale, tril = (
+                    a.at[index].set(b) for a, b in zip((start, log_scale, tril), found, strict=True)
+                )
         flow = self.local_flow(group.dim, context_dim=context_dim, key=key)
-        return GroupFlow(_cast(flow, start.dtype), start, log_scale, tril, encoder, head)
+        return GroupFlow(_cast(flow, start.dtype), start, log_scale, tril if group.joint else None, encoder, head)
+
+    def _first_pseudo_observations(
+        self, group: Group, groups: dict[str, Group], trace: dict[str, Any], args: tuple, kwargs: dict, key: Array
+    ) -> tuple[Array, ...] | None:
+        """Location, log-scale and what stands below the diagonal, ``(*present, ...)``, by the likelihood at the start.
+
+        A step of Newton's for every element at once: its Hessian takes as many products as it has latents.
+        """
+        inner = any(group.label in other.parents for other in groups.values())
+        if inner or any(_is_latent(site) and site["fn"].support.is_discrete for site in trace.values()):
+            return None
+        indices = {name: trace[name]["value"] for name in group.plates}
+        present = tuple(len(index) for index in indices.values())
+        weight = math.prod(size / n for size, n in zip(group.sizes, present, strict=True))
+        start = {name: biject_to(trace[name]["fn"].support).inv(trace[name]["value"]) for name in group.sites}
+        batch = group.batch_shape(indices)
+        x = jnp.concatenate([group.flat(name, u, batch) for name, u in start.items()], -1)
+
+        def log_likelihood(x: Array) -> Array:
+            parts = group.split(x)
+
+            def value(site: dict[str, Any]) -> Array | None:
+                if not _is_latent(site):
+                    return None
+                if site["name"] in parts:
+                    return biject_to(site["fn"].support)(parts[site["name"]])
+                return trace[site["name"]]["value"]
+
+            total = jnp.zeros((), x.dtype)
+            for name, site in self._run_model(key, args, kwargs, value).items():
+                if site["type"] != "sample" or name in group.informed:
+                    continue
+                factor = 1.0 if site["scale"] is None else site["scale"]
+                total += jnp.sum(factor * site["fn"].log_prob(site["value"]))
+                if name in parts:
+                    bijection = biject_to(site["fn"].support)
+                    total += weight * jnp.sum(bijection.log_abs_det_jacobian(parts[name], site["value"]))
+            return total / weight
+
+        gradient = jax.grad(log_likelihood)
+        units = jnp.broadcast_to(jnp.eye(group.dim, dtype=x.dtype)[:, None], (group.dim, x[..., 0].size, group.dim))
+        rows = [jax.jvp(gradient, (x,), (unit.reshape(x.shape),))[1] for unit in units]
+        _, prior = group.prior({name: trace[name]["fn"] for name in group.sites}, x)
+        found = _pseudo_observations(x, gradient(x), -jnp.stack(rows, -2), prior, group.joint)
+        usual = x, jnp.full_like(x, math.log(self._init_scale)), jnp.zeros_like(found[2])
+        finite = jnp.isfinite(jnp.concatenate(found, -1)).all(-1, keepdims=True)
+        return tuple(
+            jnp.where(finite, a, other).reshape(*present, a.shape[-1]) for a, other in zip(found, usual, strict=True)
+        )
 
     @staticmethod
     def _of_group(given: Any, group: Group) -> Any:
@@ -667,6 +725,31 @@ def _posterior(loc: Array, log_scale: Array, tril: Array, prior_loc: Array, prec
     pull = observed @ (loc - prior_loc)[..., None]
     pull = solve_triangular(cholesky.mT, solve_triangular(cholesky, pull, lower=True), lower=False)
     return prior_loc + pull[..., 0], cholesky
+
+
+def _pseudo_observations(
+    x: Array, gradient: Array, curvature: Array, prior: Array, joint: bool
+) -> tuple[Array, Array, Array]:
+    """Location, log-scale and what stands below the diagonal where ``x`` has a likelihood's gradient and curvature.
+
+    Where it is flat or convex, a hundredth of the prior's precision.
+    """
+    if not joint:
+        curvature = curvature * jnp.eye(x.shape[-1], dtype=x.dtype)
+    curvature = jnp.nan_to_num(curvature)
+    values, vectors = jnp.linalg.eigh(0.5 * (curvature + curvature.mT))
+    least = 1e-2 * jnp.diagonal(prior, 0, -2, -1).mean(-1, keepdims=True) + 1e-3 * jnp.abs(values).max(
+        -1, keepdims=True
+    )
+    values = jnp.maximum(values, least + 1e-6)
+    far = 10 / jnp.sqrt(values)  # no further, in standard deviations
+    step = jnp.clip((vectors.mT @ gradient[..., None])[..., 0] / values, -far, far)
+    loc = x + (vectors @ step[..., None])[..., 0]
+    precision = (vectors * values[..., None, :]) @ vectors.mT
+    factor = jnp.linalg.cholesky(precision[..., ::-1, ::-1])[..., ::-1, ::-1].mT  # lower, W^T W
+    diagonal = jnp.diagonal(factor, 0, -2, -1)
+    rows, columns = np.tril_indices(x.shape[-1], -1)
+    return loc, -jnp.log(diagonal), (factor / diagonal[..., None])[..., rows, columns]
 
 
 def _differ(some: dict[str, Any], others: dict[str, Any], name: str, missing: bool = False) -> bool:

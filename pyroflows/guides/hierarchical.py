@@ -81,7 +81,8 @@ class AutoHierarchicalFlow(AutoGuide):
         what fits the parameters of elements that are seen a few dozen times; far from there it can have more. Costs an
         inverse pass. For ``Trace_ELBO`` only. An attribute which may be changed between two runs of ``SVI``.
     :param init_loc_fn: Pyro's initialisation strategy, which gives the first locations.
-    :param init_scale: first scale on the unconstrained space, a positive number.
+    :param init_scale: first scale on the unconstrained space, a positive number. Elements without elements of their own
+        start at the gradient and curvature of their likelihood instead, where there are no discrete latents.
     :raises TypeError: for flows or encoders that cannot be called.
     :raises ValueError: at the first call, for a model without plates or local latents, discrete latents that are not
         enumerated, or a log-density that is not finite at the start; at any call, for a plate whose size has changed,
@@ -129,12 +130,17 @@ class AutoHierarchicalFlow(AutoGuide):
         for group in groups.values():
             group.informed = informed & set(group.sites)
             group.joint = self._joint(group, seed, args, kwargs, trace)
-            modules[group.label] = self._module(group, groups, trace, args, kwargs)
+            modules[group.label] = self._module(group, groups, trace, args, kwargs, seed)
         self.groups, self.group_flows = groups, modules
         self.prototype_trace = trace
 
-    def _run_model(self, seed: int, args: tuple, kwargs: dict, value: Callable) -> poutine.Trace:
-        with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng(devices=[]):
+    def _run_model(self, seed: int, args: tuple, kwargs: dict, value: Callable, grad: bool = False) -> poutine.Trace:
+        with (
+            poutine.block(),
+            torch.set_grad_enabled(grad),
+            pyro.validation_enabled(False),
+            torch.random.fork_rng(devices=[]),
+        ):
             torch.manual_seed(seed)
             return poutine.trace(InitMessenger(value)(self.model)).get_trace(*args, **kwargs)
 
@@ -206,7 +212,7 @@ class AutoHierarchicalFlow(AutoGuide):
 
     @torch.no_grad()
     def _module(
-        self, group: Group, groups: dict[str, Group], trace: poutine.Trace, args: tuple, kwargs: dict
+        self, group: Group, groups: dict[str, Group], trace: poutine.Trace, args: tuple, kwargs: dict, seed: int
     ) -> GroupFlow:
         start = torch.cat([group.flat_mean(site, trace) for site in group.sites.values()])
         log_scale = torch.full_like(start, math.log(self._init_scale))
@@ -214,7 +220,10 @@ class AutoHierarchicalFlow(AutoGuide):
         if not group.plates:
             return GroupFlow(self.global_flow(group.dim).to(start), start, log_scale, None, None, None)
         context_dim = sum(groups[parent].dim for parent in group.parents)
-        tril = start.new_zeros(group.dim * (group.dim - 1) // 2) if group.joint else None
+        tril = start.new_zeros(group.dim * (group.dim - 1) // 2)
+        found = self._first_pseudo_observations(group, groups, trace, args, kwargs, seed)
+        if found is not None:
+            start, log_scale, tril = (t.mean(tuple(range(t.dim() - 1))) for t in found)
         head = None
         if encoder is not None:
             indices = {name: trace.nodes[name]["value"] for name in group.plates}
@@ -222,13 +231,67 @@ class AutoHierarchicalFlow(AutoGuide):
             context_dim += encoding.shape[-1]
             # small, not zero: many encoders give zeros at the start, and a product of zeros has no gradient
             limit = 0.1 / math.sqrt(encoding.shape[-1])
-            rows = 2 * group.dim + (0 if tril is None else len(tril))
+            rows = 2 * group.dim + (len(tril) if group.joint else 0)
             head = start.new_empty(rows, encoding.shape[-1]).uniform_(-limit, limit)
         if self.element_parameters or (self.element_parameters is None and encoder is None):
             start, log_scale = (t.expand(*group.sizes, group.dim).clone() for t in (start, log_scale))
-            tril = None if tril is None else tril.expand(*group.sizes, len(tril)).clone()
+            tril = tril.expand(*group.sizes, len(tril)).clone()
+            if found is not None:  # the others start at the mean of those present
+                index = torch.meshgrid(*(trace.nodes[name]["value"] for name in group.plates), indexing="ij")
+                for to, of in zip((start, log_scale, tril), found, strict=True):
+                    to[index] = of
         flow = self.local_flow(group.dim, context_dim=context_dim).to(start)
-        return GroupFlow(flow, start, log_scale, tril, encoder, head)
+        return GroupFlow(flow, start, log_scale, tril if group.joint else None, encoder, head)
+
+    def _first_pseudo_observations(
+        self, group: Group, groups: dict[str, Group], trace: poutine.Trace, args: tuple, kwargs: dict, seed: int
+    ) -> tuple[Tensor, ...] | None:
+        """Location, log-scale and what stands below the diagonal, ``(*present, ...)``, by the likelihood at the start.
+
+        A step of Newton's for every element at once: its Hessian takes as many products as it has latents.
+        """
+        nodes = trace.nodes
+        inner = any(group.label in other.parents for other in groups.values())
+        if inner or any(_is_latent(site) and site["fn"].support.is_discrete for site in nodes.values()):
+            return None
+        indices = {name: nodes[name]["value"] for name in group.plates}
+        present = tuple(len(index) for index in indices.values())
+        weight = math.prod(size / n for size, n in zip(group.sizes, present, strict=True))
+        start = {name: biject_to(nodes[name]["fn"].support).inv(nodes[name]["value"]) for name in group.sites}
+        batch = group.batch_shape(indices)
+        x = torch.cat([u.reshape(*batch, group.sites[name].size) for name, u in start.items()], -1).requires_grad_()
+
+        with torch.enable_grad():
+            parts = group.split(x)
+            values = {name: biject_to(nodes[name]["fn"].support)(u) for name, u in parts.items()}
+
+            def value(site: dict) -> Tensor:
+                return values.get(site["name"], nodes[site["name"]]["value"])
+
+            run = self._run_model(seed, args, kwargs, value, grad=True)
+            run.compute_log_prob(lambda name, site: name not in group.informed)
+            total = x.new_zeros(())
+            for name, site in run.nodes.items():
+                if site["type"] != "sample" or name in group.informed:
+                    continue
+                total = total + site["log_prob_sum"]
+                if name in parts:
+                    bijection = biject_to(site["fn"].support)
+                    total = total + weight * bijection.log_abs_det_jacobian(parts[name], site["value"]).sum()
+            (gradient,) = torch.autograd.grad(total / weight, x, create_graph=True)
+            sums = [gradient[..., j].sum() for j in range(group.dim)]
+            rows = [
+                torch.autograd.grad(s, x, retain_graph=True)[0] if s.requires_grad else torch.zeros_like(x)
+                for s in sums
+            ]
+        x, gradient = x.detach(), gradient.detach()
+        _, prior = group.prior({name: nodes[name]["fn"] for name in group.sites}, x)
+        found = _pseudo_observations(x, gradient, -torch.stack(rows, -2), prior, group.joint)
+        usual = x, torch.full_like(x, math.log(self._init_scale)), torch.zeros_like(found[2])
+        finite = torch.cat(found, -1).isfinite().all(-1, keepdim=True)
+        return tuple(
+            torch.where(finite, t, other).reshape(*present, t.shape[-1]) for t, other in zip(found, usual, strict=True)
+        )
 
     @staticmethod
     def _of_group(given: Any, group: Group) -> Any:
@@ -658,6 +721,29 @@ def _posterior(
     cholesky = torch.where((failed > 0)[..., None, None], math.nan, cholesky)  # as where a log-density is not finite
     pull = torch.cholesky_solve(observed @ (loc - prior_loc)[..., None], cholesky)
     return prior_loc + pull[..., 0], cholesky
+
+
+def _pseudo_observations(
+    x: Tensor, gradient: Tensor, curvature: Tensor, prior: Tensor, joint: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Location, log-scale and what stands below the diagonal where ``x`` has a likelihood's gradient and curvature.
+
+    Where it is flat or convex, a hundredth of the prior's precision.
+    """
+    if not joint:
+        curvature = curvature.diagonal(0, -2, -1).diag_embed()
+    curvature = curvature.nan_to_num()
+    values, vectors = torch.linalg.eigh(0.5 * (curvature + curvature.mT))
+    least = 1e-2 * prior.diagonal(0, -2, -1).mean(-1, keepdim=True) + 1e-3 * values.abs().amax(-1, keepdim=True)
+    values = torch.maximum(values, least + 1e-6)
+    far = 10 / values.sqrt()  # no further, in standard deviations
+    step = ((vectors.mT @ gradient[..., None])[..., 0] / values).clamp(-far, far)
+    loc = x + (vectors @ step[..., None])[..., 0]
+    precision = (vectors * values[..., None, :]) @ vectors.mT
+    factor = torch.linalg.cholesky_ex(precision.flip(-2, -1))[0].flip(-2, -1).mT  # lower, W^T W
+    diagonal = factor.diagonal(0, -2, -1)
+    rows, columns = torch.tril_indices(x.shape[-1], x.shape[-1], -1)
+    return loc, -diagonal.log(), (factor / diagonal[..., None])[..., rows, columns]
 
 
 def _differ(some: dict[str, Any], others: dict[str, Any], name: str, missing: bool = False) -> bool:

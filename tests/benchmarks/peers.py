@@ -132,8 +132,8 @@ def _flowjax(posterior: Any, optimizer: Any, seed: int, steps: int, particles: i
 
 
 # -- Pyro ----------------------------------------------------------------------------------------------------------
-def pyro_schedule(steps: int) -> Any:
-    """Adam whose step size falls to zero along a cosine, as optax has it."""
+def pyro_schedule(steps: int, clip: float | None = None) -> Any:
+    """Adam whose step size falls to zero along a cosine, as optax has it; ``clip``: norm of a gradient at most."""
     import pyro
     import torch
 
@@ -142,7 +142,8 @@ def pyro_schedule(steps: int) -> Any:
             "optimizer": torch.optim.Adam,
             "optim_args": {"lr": LEARNING_RATE},
             "lr_lambda": lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))),
-        }
+        },
+        None if clip is None else {"clip_norm": clip},
     )
 
 
