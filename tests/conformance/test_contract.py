@@ -31,8 +31,16 @@ def some(cases, *names):
     return [param(case, slow=case.name not in names) for case in cases]
 
 
+# what a stack does is what its layers do, which stand for themselves; of stacks, one of each structure
+STACKS = ("continuous", "realnvp", "iaf", "glow")
+OTHERS = ("residual", "gaussianization")  # whose gradients come by rules of their own
+ALL = [param(case, slow=case.deep and case.name not in STACKS) for case in CASES]
 # a network with a context does all that one without does, and more
-WITH_CONTEXT = [param(case, case.dim, True, slow=False) for case in CASES if case.context]
+WITH_CONTEXT = [
+    param(case, case.dim, True, slow=case.deep and case.name not in (*STACKS, *OTHERS))
+    for case in CASES
+    if case.context
+]
 VARIANTS = [
     *WITH_CONTEXT,
     # in two dimensions the conservation of mass tells as much, and layers tell more than stacks of them
@@ -90,9 +98,6 @@ def test_round_trip_and_log_det(backend, case, dim, with_context):
             assert (np.abs(log_det + opposite) <= tolerance + 1e-13 * condition).all(), (sd, inverse)
 
 
-# a stack's derivatives are those of its layers, which stand for themselves; of stacks, one of each structure
-STACKS = ("continuous", "realnvp", "iaf", "glow")
-OTHERS = ("residual", "gaussianization")  # whose gradients come by rules of their own
 GRADIENTS = [param(c, c.dim, c.context, slow=c.name not in (*LAYERS, *STACKS, *OTHERS)) for c in CASES]
 GRADIENTS += [param(c, c.dim, False, slow=True) for c in CASES if c.context]
 
@@ -146,7 +151,7 @@ def test_second_derivatives_against_finite_differences(backend, case):
         assert (product * w).sum() == pytest.approx((other * v).sum(), rel=1e-8, abs=1e-10)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ALL)
 def test_batch_shapes(backend, case):
     dim = case.dim
     flow = perturbed_flow(backend, case, dim, 0.3)
@@ -161,7 +166,7 @@ def test_batch_shapes(backend, case):
             assert backend.shapes(flow, (*x, dim), (*context, CONTEXT_DIM), inverse) == ((*batch, dim), batch)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ALL)
 def test_dtype_follows_and_float32_agrees(backend, case):
     state = backends.perturbed(backend.state(backend.build(case, case.dim)), 0.3, case.deep)
     x, near = case.points(case.dim), slice(10)

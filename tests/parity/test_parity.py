@@ -27,9 +27,15 @@ def same_weights(twins, case, context, dtype="float64"):
     return [b.with_state(b.build(case, case.dim, context, seed=1, dtype=dtype), moved) for b in (torch, jax)], moved
 
 
-def assert_same_numbers(twins, case, with_context, dtype, tolerance):
+def inputs(case, with_context, dtype="float64"):
+    """Points and their context."""
     x = case.points(case.dim).astype(dtype)
     context = np.random.default_rng(0).normal(size=(len(x), CONTEXT_DIM)).astype(dtype) if with_context else None
+    return x, context
+
+
+def assert_same_numbers(twins, case, with_context, dtype, tolerance):
+    x, context = inputs(case, with_context, dtype)
     flows, state = same_weights(twins, case, with_context, dtype)
     assert {n: v.shape for n, v in twins[1].state(flows[1]).items()} == {n: v.shape for n, v in state.items()}
     for inverse in (False, True):
@@ -38,12 +44,21 @@ def assert_same_numbers(twins, case, with_context, dtype, tolerance):
         slack = tolerance * max(1.0, np.abs(y).max(), np.abs(x).max())
         np.testing.assert_array_less(np.abs(case.gap(y_jax, y)), slack + tolerance * np.abs(y))
         np.testing.assert_allclose(log_det_jax, log_det, rtol=10 * tolerance, atol=10 * tolerance)
-    return flows, state, x, context
 
 
 @pytest.mark.parametrize("case, with_context", VARIANTS)
 def test_same_numbers(twins, case, with_context):
-    flows, state, x, context = assert_same_numbers(twins, case, with_context, "float64", 1e-10)
+    assert_same_numbers(twins, case, with_context, "float64", 1e-10)
+
+
+# the gradient of a stack is that of its layers
+GRADIENTS = [param(c, c.context, slow=c.deep and c.name not in ("realnvp", "iaf", "continuous")) for c in CASES]
+
+
+@pytest.mark.parametrize("case, with_context", GRADIENTS)
+def test_same_gradients(twins, case, with_context):
+    flows, state = same_weights(twins, case, with_context)
+    x, context = inputs(case, with_context)
     (params, by_x), (params_jax, by_x_jax) = (
         b.gradients(f, x, context, False) for b, f in zip(twins, flows, strict=True)
     )
