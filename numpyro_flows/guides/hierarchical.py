@@ -85,7 +85,8 @@ class AutoHierarchicalFlow(AutoGuide):
     :param prefix: prefix of the guide's parameters.
     :param init_loc_fn: NumPyro's initialisation strategy, which gives the first locations.
     :param init_scale: first scale on the unconstrained space, a positive number. Elements without elements of their own
-        start at the gradient and curvature of their likelihood instead, where there are no discrete latents.
+        start at the gradient and curvature of their likelihood instead, where it can be differentiated twice and
+        there are no discrete latents.
     :raises TypeError: for flows or encoders that cannot be called.
     :raises ValueError: at the first call, for a model without plates or local latents, discrete latents that are not
         enumerated, or a log-density that is not finite at the start; at any call, for a plate whose size has changed,
@@ -283,9 +284,13 @@ class AutoHierarchicalFlow(AutoGuide):
 
         gradient = jax.grad(log_likelihood)
         units = jnp.broadcast_to(jnp.eye(group.dim, dtype=x.dtype)[:, None], (group.dim, x[..., 0].size, group.dim))
-        rows = [jax.jvp(gradient, (x,), (unit.reshape(x.shape),))[1] for unit in units]
+        try:
+            at_start, product = jax.vjp(gradient, x)
+            rows = [product(unit.reshape(x.shape))[0] for unit in units]
+        except (NotImplementedError, TypeError, ValueError):  # not twice differentiable: solvers, loops
+            return None
         _, prior = group.prior({name: trace[name]["fn"] for name in group.sites}, x)
-        found = _pseudo_observations(x, gradient(x), -jnp.stack(rows, -2), prior, group.joint)
+        found = _pseudo_observations(x, at_start, -jnp.stack(rows, -2), prior, group.joint)
         usual = x, jnp.full_like(x, math.log(self._init_scale)), jnp.zeros_like(found[2])
         finite = jnp.isfinite(jnp.concatenate(found, -1)).all(-1, keepdims=True)
         return tuple(
