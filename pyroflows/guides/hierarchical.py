@@ -82,8 +82,7 @@ class AutoHierarchicalFlow(AutoGuide):
         inverse pass. For ``Trace_ELBO`` only. An attribute which may be changed between two runs of ``SVI``.
     :param init_loc_fn: Pyro's initialisation strategy, which gives the first locations.
     :param init_scale: first scale on the unconstrained space, a positive number. Elements without elements of their own
-        start at the gradient and curvature of their likelihood instead, where it can be differentiated twice and
-        there are no discrete latents.
+        start at the gradient and curvature of their likelihood instead, where there are no discrete latents.
     :raises TypeError: for flows or encoders that cannot be called.
     :raises ValueError: at the first call, for a model without plates or local latents, discrete latents that are not
         enumerated, or a log-density that is not finite at the start; at any call, for a plate whose size has changed,
@@ -280,12 +279,9 @@ class AutoHierarchicalFlow(AutoGuide):
                     bijection = biject_to(site["fn"].support)
                     total = total + weight * bijection.log_abs_det_jacobian(parts[name], site["value"]).sum()
             total = total / weight + 0 * x.square().sum()  # there may be nothing that depends on them
-            try:
-                (gradient,) = torch.autograd.grad(total, x, create_graph=True)
-                sums = [gradient[..., j].sum() for j in range(group.dim)]
-                rows = [torch.autograd.grad(each, x, retain_graph=True)[0] for each in sums]
-            except RuntimeError:  # not twice differentiable
-                return None
+            (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+            sums = [gradient[..., j].sum() for j in range(group.dim)]
+            rows = [torch.autograd.grad(each, x, retain_graph=True)[0] for each in sums]
         x, gradient = x.detach(), gradient.detach()
         _, prior = group.prior({name: nodes[name]["fn"] for name in group.sites}, x)
         found = _pseudo_observations(x, gradient, -torch.stack(rows, -2), prior, group.joint)
