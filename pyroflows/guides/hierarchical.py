@@ -279,9 +279,12 @@ class AutoHierarchicalFlow(AutoGuide):
                     bijection = biject_to(site["fn"].support)
                     total = total + weight * bijection.log_abs_det_jacobian(parts[name], site["value"]).sum()
             total = total / weight + 0 * x.square().sum()  # there may be nothing that depends on them
-            (gradient,) = torch.autograd.grad(total, x, create_graph=True)
-            sums = [gradient[..., j].sum() for j in range(group.dim)]
-            rows = [torch.autograd.grad(each, x, retain_graph=True)[0] for each in sums]
+            try:
+                (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+                sums = [gradient[..., j].sum() for j in range(group.dim)]
+                rows = [torch.autograd.grad(each, x, retain_graph=True)[0] for each in sums]
+            except RuntimeError:  # an operation without a second derivative
+                return None
         x, gradient = x.detach(), gradient.detach()
         _, prior = group.prior({name: nodes[name]["fn"] for name in group.sites}, x)
         found = _pseudo_observations(x, gradient, -torch.stack(rows, -2), prior, group.joint)
