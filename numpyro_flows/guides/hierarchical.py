@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -84,9 +85,10 @@ class AutoHierarchicalFlow(AutoGuide):
         inverse pass. For ``Trace_ELBO`` only. An attribute which may be changed between two runs of ``SVI``.
     :param prefix: prefix of the guide's parameters.
     :param init_loc_fn: NumPyro's initialisation strategy, which gives the first locations.
-    :param init_scale: first scale on the unconstrained space, a positive number. Elements without elements of their own
-        start at the gradient and curvature of their likelihood instead, where it can be differentiated twice and
-        there are no discrete latents.
+    :param init_scale: first scale on the unconstrained space, a positive number. Elements of innermost plates start at
+        the gradient and curvature of their likelihood instead, where it can be differentiated twice and there are no
+        discrete latents; those of a subsampled plate in as many subsamples as it takes. Where the model gets a
+        minibatch as its argument, only the minibatch's do, and the others start at their mean.
     :raises TypeError: for flows or encoders that cannot be called.
     :raises ValueError: at the first call, for a model without plates or local latents, discrete latents that are not
         enumerated, or a log-density that is not finite at the start; at any call, for a plate whose size has changed,
@@ -219,10 +221,15 @@ class AutoHierarchicalFlow(AutoGuide):
             flow = self.global_flow(group.dim, key=key)
             return GroupFlow(_cast(flow, start.dtype), start, log_scale, None, None, None)
         context_dim = sum(groups[parent].dim for parent in group.parents)
-        tril = jnp.zeros(group.dim * (group.dim - 1) // 2, start.dtype)
-        found = self._first_pseudo_observations(group, groups, trace, args, kwargs, key)
+        every = bool(self.element_parameters or (self.element_parameters is None and encoder is None))
+        shape = group.sizes if every else (1,)
+        tril = jnp.zeros((*shape, group.dim * (group.dim - 1) // 2), start.dtype)
+        start, log_scale = (jnp.broadcast_to(a, (*shape, group.dim)) for a in (start, log_scale))
+        found = self._first_pseudo_observations(group, groups, trace, args, kwargs, key, every)
         if found is not None:
-            start, log_scale, tril = (a.mean(tuple(range(a.ndim - 1))) for a in found)
+            start, log_scale, tril = found
+        if not every:
+            start, log_scale, tril = (a.mean(tuple(range(a.ndim - 1))) for a in (start, log_scale, tril))
         head = None
         if encoder is not None:
             sizes = {name: trace[name]["value"] for name in group.plates}
@@ -231,71 +238,103 @@ class AutoHierarchicalFlow(AutoGuide):
             # small, not zero: many encoders give zeros at the start, and a product of zeros has no gradient
             limit = 0.1 / math.sqrt(encoding.shape[-1])
             head_key, key = jax.random.split(key)
-            rows = 2 * group.dim + (len(tril) if group.joint else 0)
+            rows = 2 * group.dim + (tril.shape[-1] if group.joint else 0)
             head = jax.random.uniform(head_key, (rows, encoding.shape[-1]), start.dtype, -limit, limit)
-        if self.element_parameters or (self.element_parameters is None and encoder is None):
-            start, log_scale = (jnp.broadcast_to(a, (*group.sizes, group.dim)) for a in (start, log_scale))
-            tril = jnp.broadcast_to(tril, (*group.sizes, len(tril)))
-            if found is not None:  # the others start at the mean of those present
-                index = jnp.ix_(*(trace[name]["value"] for name in group.plates))
-                start, log_scale, tril = (
-                    a.at[index].set(b) for a, b in zip((start, log_scale, tril), found, strict=True)
-                )
         flow = self.local_flow(group.dim, context_dim=context_dim, key=key)
         return GroupFlow(_cast(flow, start.dtype), start, log_scale, tril if group.joint else None, encoder, head)
 
     def _first_pseudo_observations(
-        self, group: Group, groups: dict[str, Group], trace: dict[str, Any], args: tuple, kwargs: dict, key: Array
+        self,
+        group: Group,
+        groups: dict[str, Group],
+        trace: dict[str, Any],
+        args: tuple,
+        kwargs: dict,
+        key: Array,
+        every: bool,
     ) -> tuple[Array, ...] | None:
-        """Location, log-scale and what stands below the diagonal, ``(*present, ...)``, by the likelihood at the start.
+        """Location, log-scale and what stands below the diagonal, ``(*sizes, ...)``, by the likelihood at the start.
 
-        A step of Newton's for every element at once: its Hessian takes as many products as it has latents.
+        A step of Newton's for the elements of a subsample at once: its Hessian takes as many products as an element has
+        latents. Those in none of the subsamples begin at the mean of the others.
+
+        :param every: whether all elements are wanted, in as many subsamples as it takes.
         """
         inner = any(group.label in other.parents for other in groups.values())
         if inner or any(_is_latent(site) and site["fn"].support.is_discrete for site in trace.values()):
             return None
-        indices = {name: trace[name]["value"] for name in group.plates}
-        present = tuple(len(index) for index in indices.values())
+        here = {name: trace[name]["value"] for name in group.plates}
+        present = tuple(len(index) for index in here.values())
         weight = math.prod(size / n for size, n in zip(group.sizes, present, strict=True))
-        start = {name: biject_to(trace[name]["fn"].support).inv(trace[name]["value"]) for name in group.sites}
-        batch = group.batch_shape(indices)
-        x = jnp.concatenate([group.flat(name, u, batch) for name, u in start.items()], -1)
+        means = [group.flat_mean(site, trace) for site in group.sites.values()]
+        x = jnp.broadcast_to(jnp.concatenate(means), (*group.batch_shape(here), group.dim))
+        units = jnp.broadcast_to(jnp.eye(group.dim, dtype=x.dtype)[:, None], (group.dim, x[..., 0].size, group.dim))
 
-        def log_likelihood(x: Array) -> Array:
-            parts = group.split(x)
-
+        def run(indices: dict[str, Array], parts: dict[str, Array]) -> dict[str, Any]:
             def value(site: dict[str, Any]) -> Array | None:
+                if site["type"] == "plate":
+                    return indices.get(site["name"])
                 if not _is_latent(site):
                     return None
                 if site["name"] in parts:
                     return biject_to(site["fn"].support)(parts[site["name"]])
                 return trace[site["name"]]["value"]
 
-            total = jnp.zeros((), x.dtype)
-            for name, site in self._run_model(key, args, kwargs, value).items():
-                if site["type"] != "sample" or name in group.informed:
-                    continue
-                factor = 1.0 if site["scale"] is None else site["scale"]
-                total += jnp.sum(factor * site["fn"].log_prob(site["value"]))
-                if name in parts:
-                    bijection = biject_to(site["fn"].support)
-                    total += weight * jnp.sum(bijection.log_abs_det_jacobian(parts[name], site["value"]))
-            return total / weight
+            return self._run_model(key, args, kwargs, value)
 
-        gradient = jax.grad(log_likelihood)
-        units = jnp.broadcast_to(jnp.eye(group.dim, dtype=x.dtype)[:, None], (group.dim, x[..., 0].size, group.dim))
+        @jax.jit
+        def of(indices: dict[str, Array]) -> tuple[Array, ...]:
+            def log_likelihood(x: Array) -> Array:
+                parts, total = group.split(x), jnp.zeros((), x.dtype)
+                for name, site in run(indices, parts).items():
+                    if site["type"] != "sample" or name in group.informed:
+                        continue
+                    factor = 1.0 if site["scale"] is None else site["scale"]
+                    total += jnp.sum(factor * site["fn"].log_prob(site["value"]))
+                    if name in parts:
+                        bijection = biject_to(site["fn"].support)
+                        total += weight * jnp.sum(bijection.log_abs_det_jacobian(parts[name], site["value"]))
+                return total / weight
+
+            gradient, product = jax.vjp(jax.grad(log_likelihood), x)
+            curvature = -jnp.stack([product(unit.reshape(x.shape))[0] for unit in units], -2)
+            sites = run(indices, group.split(x))
+            _, prior = group.prior({name: sites[name]["fn"] for name in group.sites}, x)
+            found = _pseudo_observations(x, gradient, curvature, prior, group.joint)
+            usual = x, jnp.full_like(x, math.log(self._init_scale)), jnp.zeros_like(found[2])
+            finite = jnp.isfinite(jnp.concatenate(found, -1)).all(-1, keepdims=True)
+            pairs = zip(found, usual, strict=True)
+            return tuple(jnp.where(finite, a, other).reshape(*present, a.shape[-1]) for a, other in pairs)
+
         try:
-            at_start, product = jax.vjp(gradient, x)
-            rows = [product(unit.reshape(x.shape))[0] for unit in units]
+            found = of(here)
         except (NotImplementedError, TypeError, ValueError):  # not twice differentiable: solvers, loops
             return None
-        _, prior = group.prior({name: trace[name]["fn"] for name in group.sites}, x)
-        found = _pseudo_observations(x, at_start, -jnp.stack(rows, -2), prior, group.joint)
-        usual = x, jnp.full_like(x, math.log(self._init_scale)), jnp.zeros_like(found[2])
-        finite = jnp.isfinite(jnp.concatenate(found, -1)).all(-1, keepdims=True)
-        return tuple(
-            jnp.where(finite, a, other).reshape(*present, a.shape[-1]) for a, other in zip(found, usual, strict=True)
-        )
+        tables = [
+            np.broadcast_to(np.mean(a, tuple(range(len(present)))), (*group.sizes, a.shape[-1])).copy() for a in found
+        ]
+        parts = [(here, found)]
+        if every and self._indices_are_drawn(here, group.sizes, args, kwargs, key):
+            parts = [(indices, of(indices)) for indices in subsamples(here, group.sizes)]
+        for indices, found in parts:
+            for table, values in zip(tables, found, strict=True):
+                table[np.ix_(*(np.asarray(index) for index in indices.values()))] = values
+        return tuple(jnp.asarray(table) for table in tables)
+
+    def _indices_are_drawn(
+        self, here: dict[str, Array], sizes: tuple[int, ...], args: tuple, kwargs: dict, key: Array
+    ) -> bool:
+        """Whether there are subsamples, and other keys give others, so that the model looks up their data itself."""
+        if all(len(index) == size for index, size in zip(here.values(), sizes, strict=True)):
+            return False
+        for k in jax.random.split(key, 4):
+            again = self._run_model(k, args, kwargs, self._initial_value)
+            if all(
+                len(index) == size or not np.array_equal(index, again[name]["value"])
+                for (name, index), size in zip(here.items(), sizes, strict=True)
+            ):
+                return True
+        return False
 
     @staticmethod
     def _of_group(given: Any, group: Group) -> Any:
@@ -755,6 +794,15 @@ def _pseudo_observations(
     diagonal = jnp.diagonal(factor, 0, -2, -1)
     rows, columns = np.tril_indices(x.shape[-1], -1)
     return loc, -jnp.log(diagonal), (factor / diagonal[..., None])[..., rows, columns]
+
+
+def subsamples(here: dict[str, Array], sizes: tuple[int, ...]) -> list[dict[str, np.ndarray]]:
+    """Indices that together hold all elements of the plates, as many at a time as in ``here``."""
+    each = []
+    for index, size in zip(here.values(), sizes, strict=True):
+        starts = [min(start, size - len(index)) for start in range(0, size, len(index))]
+        each.append([np.arange(start, start + len(index)) for start in starts])
+    return [dict(zip(here, some, strict=True)) for some in itertools.product(*each)]
 
 
 def _differ(some: dict[str, Any], others: dict[str, Any], name: str, missing: bool = False) -> bool:

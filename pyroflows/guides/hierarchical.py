@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -81,8 +82,10 @@ class AutoHierarchicalFlow(AutoGuide):
         what fits the parameters of elements that are seen a few dozen times; far from there it can have more. Costs an
         inverse pass. For ``Trace_ELBO`` only. An attribute which may be changed between two runs of ``SVI``.
     :param init_loc_fn: Pyro's initialisation strategy, which gives the first locations.
-    :param init_scale: first scale on the unconstrained space, a positive number. Elements without elements of their own
-        start at the gradient and curvature of their likelihood instead, where there are no discrete latents.
+    :param init_scale: first scale on the unconstrained space, a positive number. Elements of innermost plates start at
+        the gradient and curvature of their likelihood instead, where it can be differentiated twice and there are no
+        discrete latents; those of a subsampled plate in as many subsamples as it takes. Where the model gets a
+        minibatch as its argument, only the minibatch's do, and the others start at their mean.
     :raises TypeError: for flows or encoders that cannot be called.
     :raises ValueError: at the first call, for a model without plates or local latents, discrete latents that are not
         enumerated, or a log-density that is not finite at the start; at any call, for a plate whose size has changed,
@@ -134,15 +137,19 @@ class AutoHierarchicalFlow(AutoGuide):
         self.groups, self.group_flows = groups, modules
         self.prototype_trace = trace
 
-    def _run_model(self, seed: int, args: tuple, kwargs: dict, value: Callable, grad: bool = False) -> poutine.Trace:
-        with (
-            poutine.block(),
-            torch.set_grad_enabled(grad),
-            pyro.validation_enabled(False),
-            torch.random.fork_rng(devices=[]),
-        ):
+    def _run_model(
+        self,
+        seed: int,
+        args: tuple,
+        kwargs: dict,
+        value: Callable,
+        indices: dict[str, Tensor] | None = None,
+        grad: bool = False,
+    ) -> poutine.Trace:
+        with poutine.block(), torch.set_grad_enabled(grad), pyro.validation_enabled(False), torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            return poutine.trace(InitMessenger(value)(self.model)).get_trace(*args, **kwargs)
+            with Subsamples(indices or {}):
+                return poutine.trace(InitMessenger(value)(self.model)).get_trace(*args, **kwargs)
 
     def _initial_value(self, site: dict) -> Tensor:
         return first_value(site) if site["fn"].support.is_discrete else self.init_loc_fn(site)
@@ -220,10 +227,15 @@ class AutoHierarchicalFlow(AutoGuide):
         if not group.plates:
             return GroupFlow(self.global_flow(group.dim).to(start), start, log_scale, None, None, None)
         context_dim = sum(groups[parent].dim for parent in group.parents)
-        tril = start.new_zeros(group.dim * (group.dim - 1) // 2)
-        found = self._first_pseudo_observations(group, groups, trace, args, kwargs, seed)
+        every = bool(self.element_parameters or (self.element_parameters is None and encoder is None))
+        shape = group.sizes if every else (1,)
+        tril = start.new_zeros(*shape, group.dim * (group.dim - 1) // 2)
+        start, log_scale = (t.expand(*shape, group.dim).clone() for t in (start, log_scale))
+        found = self._first_pseudo_observations(group, groups, trace, args, kwargs, seed, every)
         if found is not None:
-            start, log_scale, tril = (t.mean(tuple(range(t.dim() - 1))) for t in found)
+            start, log_scale, tril = found
+        if not every:
+            start, log_scale, tril = (t.mean(tuple(range(t.dim() - 1))) for t in (start, log_scale, tril))
         head = None
         if encoder is not None:
             indices = {name: trace.nodes[name]["value"] for name in group.plates}
@@ -231,68 +243,95 @@ class AutoHierarchicalFlow(AutoGuide):
             context_dim += encoding.shape[-1]
             # small, not zero: many encoders give zeros at the start, and a product of zeros has no gradient
             limit = 0.1 / math.sqrt(encoding.shape[-1])
-            rows = 2 * group.dim + (len(tril) if group.joint else 0)
+            rows = 2 * group.dim + (tril.shape[-1] if group.joint else 0)
             head = start.new_empty(rows, encoding.shape[-1]).uniform_(-limit, limit)
-        if self.element_parameters or (self.element_parameters is None and encoder is None):
-            start, log_scale = (t.expand(*group.sizes, group.dim).clone() for t in (start, log_scale))
-            tril = tril.expand(*group.sizes, len(tril)).clone()
-            if found is not None:  # the others start at the mean of those present
-                index = torch.meshgrid(*(trace.nodes[name]["value"] for name in group.plates), indexing="ij")
-                for to, of in zip((start, log_scale, tril), found, strict=True):
-                    to[index] = of
         flow = self.local_flow(group.dim, context_dim=context_dim).to(start)
         return GroupFlow(flow, start, log_scale, tril if group.joint else None, encoder, head)
 
     def _first_pseudo_observations(
-        self, group: Group, groups: dict[str, Group], trace: poutine.Trace, args: tuple, kwargs: dict, seed: int
+        self,
+        group: Group,
+        groups: dict[str, Group],
+        trace: poutine.Trace,
+        args: tuple,
+        kwargs: dict,
+        seed: int,
+        every: bool,
     ) -> tuple[Tensor, ...] | None:
-        """Location, log-scale and what stands below the diagonal, ``(*present, ...)``, by the likelihood at the start.
+        """Location, log-scale and what stands below the diagonal, ``(*sizes, ...)``, by the likelihood at the start.
 
-        A step of Newton's for every element at once: its Hessian takes as many products as it has latents.
+        A step of Newton's for the elements of a subsample at once: its Hessian takes as many products as an element has
+        latents. Those in none of the subsamples begin at the mean of the others.
+
+        :param every: whether all elements are wanted, in as many subsamples as it takes.
         """
         nodes = trace.nodes
         inner = any(group.label in other.parents for other in groups.values())
         if inner or any(_is_latent(site) and site["fn"].support.is_discrete for site in nodes.values()):
             return None
-        indices = {name: nodes[name]["value"] for name in group.plates}
-        present = tuple(len(index) for index in indices.values())
+        here = {name: torch.as_tensor(nodes[name]["value"]) for name in group.plates}
+        present = tuple(len(index) for index in here.values())
         weight = math.prod(size / n for size, n in zip(group.sizes, present, strict=True))
-        start = {name: biject_to(nodes[name]["fn"].support).inv(nodes[name]["value"]) for name in group.sites}
-        batch = group.batch_shape(indices)
-        x = torch.cat([u.reshape(*batch, group.sites[name].size) for name, u in start.items()], -1).requires_grad_()
+        means = [group.flat_mean(site, trace) for site in group.sites.values()]
+        start = torch.cat(means).expand(*group.batch_shape(here), group.dim).clone()
 
-        with torch.enable_grad():
-            parts = group.split(x)
-            values = {name: biject_to(nodes[name]["fn"].support)(u) for name, u in parts.items()}
+        def of(indices: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            x = start.clone().requires_grad_()
+            with torch.enable_grad():
+                parts = group.split(x)
+                values = {name: biject_to(nodes[name]["fn"].support)(u) for name, u in parts.items()}
 
-            def value(site: dict) -> Tensor:
-                return values.get(site["name"], nodes[site["name"]]["value"])
+                def value(site: dict) -> Tensor:
+                    return values.get(site["name"], nodes[site["name"]]["value"])
 
-            run = self._run_model(seed, args, kwargs, value, grad=True)
-            run.compute_log_prob(lambda name, site: name not in group.informed)
-            total = x.new_zeros(())
-            for name, site in run.nodes.items():
-                if site["type"] != "sample" or name in group.informed:
-                    continue
-                total = total + site["log_prob_sum"]
-                if name in parts:
-                    bijection = biject_to(site["fn"].support)
-                    total = total + weight * bijection.log_abs_det_jacobian(parts[name], site["value"]).sum()
-            total = total / weight + 0 * x.square().sum()  # there may be nothing that depends on them
-            try:
-                (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+                run = self._run_model(seed, args, kwargs, value, indices, grad=True)
+                run.compute_log_prob(lambda name, site: name not in group.informed)
+                total = 0 * x.square().sum()  # there may be nothing that depends on them
+                for name, site in run.nodes.items():
+                    if site["type"] != "sample" or name in group.informed:
+                        continue
+                    total = total + site["log_prob_sum"]
+                    if name in parts:
+                        bijection = biject_to(site["fn"].support)
+                        total = total + weight * bijection.log_abs_det_jacobian(parts[name], site["value"]).sum()
+                (gradient,) = torch.autograd.grad(total / weight, x, create_graph=True)
                 sums = [gradient[..., j].sum() for j in range(group.dim)]
                 rows = [torch.autograd.grad(each, x, retain_graph=True)[0] for each in sums]
-            except RuntimeError:  # an operation without a second derivative
-                return None
-        x, gradient = x.detach(), gradient.detach()
-        _, prior = group.prior({name: nodes[name]["fn"] for name in group.sites}, x)
-        found = _pseudo_observations(x, gradient, -torch.stack(rows, -2), prior, group.joint)
-        usual = x, torch.full_like(x, math.log(self._init_scale)), torch.zeros_like(found[2])
-        finite = torch.cat(found, -1).isfinite().all(-1, keepdim=True)
-        return tuple(
-            torch.where(finite, t, other).reshape(*present, t.shape[-1]) for t, other in zip(found, usual, strict=True)
-        )
+            gradient = gradient.detach()
+            _, prior = group.prior({name: run.nodes[name]["fn"] for name in group.sites}, start)
+            found = _pseudo_observations(start, gradient, -torch.stack(rows, -2), prior.detach(), group.joint)
+            usual = start, torch.full_like(start, math.log(self._init_scale)), torch.zeros_like(found[2])
+            finite = torch.cat(found, -1).isfinite().all(-1, keepdim=True)
+            pairs = zip(found, usual, strict=True)
+            return tuple(torch.where(finite, t, other).reshape(*present, t.shape[-1]) for t, other in pairs)
+
+        try:
+            found = of(here)
+        except RuntimeError:  # an operation without a second derivative
+            return None
+        tables = tuple(t.mean(tuple(range(len(present)))).expand(*group.sizes, -1).clone() for t in found)
+        each = [(here, found)]
+        if every and self._indices_are_drawn(here, group.sizes, args, kwargs, seed):
+            each = [(indices, of(indices)) for indices in subsamples(here, group.sizes)]
+        for indices, found in each:
+            for table, values in zip(tables, found, strict=True):
+                table[torch.meshgrid(*indices.values(), indexing="ij")] = values
+        return tables
+
+    def _indices_are_drawn(
+        self, here: dict[str, Tensor], sizes: tuple[int, ...], args: tuple, kwargs: dict, seed: int
+    ) -> bool:
+        """Whether there are subsamples, and other seeds give others, so that the model looks up their data itself."""
+        if all(len(index) == size for index, size in zip(here.values(), sizes, strict=True)):
+            return False
+        for n in range(1, 5):
+            again = self._run_model(seed + n, args, kwargs, self._initial_value).nodes
+            if all(
+                len(index) == size or not torch.equal(index, torch.as_tensor(again[name]["value"]))
+                for (name, index), size in zip(here.items(), sizes, strict=True)
+            ):
+                return True
+        return False
 
     @staticmethod
     def _of_group(given: Any, group: Group) -> Any:
@@ -493,6 +532,18 @@ class Group:
             locs.append(loc)
             precision[..., start:end, start:end] = block
         return torch.cat(locs, -1), precision
+
+
+class Subsamples(Messenger):
+    """Gives plates the indices of their subsamples."""
+
+    def __init__(self, indices: dict[str, Tensor]):
+        super().__init__()
+        self.indices = indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] in self.indices:
+            msg["value"], msg["done"] = self.indices[msg["name"]], True
 
 
 class _Done(Exception):
@@ -745,6 +796,15 @@ def _pseudo_observations(
     diagonal = factor.diagonal(0, -2, -1)
     rows, columns = torch.tril_indices(x.shape[-1], x.shape[-1], -1)
     return loc, -diagonal.log(), (factor / diagonal[..., None])[..., rows, columns]
+
+
+def subsamples(here: dict[str, Tensor], sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    """Indices that together hold all elements of the plates, as many at a time as in ``here``."""
+    each = []
+    for index, size in zip(here.values(), sizes, strict=True):
+        starts = [min(start, size - len(index)) for start in range(0, size, len(index))]
+        each.append([torch.arange(start, start + len(index), device=index.device) for start in starts])
+    return [dict(zip(here, some, strict=True)) for some in itertools.product(*each)]
 
 
 def _differ(some: dict[str, Any], others: dict[str, Any], name: str, missing: bool = False) -> bool:

@@ -454,11 +454,12 @@ def test_correlated_elements(backend, vector):
     assert abs(full.mean() - part.mean()) < 4 * error < 0.3 * part.std()
 
 
-@pytest.mark.parametrize("vector", [False, True])
-def test_elements_start_at_their_likelihood(backend, vector):
+@pytest.mark.parametrize("vector, batch", [(False, None), (True, None), (False, 2)])
+def test_elements_start_at_their_likelihood(backend, vector, batch):
+    """All of them, also those that the subsample of the first call does not hold."""
     x, y = slopes_data()
     guide = backend.guide(slopes_hierarchy(backend, vector, design=x))
-    params = backend.start(guide, backend.array(y))
+    params = backend.start(guide, backend.array(y), batch)
     found = backend.get(guide, params, "groups")
     expected = slopes_posterior(x, y, np.eye(2))[-1]
     np.testing.assert_allclose(
