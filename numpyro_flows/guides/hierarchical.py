@@ -24,6 +24,7 @@ from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.initialization import init_to_median
 from numpyro.primitives import Messenger
+from tqdm import tqdm
 
 from numpyro_flows import flows
 from numpyro_flows.distributions import standard_base
@@ -315,7 +316,8 @@ class AutoHierarchicalFlow(AutoGuide):
         ]
         parts = [(here, found)]
         if every and self._indices_are_drawn(here, group.sizes, args, kwargs, key):
-            parts = [(indices, of(indices)) for indices in subsamples(here, group.sizes)]
+            every_one = subsamples(here, group.sizes)
+            parts = [(indices, of(indices)) for indices in tqdm(every_one, desc="AutoHierarchicalFlow: start", delay=5)]
         for indices, found in parts:
             for table, values in zip(tables, found, strict=True):
                 table[np.ix_(*(np.asarray(index) for index in indices.values()))] = values

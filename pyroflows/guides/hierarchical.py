@@ -22,6 +22,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
+from tqdm import tqdm
 
 from pyroflows import flows
 from pyroflows.distributions import standard_base
@@ -312,7 +313,8 @@ class AutoHierarchicalFlow(AutoGuide):
         tables = tuple(t.mean(tuple(range(len(present)))).expand(*group.sizes, -1).clone() for t in found)
         each = [(here, found)]
         if every and self._indices_are_drawn(here, group.sizes, args, kwargs, seed):
-            each = [(indices, of(indices)) for indices in subsamples(here, group.sizes)]
+            every_one = subsamples(here, group.sizes)
+            each = [(indices, of(indices)) for indices in tqdm(every_one, desc="AutoHierarchicalFlow: start", delay=5)]
         for indices, found in each:
             for table, values in zip(tables, found, strict=True):
                 table[torch.meshgrid(*indices.values(), indexing="ij")] = values

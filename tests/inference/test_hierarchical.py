@@ -469,6 +469,19 @@ def test_elements_start_at_their_likelihood(backend, vector, batch):
     np.testing.assert_allclose(found["tril"], expected["tril"], atol=1e-2)
 
 
+def test_a_subsample_from_around_the_guide_is_refused():
+    """In Pyro, where the run ahead for the priors does not see it; in NumPyro it does."""
+    pytest.importorskip("pyro")
+    b = Pyro()
+    x, y = slopes_data()
+    guide, args = b.guide(slopes_hierarchy(b, design=x)), (b.array(y), 2)
+    b.start(guide, *args)
+    trace = b.ppl.poutine.trace(guide).get_trace(*args)
+    with pytest.raises(ValueError, match="'groups' is given by a handler around.*correlated=False"):
+        for _ in range(20):  # the subsamples may be the same
+            b.ppl.poutine.replay(guide, trace=trace)(*args)
+
+
 def test_a_likelihood_without_a_second_derivative():
     """In jax, which says so; elements then start as the others do."""
     pytest.importorskip("numpyro")
