@@ -84,8 +84,12 @@ def no_warnings():
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """Tests of one case stay on one worker, which has what it needs compiled; as do a file's that share its fits."""
+    """Tests of one case stay on one worker, which has what it needs compiled; as do a file's that share its fits.
+
+    pytest 9 does not show xdist 3.8 the groups: hence the older one in ``pyproject.toml``.
+    """
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if "case" in params:
