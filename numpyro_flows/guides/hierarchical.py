@@ -128,11 +128,15 @@ class AutoHierarchicalFlow(AutoGuide):
         _check_trace(trace)
         groups = _groups(trace)
         self._check_keys(groups)
-        informed = self._informed(key, args, kwargs, trace) if self.noncentered else set()
+        priors = partial(self._priors, key, args, kwargs, trace)
+        here = priors(set()) if self.noncentered else {}
+        there, after = (priors(set(trace)), priors(set(), last=True)) if self.noncentered else ({}, {})
+        # of location-scale form, and depending on other continuous latents, and on no discrete
+        informed = {x for x in here if _differ(here, there, x) and not _differ(here, after, x, missing=True)}
         modules = {}
         for n, group in enumerate(groups.values()):
             group.informed = informed & set(group.sites)
-            group.joint = self._joint(group, key, args, kwargs, trace)
+            group.joint = self._joint(group, trace, priors, here)
             modules[group.label] = self._module(group, groups, trace, args, kwargs, jax.random.fold_in(key, n + 1))
         self.groups, self.group_flows, self.prototype_trace = groups, modules, trace
         self._prototype_call = args, kwargs
@@ -170,15 +174,11 @@ class AutoHierarchicalFlow(AutoGuide):
         run = self._run_model(key, args, kwargs, value)
         return {name: location_and_scale(run[name]["fn"], u.shape) for name, u in values.items() if name in run}
 
-    def _informed(self, key: Array, args: tuple, kwargs: dict, trace: dict[str, Any]) -> set[str]:
-        """Sites whose prior is of location-scale form and depends on other continuous latents, and on no discrete."""
-        here = self._priors(key, args, kwargs, trace, set())
-        there = self._priors(key, args, kwargs, trace, set(trace))
-        after = self._priors(key, args, kwargs, trace, set(), last=True)
-        return {name for name in here if _differ(here, there, name) and not _differ(here, after, name, missing=True)}
+    def _joint(self, group: Group, trace: dict[str, Any], priors: Callable, here: dict[str, Any]) -> bool:
+        """Whether an element's latents are placed together, with a full precision matrix.
 
-    def _joint(self, group: Group, key: Array, args: tuple, kwargs: dict, trace: dict[str, Any]) -> bool:
-        """Whether an element's latents are placed together, with a full precision matrix."""
+        :param priors: the priors with some latents moved, as :meth:`_priors` has them; ``here`` those with none.
+        """
         most = _MOST_CORRELATED if self.correlated is None else math.inf
         if self.correlated is False or not group.plates or not 1 < group.dim <= most:
             return False
@@ -186,7 +186,7 @@ class AutoHierarchicalFlow(AutoGuide):
             return True
         latent = [name for name, site in trace.items() if _is_latent(site)]
         late = set(latent[min(latent.index(name) for name in group.sites) :])
-        here, there = (self._priors(key, args, kwargs, trace, moved) for moved in (set(), late))
+        there = priors(late)
         bound = [name for name in group.sites if name in group.informed and _differ(here, there, name)]
         if bound and self.correlated:
             raise ValueError(
@@ -515,9 +515,12 @@ class Group:
 
     def split(self, x: Array) -> dict[str, Array]:
         """Vectors ``(*batch, dim)`` as values of the sites, each in the layout of its unconstrained value."""
+        return {name: self.layout(self.sites[name], part) for name, part in self.pieces(x).items()}
+
+    def pieces(self, x: Array) -> dict[str, Array]:
+        """Vectors ``(*batch, dim)`` as those of the sites, ``(*batch, size)``."""
         ends = np.cumsum([site.size for site in self.sites.values()])
-        parts = jnp.split(x, ends[:-1], -1)
-        return {name: self.layout(site, part) for part, (name, site) in zip(parts, self.sites.items(), strict=True)}
+        return dict(zip(self.sites, jnp.split(x, ends[:-1], -1), strict=True))
 
     def layout(self, site: Site, x: Array) -> Array:
         sizes = tuple(x.shape[dim - 1] for dim in self.plates.values())
@@ -542,7 +545,7 @@ class Group:
                 locs.append(jnp.zeros((*batch, end - start), like.dtype))
                 continue
             loc, scale = (self.flat(name, a, batch) for a in location_and_scale(priors[name], part.shape))  # type: ignore[union-attr]
-            block, fn = jnp.eye(end - start) * jnp.square(scale)[..., None] ** -1, unwrapped(priors[name])
+            block, fn = jnp.eye(end - start, dtype=like.dtype) / jnp.square(scale)[..., None], unwrapped(priors[name])
             if isinstance(fn, dist.MultivariateNormal) and part.shape[-1] == end - start:
                 full = jnp.broadcast_to(fn.precision_matrix, (*part.shape, end - start))
                 axes = [full.ndim - 2 + axis for axis in self.sites[name].axes]
@@ -671,22 +674,17 @@ class _GuideRun(Messenger):
         prior = group.prior(self.priors, y)
         centre, factor = _posterior(loc, log_scale, tril, *prior)
         u = centre + solve_triangular(factor.mT, y[..., None], lower=False)[..., 0]
-        values = group.split(u), group.split(-jnp.log(jnp.diagonal(factor, 0, -2, -1)))
-        self.placed.update((name, (values[0][name], values[1][name])) for name in group.sites)
+        us, log_ss = group.split(u), group.split(-jnp.log(jnp.diagonal(factor, 0, -2, -1)))
+        self.placed.update((name, (us[name], log_ss[name])) for name in group.sites)
         if self.guide.path_gradient:
             centre, factor = _posterior(loc, log_scale, tril, *lax.stop_gradient(prior))
             y = (factor.mT @ (lax.stop_gradient(u) - centre)[..., None])[..., 0]
-            log_s, end = -jnp.log(jnp.diagonal(factor, 0, -2, -1)), 0
-            for name, site in group.sites.items():
-                start, end = end, end + site.size
-                self.standard[name] = y[..., start:end], log_s[..., start:end]
+            ys, log_ss = group.pieces(y), group.pieces(-jnp.log(jnp.diagonal(factor, 0, -2, -1)))
+            self.standard.update((name, (ys[name], log_ss[name])) for name in group.sites)
 
     def _site(self, group: Group, name: str, fn: Any) -> tuple[Array, Any]:
         """Value of a site, and its distribution in the guide: a point that carries the log-density."""
-        if group.joint:
-            u, log_s = self.placed[name]
-        else:
-            u, log_s = self._alone(group, name, fn)
+        u, log_s = self.placed[name] if group.joint else self._alone(group, name, fn)
         self.late.remove(name)
         bijection = biject_to(fn.support)
         value = bijection(u)
@@ -784,10 +782,8 @@ def _pseudo_observations(
         curvature = curvature * jnp.eye(x.shape[-1], dtype=x.dtype)
     curvature = jnp.nan_to_num(curvature)
     values, vectors = jnp.linalg.eigh(0.5 * (curvature + curvature.mT))
-    least = 1e-2 * jnp.diagonal(prior, 0, -2, -1).mean(-1, keepdims=True) + 1e-3 * jnp.abs(values).max(
-        -1, keepdims=True
-    )
-    values = jnp.maximum(values, least + 1e-6)
+    least = 1e-2 * jnp.diagonal(prior, 0, -2, -1).mean(-1) + 1e-3 * jnp.abs(values).max(-1) + 1e-6
+    values = jnp.maximum(values, least[..., None])
     far = 10 / jnp.sqrt(values)  # no further, in standard deviations
     step = jnp.clip((vectors.mT @ gradient[..., None])[..., 0] / values, -far, far)
     loc = x + (vectors @ step[..., None])[..., 0]

@@ -129,11 +129,15 @@ class AutoHierarchicalFlow(AutoGuide):
         _check_trace(trace)
         groups = _groups(trace)
         self._check_keys(groups)
-        informed = self._informed(seed, args, kwargs, trace) if self.noncentered else set()
+        priors = partial(self._priors, seed, args, kwargs, trace)
+        here = priors(set()) if self.noncentered else {}
+        there, after = (priors(set(trace.nodes)), priors(set(), last=True)) if self.noncentered else ({}, {})
+        # of location-scale form, and depending on other continuous latents, and on no discrete
+        informed = {x for x in here if _differ(here, there, x) and not _differ(here, after, x, missing=True)}
         modules = nn.ModuleDict()
         for group in groups.values():
             group.informed = informed & set(group.sites)
-            group.joint = self._joint(group, seed, args, kwargs, trace)
+            group.joint = self._joint(group, trace, priors, here)
             modules[group.label] = self._module(group, groups, trace, args, kwargs, seed)
         self.groups, self.group_flows = groups, modules
         self.prototype_trace = trace
@@ -149,7 +153,7 @@ class AutoHierarchicalFlow(AutoGuide):
     ) -> poutine.Trace:
         with poutine.block(), torch.set_grad_enabled(grad), pyro.validation_enabled(False), torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            with Subsamples(indices or {}):
+            with _Subsamples(indices or {}):
                 return poutine.trace(InitMessenger(value)(self.model)).get_trace(*args, **kwargs)
 
     def _initial_value(self, site: dict) -> Tensor:
@@ -176,15 +180,11 @@ class AutoHierarchicalFlow(AutoGuide):
         run = self._run_model(seed, args, kwargs, value).nodes
         return {name: location_and_scale(run[name]["fn"], u) for name, u in values.items() if name in run}
 
-    def _informed(self, seed: int, args: tuple, kwargs: dict, trace: poutine.Trace) -> set[str]:
-        """Sites whose prior is of location-scale form and depends on other continuous latents, and on no discrete."""
-        here = self._priors(seed, args, kwargs, trace, set())
-        there = self._priors(seed, args, kwargs, trace, set(trace.nodes))
-        after = self._priors(seed, args, kwargs, trace, set(), last=True)
-        return {name for name in here if _differ(here, there, name) and not _differ(here, after, name, missing=True)}
+    def _joint(self, group: Group, trace: poutine.Trace, priors: Callable, here: dict[str, Any]) -> bool:
+        """Whether an element's latents are placed together, with a full precision matrix.
 
-    def _joint(self, group: Group, seed: int, args: tuple, kwargs: dict, trace: poutine.Trace) -> bool:
-        """Whether an element's latents are placed together, with a full precision matrix."""
+        :param priors: the priors with some latents moved, as :meth:`_priors` has them; ``here`` those with none.
+        """
         most = _MOST_CORRELATED if self.correlated is None else math.inf
         if self.correlated is False or not group.plates or not 1 < group.dim <= most:
             return False
@@ -192,7 +192,7 @@ class AutoHierarchicalFlow(AutoGuide):
             return True
         latent = [name for name, site in trace.nodes.items() if _is_latent(site)]
         late = set(latent[min(latent.index(name) for name in group.sites) :])
-        here, there = (self._priors(seed, args, kwargs, trace, moved) for moved in (set(), late))
+        there = priors(late)
         bound = [name for name in group.sites if name in group.informed and _differ(here, there, name)]
         if bound and self.correlated:
             raise ValueError(
@@ -512,11 +512,11 @@ class Group:
 
     def split(self, x: Tensor) -> dict[str, Tensor]:
         """Vectors ``(*batch, dim)`` as unconstrained values of the sites, ``(*batch, *event)``."""
-        parts = x.split([site.size for site in self.sites.values()], -1)
-        return {
-            name: part.reshape((*x.shape[:-1], *site.event))
-            for part, (name, site) in zip(parts, self.sites.items(), strict=True)
-        }
+        return {name: part.reshape((*x.shape[:-1], *self.sites[name].event)) for name, part in self.pieces(x).items()}
+
+    def pieces(self, x: Tensor) -> dict[str, Tensor]:
+        """Vectors ``(*batch, dim)`` as those of the sites, ``(*batch, size)``."""
+        return dict(zip(self.sites, x.split([site.size for site in self.sites.values()], -1), strict=True))
 
     def prior(self, priors: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
         """Location ``(*batch, dim)`` and precision ``(*batch, dim, dim)`` of the priors; zeros for those not used."""
@@ -536,7 +536,7 @@ class Group:
         return torch.cat(locs, -1), precision
 
 
-class Subsamples(Messenger):
+class _Subsamples(Messenger):
     """Gives plates the indices of their subsamples."""
 
     def __init__(self, indices: dict[str, Tensor]):
@@ -679,15 +679,13 @@ class _GuideRun(Messenger):
         prior = group.prior(self.priors, y)
         centre, factor = _posterior(loc, log_scale, tril, *prior)
         u = centre + torch.linalg.solve_triangular(factor.mT, y[..., None], upper=True)[..., 0]
-        values = group.split(u), group.split(-factor.diagonal(0, -2, -1).log())
-        self.placed.update((name, (values[0][name], values[1][name])) for name in group.sites)
+        us, log_ss = group.split(u), group.split(-factor.diagonal(0, -2, -1).log())
+        self.placed.update((name, (us[name], log_ss[name])) for name in group.sites)
         if self.guide.path_gradient:
             centre, factor = _posterior(loc, log_scale, tril, *(t.detach() for t in prior))
-            y, log_s = (factor.mT @ (u.detach() - centre)[..., None])[..., 0], -factor.diagonal(0, -2, -1).log()
-            sizes = [site.size for site in group.sites.values()]
-            self.standard.update(
-                zip(group.sites, zip(y.split(sizes, -1), log_s.split(sizes, -1), strict=True), strict=True)
-            )
+            y = (factor.mT @ (u.detach() - centre)[..., None])[..., 0]
+            ys, log_ss = group.pieces(y), group.pieces(-factor.diagonal(0, -2, -1).log())
+            self.standard.update((name, (ys[name], log_ss[name])) for name in group.sites)
 
     def _site(self, group: Group, name: str, fn: Any) -> tuple[Tensor, Any]:
         """Value of a site, and its distribution in the guide: a point that carries the log-density."""
@@ -788,15 +786,15 @@ def _pseudo_observations(
         curvature = curvature.diagonal(0, -2, -1).diag_embed()
     curvature = curvature.nan_to_num()
     values, vectors = torch.linalg.eigh(0.5 * (curvature + curvature.mT))
-    least = 1e-2 * prior.diagonal(0, -2, -1).mean(-1, keepdim=True) + 1e-3 * values.abs().amax(-1, keepdim=True)
-    values = torch.maximum(values, least + 1e-6)
+    least = 1e-2 * prior.diagonal(0, -2, -1).mean(-1) + 1e-3 * values.abs().amax(-1) + 1e-6
+    values = torch.maximum(values, least[..., None])
     far = 10 / values.sqrt()  # no further, in standard deviations
     step = ((vectors.mT @ gradient[..., None])[..., 0] / values).clamp(-far, far)
     loc = x + (vectors @ step[..., None])[..., 0]
     precision = (vectors * values[..., None, :]) @ vectors.mT
     factor = torch.linalg.cholesky_ex(precision.flip(-2, -1))[0].flip(-2, -1).mT  # lower, W^T W
     diagonal = factor.diagonal(0, -2, -1)
-    rows, columns = torch.tril_indices(x.shape[-1], x.shape[-1], -1)
+    rows, columns = torch.tril_indices(x.shape[-1], x.shape[-1], -1, device=x.device)
     return loc, -diagonal.log(), (factor / diagonal[..., None])[..., rows, columns]
 
 

@@ -11,7 +11,8 @@ A simulation of the size of the radon survey of Minnesota (Gelman & Hill 2007, c
 
 that is 176 latents, centred. The reference is NumPyro's NUTS on the non-centred model, four chains of 5,000 draws.
 Every guide is trained by the ecosystem's SVI: as many steps of as many draws, Adam from 5e-3 down along a cosine, with
-gradients of a norm of at most 10, since the first of them are far larger and would hold Adam back for long.
+gradients of a norm of at most 10 (in NumPyro of all parameters together, in Pyro of each, as its optimisers do), since
+the first of them are far larger and would hold Adam back for long.
 ``elements`` and ``both`` are ``AutoHierarchicalFlow`` with the path gradient: parameters of every county, and besides
 an encoder of its numbers of houses, means and uranium. The others are as they come. Columns: ELBO (of 4,096 draws),
 largest error of a mean in reference standard deviations, range of the ratios of standard deviations (both over

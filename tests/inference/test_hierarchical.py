@@ -343,6 +343,15 @@ def test_density_with_all_parameters_moved(backend):
     assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(len(weights)) < 0.2
 
 
+def assert_plain_mean(backend, guide, params, y):
+    """The path gradient has the plain one's mean, which is not zero."""
+    path, path_error = backend.gradients(guide.model, guide, params, backend.array(y), n=400)
+    guide.path_gradient = False
+    plain, plain_error = backend.gradients(guide.model, guide, params, backend.array(y), n=400)
+    z = (path - plain) / np.hypot(path_error, plain_error).clip(1e-6)
+    assert np.abs(plain / plain_error.clip(1e-6)).max() > 5 and np.abs(z).max() < 5
+
+
 def test_path_gradient(backend):
     """It is zero for every draw where the guide is exact, and has the plain one's mean elsewhere."""
     y = observations(4)
@@ -351,11 +360,7 @@ def test_path_gradient(backend):
     exact, _ = backend.gradients(guide.model, guide, params, backend.array(y), n=2)
     assert np.abs(exact).max() < 1e-3
     params = moved(backend, guide, params, 0.1)
-    path, path_error = backend.gradients(guide.model, guide, params, backend.array(y), n=400)
-    guide.path_gradient = False
-    plain, plain_error = backend.gradients(guide.model, guide, params, backend.array(y), n=400)
-    z = (path - plain) / np.hypot(path_error, plain_error).clip(1e-6)
-    assert np.abs(plain / plain_error.clip(1e-6)).max() > 5 and np.abs(z).max() < 5
+    assert_plain_mean(backend, guide, params, y)
 
 
 def test_gradient_is_that_of_the_elbo(backend):
@@ -462,9 +467,8 @@ def test_elements_start_at_their_likelihood(backend, vector, batch):
     params = backend.start(guide, backend.array(y), batch)
     found = backend.get(guide, params, "groups")
     expected = slopes_posterior(x, y, np.eye(2))[-1]
-    np.testing.assert_allclose(
-        found["loc"], expected["loc"], atol=1e-2
-    )  # but for a thousandth of the largest curvature
+    # but for a thousandth of the largest curvature
+    np.testing.assert_allclose(found["loc"], expected["loc"], atol=1e-2)
     np.testing.assert_allclose(found["log_scale"], expected["log_scale"], atol=1e-2)
     np.testing.assert_allclose(found["tril"], expected["tril"], atol=1e-2)
 
@@ -507,11 +511,7 @@ def test_gradient_with_correlated_elements(backend):
     x, y = slopes_data(3)
     guide = backend.guide(slopes_hierarchy(backend, design=x), path_gradient=True, amortise=backend.mlp(6, 3))
     params = moved(backend, guide, backend.start(guide, backend.array(y)), 0.1)
-    path, path_error = backend.gradients(guide.model, guide, params, backend.array(y), n=400)
-    guide.path_gradient = False
-    plain, plain_error = backend.gradients(guide.model, guide, params, backend.array(y), n=400)
-    z = (path - plain) / np.hypot(path_error, plain_error).clip(1e-6)
-    assert np.abs(plain / plain_error.clip(1e-6)).max() > 5 and np.abs(z).max() < 5
+    assert_plain_mean(backend, guide, params, y)
 
 
 def test_which_elements_are_correlated(backend):
