@@ -7,6 +7,7 @@ Calling, ``.inv``, ``log_abs_det_jacobian``, NumPyro's intermediates, compositio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, Self, TypeVar
 
 import equinox as eqx
@@ -18,6 +19,21 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
 _Module = TypeVar("_Module", bound=eqx.Module)
+
+
+def full_precision(function: Callable) -> Callable:
+    """Matrix products of ``function`` in the precision of their inputs, whatever ``jax_default_matmul_precision`` is.
+
+    On GPUs jax multiplies float32 in TF32, to three digits, unless told otherwise. What a conditioner says may be
+    rounded so, since both directions and the log-determinant see the same; a matrix that is itself the map may not.
+    """
+
+    @wraps(function)
+    def precise(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return precise
 
 
 class _EquinoxPytree:

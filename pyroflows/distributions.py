@@ -89,7 +89,14 @@ def standard_base(dim: int, df: float | None = None, like: Tensor | None = None)
     :param like: a tensor whose dtype and device the draws have; torch's defaults unless given.
     """
     zeros = torch.zeros(dim) if like is None else like.new_zeros(dim)
-    return (dist.Normal(zeros, 1.0) if df is None else dist.StudentT(df, zeros, 1.0)).to_event(1)
+    return _independent(zeros, torch.ones_like(zeros), df)
+
+
+def _independent(loc: Tensor, scale: Tensor, df: float | None) -> dist.TorchDistribution:
+    """Not validated: that waits for the device, and what is not finite is for those to see who train."""
+    if df is None:
+        return dist.Normal(loc, scale, validate_args=False).to_event(1)
+    return dist.StudentT(torch.full_like(loc, df), loc, scale, validate_args=False).to_event(1)
 
 
 class Base(nn.Module):
@@ -136,9 +143,7 @@ class LocScaleBase(Base):
         self.loc, self.log_scale = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
 
     def distribution(self) -> dist.TorchDistribution:
-        scale = self.log_scale.exp()
-        base = dist.Normal(self.loc, scale) if self.df is None else dist.StudentT(self.df, self.loc, scale)
-        return base.to_event(1)
+        return _independent(self.loc, self.log_scale.exp(), self.df)
 
 
 class _HeavyTails(TailTransform):
@@ -167,7 +172,9 @@ class FlexibleBase(Base):
 
     def distribution(self) -> FlowDistribution:
         shape = Compose([self.skewness, self.tails])
-        return FlowDistribution(standard_base(self.tails.dim, like=self.tails.params.detach()), shape)
+        return FlowDistribution(
+            standard_base(self.tails.dim, like=self.tails.params.detach()), shape, validate_args=False
+        )
 
 
 class MixtureBase(Base):
@@ -191,13 +198,15 @@ class MixtureBase(Base):
         self.log_scale = nn.Parameter(torch.zeros(num_components, dim))
 
     def distribution(self) -> dist.TorchDistribution:
-        return DiagonalMixture(self.logits, self.loc, self.log_scale.exp())
+        return DiagonalMixture(self.logits, self.loc, self.log_scale.exp(), validate_args=False)
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
-        k = torch.distributions.Categorical(logits=self.logits).sample((n,))
+        k = torch.distributions.Categorical(logits=self.logits, validate_args=False).sample((n,))
         scale = self.log_scale.exp()
         x = self.loc[k] + scale[k] * torch.randn_like(self.loc[k])
-        return x, DiagonalMixture(self.logits, self.loc.detach(), scale.detach()).log_prob(x.detach())
+        return x, DiagonalMixture(self.logits, self.loc.detach(), scale.detach(), validate_args=False).log_prob(
+            x.detach()
+        )
 
     @torch.no_grad()
     def at_modes(self, log_mass: Tensor, loc: Tensor, scale: Tensor) -> MixtureBase:

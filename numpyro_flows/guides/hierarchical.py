@@ -31,7 +31,7 @@ from numpyro_flows.distributions import standard_base
 from numpyro_flows.guides.auto_flow import _cast
 from numpyro_flows.log_density import check_finite
 from numpyro_flows.noncentering import LOCATION_SCALE, WRAPPERS, unwrapped
-from numpyro_flows.transform_module import TransformModule, flow_module
+from numpyro_flows.transform_module import TransformModule, flow_module, full_precision
 
 LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
 _MOST_CORRELATED = 8  # latents of an element that have a full precision matrix unless asked for
@@ -669,6 +669,7 @@ class _GuideRun(Messenger):
                 u = locs[name] + jnp.exp(log_scales[name]) * ys[name]
                 self._standardise(group, name, u, locs[name], log_scales[name])
 
+    @full_precision
     def _place(self, group: Group, y: Array, loc: Array, log_scale: Array, tril: Array) -> None:
         """Puts the latents of a group's elements where their priors and pseudo-observations together have them."""
         prior = group.prior(self.priors, y)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
-from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.transform_module import TransformModule, full_precision
 
 
 class TriangularAffine(TransformModule):
@@ -39,9 +39,11 @@ class TriangularAffine(TransformModule):
     def scale_tril(self) -> Array:
         return jnp.tril(self.lower, -1) + jnp.diag(jnp.exp(self.log_diag))
 
+    @full_precision
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         return self.loc + x @ self.scale_tril.T, jnp.broadcast_to(self.log_diag.sum(-1), x.shape[:-1])
 
+    @full_precision
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         x = solve(self.scale_tril, y - self.loc, lower=True)
         return x, jnp.broadcast_to(-self.log_diag.sum(-1), y.shape[:-1])
@@ -77,12 +79,14 @@ class LULinear(TransformModule):
         lower = jnp.tril(self.lower, -1) + jnp.eye(self.lower.shape[-1], dtype=self.lower.dtype)
         return lower, jnp.triu(self.upper, 1) + jnp.diag(jnp.exp(self.log_diag))
 
+    @full_precision
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         lower, upper = self._factors()
         if self.permutation is not None:
             lower = lower[np.array(self.permutation)]
         return x @ upper.T @ lower.T + self.bias, jnp.broadcast_to(self.log_diag.sum(-1), x.shape[:-1])
 
+    @full_precision
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         lower, upper = self._factors()
         y = y - self.bias
@@ -112,10 +116,12 @@ class DenseLinear(TransformModule):
             raise ValueError(f"DenseLinear: weight must be ({dim}, {dim}), but got {self.weight.shape}.")
         self.bias = jnp.zeros(dim, self.weight.dtype)
 
+    @full_precision
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         log_det = jnp.linalg.slogdet(self.weight)[1]
         return x @ self.weight.T + self.bias, jnp.broadcast_to(log_det, x.shape[:-1])
 
+    @full_precision
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         log_det = jnp.linalg.slogdet(self.weight)[1]
         columns = (y - self.bias).reshape(-1, y.shape[-1]).T

@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
-from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.transform_module import TransformModule, full_precision
 from numpyro_flows.transforms.orthogonal import reflections
 
 
@@ -46,11 +46,13 @@ class LowRankLinear(TransformModule):
         core = jnp.triu(self.core, 1) + jnp.diag(jnp.exp(self.log_core))
         return self.left + v @ (core - eye[:rank] - v.T @ self.left), v, core
 
+    @full_precision
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         u, v, _ = self._factors()
         y = jnp.exp(self.log_diag) * (x + x @ v @ u.T) + self.bias
         return y, jnp.broadcast_to(self.log_diag.sum(-1) + self.log_core.sum(-1), x.shape[:-1])
 
+    @full_precision
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         u, v, core = self._factors()
         z = (y - self.bias) * jnp.exp(-self.log_diag)

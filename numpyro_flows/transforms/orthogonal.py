@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
 
 from numpyro_flows.conditioners import MLP
-from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.transform_module import TransformModule, full_precision
 from numpyro_flows.transforms.linear import solve
 
 
@@ -94,11 +94,13 @@ class QRLinear(TransformModule):
     def _upper(self) -> Array:
         return jnp.triu(self.upper, 1) + jnp.diag(jnp.exp(self.log_diag))
 
+    @full_precision
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         u, w = reflections(self.vectors)
         y = subtract(x @ self._upper().T, w, u) + self.bias
         return y, jnp.broadcast_to(self.log_diag.sum(-1), x.shape[:-1])
 
+    @full_precision
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         u, w = reflections(self.vectors)
         x = solve(self._upper(), subtract(y - self.bias, u, w), lower=False)
@@ -136,9 +138,11 @@ class Orthogonal(TransformModule):
         eye = jnp.eye(len(skew), dtype=skew.dtype)
         return jnp.linalg.solve(eye + skew, eye - skew)
 
+    @full_precision
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         return x @ self.matrix.T, jnp.zeros(x.shape[:-1], x.dtype)
 
+    @full_precision
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         return y @ self.matrix, jnp.zeros(y.shape[:-1], y.dtype)
 
@@ -147,6 +151,7 @@ class Orthogonal(TransformModule):
 PADE = [1.0, 1 / 2, 3 / 26, 5 / 312, 5 / 3432, 1 / 11440, 1 / 308880, 1 / 17297280]
 
 
+@full_precision
 def _exp_of_skew(a: Array) -> Array:
     """``exp(A)`` by scaling and squaring, with nothing read on the host. It is accurate for norms up to 243; beyond
     them it is orthogonal all the same, as the approximant of any skew ``A`` is."""
@@ -165,6 +170,7 @@ def _exp_of_skew(a: Array) -> Array:
     return q
 
 
+@full_precision
 def reflections(vectors: Array) -> tuple[Array, Array]:
     """``U`` and ``W`` ``(..., k, dim)`` with ``H_1 .. H_k = I - U^T W`` for the reflections at ``vectors``."""
     square = jnp.square(vectors).sum(-1, keepdims=True)
@@ -173,6 +179,7 @@ def reflections(vectors: Array) -> tuple[Array, Array]:
     return u, solve_triangular(jnp.triu(u @ u.mT, 1) + 0.5 * eye, u)
 
 
+@full_precision
 def subtract(x: Array, first: Array, second: Array) -> Array:
     """``x - second^T first x`` for matrices ``(..., k, dim)``."""
     if first.ndim == 2:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.transform_module import TransformModule, full_precision
 from numpyro_flows.transforms.orthogonal import reflections
 
 
@@ -36,6 +36,7 @@ class Rotated(TransformModule):
     def log_det_is_exact(self) -> bool:  # type: ignore[override]
         return self.transform.log_det_is_exact
 
+    @full_precision
     def rotation(self) -> Array:
         """``Q = H_1 .. H_dim``."""
         u, w = reflections(self.vectors)
@@ -43,10 +44,15 @@ class Rotated(TransformModule):
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         q = self.rotation()
-        y, log_det = self.transform.forward_and_log_det(x @ q.T, context)
-        return y @ q, log_det
+        y, log_det = self.transform.forward_and_log_det(_product(x, q.T), context)
+        return _product(y, q), log_det
 
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         q = self.rotation()
-        x, log_det = self.transform.inverse_and_log_det(y @ q.T, context)
-        return x @ q, log_det
+        x, log_det = self.transform.inverse_and_log_det(_product(y, q.T), context)
+        return _product(x, q), log_det
+
+
+@full_precision
+def _product(x: Array, matrix: Array) -> Array:
+    return x @ matrix

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from numpyro_flows.conditioners import MLP
 from numpyro_flows.numerical import monotone_root
-from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.transform_module import TransformModule, full_precision
 from numpyro_flows.transforms.planar import log_slope
 
 KINDS = ("orthogonal", "householder", "triangular")
@@ -95,6 +95,7 @@ class Sylvester(TransformModule):
         outer = jnp.triu(outer, 1) + jnp.eye(self.rank, dtype=outer.dtype) * bounded[..., None]
         return self._orthonormal(basis), outer, jnp.triu(inner), bias, product
 
+    @full_precision
     def _orthonormal(self, basis: Array) -> Array:
         if self.kind == "orthogonal":
             q, r = jnp.linalg.qr(basis.mT)
@@ -142,6 +143,7 @@ class Sylvester(TransformModule):
         return y + _times(basis, solved - z), log_det
 
 
+@full_precision
 def _times(matrix: Array, x: Array) -> Array:
     """``matrix x`` for every vector of the batch ``x``; the matrix may have batch axes too."""
     return (x[..., None, :] @ matrix.mT)[..., 0, :]

@@ -1,6 +1,7 @@
 """Microseconds of a step of variational inference, beside the ecosystems' own, in one run.
 
     python -m tests.benchmarks.svi [--backend numpyro|pyro] [--particles 16 256] [--steps 200] [--rounds 3]
+        [--device cuda]
 
 Models: eight schools, centred (10 latents), and a normal regression with 100 coefficients on 500 observations (101).
 Guides: an inverse autoregressive flow of two layers with two hidden layers of 32 units (128 in the regression), ReLU
@@ -250,8 +251,13 @@ def main() -> None:
     parser.add_argument("--particles", type=int, nargs="*", default=[16, 256])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="torch's device (jax uses its default)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if options.backend == "pyro":
+        import torch
+
+        torch.set_default_device(options.device)
     candidates = numpyro_candidates if options.backend == "numpyro" else pyro_candidates
     header: list[str] = []
     for model in options.models:

@@ -362,3 +362,28 @@ def test_batches_that_cannot_be_used_are_named(backend):
         p.transforms.initialised(flow, backend.array(np.ones((1, 2))))
     with pytest.raises(ValueError, match="Inverse"):
         p.transforms.with_batch_statistics(p.Inverse(flow), backend.array(np.ones((4, 2))))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["triangular", "lu", "plu", "qr", "householder-map", "orthogonal-exp", "low-rank", "dense", "conv1x1"],
+)
+def test_a_matrix_that_is_the_map_is_not_rounded(name):
+    """On GPUs jax multiplies in TF32 by default, which has three digits: the inverse would not be one."""
+    backend = backends.get("jax")
+    flow = backend.build(BY_NAME[name], 8)
+    for direction in (flow.forward_and_log_det, flow.inverse_and_log_det):
+        products = list(_products(backend.jax.make_jaxpr(direction)(np.ones((3, 8))).jaxpr))
+        assert all(p == (backend.jax.lax.Precision.HIGHEST,) * 2 for p in products)
+        assert products or direction == flow.inverse_and_log_det
+
+
+def _products(jaxpr):
+    """The precisions of all matrix products in a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.params["precision"]
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _products(inner)
