@@ -25,16 +25,30 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Linear(eqx.Module):
-    """``weight x + bias`` over the last axis; ``weight`` ``(out, in)``, uniform in ``+-1/sqrt(in)`` at the start."""
+    """``weight x + bias`` over the last axis; ``weight`` ``(out, in)``."""
 
     weight: Array
     bias: Array
 
-    def __init__(self, in_dim: int, out_dim: int, *, key: Array, zero: bool = False):
-        limit = 0.0 if zero else 1.0 / np.sqrt(max(in_dim, 1))
-        w_key, b_key = jax.random.split(key)
-        self.weight = jax.random.uniform(w_key, (out_dim, in_dim), minval=-limit, maxval=limit)
-        self.bias = jax.random.uniform(b_key, (out_dim,), minval=-limit, maxval=limit)
+
+def first_weights(shapes: Sequence[tuple[int, ...]], key: Array, zero: bool = True) -> list[tuple[Array, Array]]:
+    """Weights ``(out, in, ...)`` and biases of a network's layers, uniform in ``+-1/sqrt(fan-in)``.
+
+    From one draw: compiling takes most of a second for each.
+
+    :param shapes: of the weights.
+    :param zero: whether those of the last layer are zero.
+    """
+    fans = [math.prod(shape[1:]) for shape in shapes]
+    sizes = [shape[0] * (fan + 1) for shape, fan in zip(shapes, fans, strict=True)]
+    drawn = sizes[:-1] if zero else sizes
+    noise = jnp.split(jax.random.uniform(key, (sum(drawn),), minval=-1.0), np.cumsum(drawn)[:-1]) if drawn else []
+    noise += [jnp.zeros(size) for size in sizes[len(drawn) :]]
+    layers = []
+    for shape, fan, values in zip(shapes, fans, noise, strict=True):
+        weight, bias = jnp.split(values / np.sqrt(max(fan, 1)), [shape[0] * fan])
+        layers.append((weight.reshape(shape), bias))
+    return layers
 
 
 class MLP(eqx.Module):
@@ -68,12 +82,8 @@ class MLP(eqx.Module):
     ):
         check_network(hidden_dims, context_dim, activation)
         dims = (in_dim + context_dim, *hidden_dims, out_dim)
-        keys = jax.random.split(key, len(dims) - 1)
-        last = len(dims) - 2
-        self.layers = tuple(
-            Linear(i, o, key=k, zero=zero and n == last)
-            for n, (i, o, k) in enumerate(zip(dims, dims[1:], keys, strict=False))
-        )
+        shapes = list(zip(dims[1:], dims, strict=False))
+        self.layers = tuple(Linear(*weights) for weights in first_weights(shapes, key, zero))
         self.in_dim, self.context_dim, self.activation = in_dim, context_dim, activation
 
     def __call__(self, x: Array, context: Array | None = None) -> Array:
@@ -146,17 +156,10 @@ class MaskedMLP(MLP):
 
 
 class Convolution(eqx.Module):
-    """A convolution that keeps height and width; ``weight`` ``(out, in, size, size)`` as :class:`Linear`'s."""
+    """A convolution that keeps height and width; ``weight`` ``(out, in, size, size)``."""
 
     weight: Array
     bias: Array
-
-    def __init__(self, in_channels: int, out_channels: int, size: int, *, key: Array, zero: bool = False):
-        limit = 0.0 if zero else 1.0 / np.sqrt(max(in_channels * size * size, 1))
-        w_key, b_key = jax.random.split(key)
-        shape = (out_channels, in_channels, size, size)
-        self.weight = jax.random.uniform(w_key, shape, minval=-limit, maxval=limit)
-        self.bias = jax.random.uniform(b_key, (out_channels,), minval=-limit, maxval=limit)
 
     def __call__(self, x: Array) -> Array:
         """``(..., in, height, width)`` to ``(..., out, height, width)``."""
@@ -201,13 +204,11 @@ class CNN(eqx.Module):
         check_network(hidden_dims, context_dim, activation)
         self.shape, self.context_dim, self.activation = check_image(shape), context_dim, activation
         dims, sizes = (shape[0], *hidden_dims, out_channels), kernel_sizes(self.shape, len(hidden_dims) + 1)
-        keys = jax.random.split(key, len(dims))
-        last = len(dims) - 2
-        self.layers = tuple(
-            Convolution(i, o, size, key=keys[n], zero=n == last)
-            for n, (i, o, size) in enumerate(zip(dims, dims[1:], sizes, strict=False))
-        )
-        self.context = Linear(context_dim, dims[1], key=keys[-1], zero=last == 0) if context_dim else None
+        shapes = [(o, i, size, size) for i, o, size in zip(dims, dims[1:], sizes, strict=False)]
+        of_image, of_context = jax.random.split(key)
+        self.layers = tuple(Convolution(*weights) for weights in first_weights(shapes, of_image))
+        (weights,) = first_weights([(dims[1], context_dim)], of_context, zero=not hidden_dims)
+        self.context = Linear(*weights) if context_dim else None
 
     def __call__(self, x: Array, context: Array | None = None) -> Array:
         check_context(context, self.context_dim, type(self).__name__)

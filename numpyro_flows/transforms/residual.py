@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from numpyro_flows.conditioners import MLP, Linear, check_network
+from numpyro_flows.conditioners import MLP, Linear, check_network, first_weights
 from numpyro_flows.numerical import fixed_point_root
 from numpyro_flows.transform_module import TransformModule, _typed_key
 
@@ -71,11 +71,9 @@ class Residual(TransformModule):
         check_residual(hidden_dims, lipschitz, log_det)
         self.dim, self.lipschitz, self.log_det, self.exact_terms = dim, lipschitz, log_det, exact_terms
         dims = (dim, *hidden_dims, dim)
-        noise_key, c_key, *keys = jax.random.split(key, len(dims) + 1)
-        last = len(dims) - 2
-        self.layers = tuple(
-            Linear(i, o, key=k, zero=n == last) for n, (i, o, k) in enumerate(zip(dims, dims[1:], keys, strict=False))
-        )
+        noise_key, c_key, key = jax.random.split(key, 3)
+        shapes = list(zip(dims[1:], dims, strict=False))
+        self.layers = tuple(Linear(*weights) for weights in first_weights(shapes, key))
         self.slopes = tuple(jnp.zeros(width) for width in hidden_dims)
         self.conditioner = (
             MLP(0, hidden_dims, sum(dims[1:]), context_dim, activation, key=c_key) if context_dim else None

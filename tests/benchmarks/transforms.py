@@ -43,8 +43,8 @@ def torch_candidates(family: str, dim: int, batch: int, device: str) -> Iterator
 
     for name, build in TORCH[family].items():
         torch.manual_seed(0)
-        module, forward, inverse = build(dim)
-        module.to(device)
+        with torch.device(device):  # what peers keep beside their parameters, too
+            module, forward, inverse = build(dim)
         if name != "pyroflows":
             module.train()
         generator = torch.Generator().manual_seed(1)
