@@ -43,7 +43,7 @@ def test_correlated_gaussian_of_ten_dimensions(fitter):
     rng = np.random.default_rng(1)
     root = rng.normal(size=(10, 10)) * np.geomspace(0.01, 10, 10)[:, None]
     covariance = root @ root.T + 1e-6 * np.eye(10)
-    posterior = fitter.run("gaussian", fitter.array(covariance), num_steps=1000)
+    posterior = fitter.run("gaussian", fitter.array(covariance), num_steps=600, num_particles=64)
     draws = fitter.sample(posterior, 20_000)["z"]
     whitened = np.linalg.solve(np.linalg.cholesky(covariance), (draws - 1.0).T)
     np.testing.assert_allclose(whitened.mean(1), 0, atol=0.05)
@@ -80,7 +80,7 @@ def test_eight_schools_centred(fitter, no_warnings):
 @pytest.mark.optimised
 def test_supports(fitter):
     """Draws from priors of every kind of support; the evidence of a model without data is one."""
-    posterior = fitter.run("constrained", num_steps=1000)
+    posterior = fitter.run("constrained", num_steps=500, num_particles=64)
     draws = fitter.sample(posterior, 20_000)
     np.testing.assert_allclose(draws["simplex"].mean(0), np.array([2, 3, 4]) / 9, atol=0.01)
     np.testing.assert_allclose(draws["simplex"].sum(-1), 1, atol=1e-9)
@@ -113,7 +113,7 @@ def test_log_prob_is_the_density_of_the_constrained_values(fitter):
 
 @pytest.mark.optimised
 def test_dependent_supports(fitter):
-    posterior = fitter.run("dependent_support", num_steps=1000)
+    posterior = fitter.run("dependent_support", num_steps=400, num_particles=64)
     draws = fitter.sample(posterior, 20_000)
     assert (draws["b"] < draws["a"]).all()
     assert draws["a"].mean() == pytest.approx(1, abs=0.03) and draws["b"].mean() == pytest.approx(0.5, abs=0.03)
