@@ -100,14 +100,15 @@ class _Prior:
         self.model, self.args, self.kwargs = log_density.model, log_density.args, log_density.kwargs
         self.shapes = {name: jnp.shape(value) for name, value in log_density.unpack(points[0]).items()}
         self.sites: tuple[str, ...] = ()
-        seen = [self._sweep(point, _stay).seen for point in points]
-        self.sites = tuple(
-            name
-            for name in seen[0]
-            if any(
-                not np.array_equal(a, b) for other in seen[1:] for a, b in zip(seen[0][name], other[name], strict=True)
-            )
-        )
+        order: list[str] = []
+
+        def seen(point: Array) -> dict[str, tuple[Array, Array]]:
+            found = self._sweep(point, _stay).seen
+            order[:] = found
+            return found
+
+        values = jax.jit(jax.vmap(seen))(points)  # operation by operation it takes seconds
+        self.sites = tuple(name for name in order if any(np.ptp(np.asarray(a), 0).any() for a in values[name]))
 
     def run(self, x: Array, precision: Array, pseudo_data: Array, inverse: bool) -> tuple[Array, Array]:
         """The other side of ``x`` ``(dim,)`` and the logarithms ``(dim,)`` of the scales ``s``."""

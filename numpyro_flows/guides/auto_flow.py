@@ -123,7 +123,7 @@ class AutoFlow(AutoContinuous):
             flow_key = jax.random.fold_in(key, 1)
             if self.encoder is None:
                 flow = _built(self.flow, self.latent_dim, key=flow_key)
-                whole = [flow, TriangularAffine(self.latent_dim)] if self.full_rank else [flow]
+                whole = [flow, eqx.filter_jit(TriangularAffine)(self.latent_dim)] if self.full_rank else [flow]
             else:
                 self.standardized_encoder = self._standardized(key, args, kwargs)
                 context_dim = self._encode(None, args, kwargs).shape[-1]
@@ -131,7 +131,7 @@ class AutoFlow(AutoContinuous):
                 whole = [_built(conditional, self.latent_dim, key=flow_key)]
             layer = noncentering_of(self._log_density(args, kwargs), self._init_latent) if self.noncentered else None
             coordinates = Compose([] if layer is None else [layer])
-            start = coordinates.inverse_and_log_det(self._init_latent)[0]
+            start = inverse_of(coordinates, self._init_latent) if coordinates.layers else self._init_latent
             whole = _cast(whole, dtype)
             self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates])
             if self.base is not None:
@@ -141,7 +141,7 @@ class AutoFlow(AutoContinuous):
     def _location_and_scale(self, loc: Array, scale: float | Array) -> TransformModule:
         loc, scale = (jnp.asarray(a, self._init_latent.dtype) for a in (loc, scale))
         outer = TriangularAffine if scale.ndim == 2 else ElementwiseAffine
-        return outer(self.latent_dim, loc, scale)
+        return eqx.filter_jit(outer)(self.latent_dim, loc, scale)
 
     @property
     def outer_layers(self) -> list[TransformModule]:
@@ -508,6 +508,12 @@ def _without(data: Array, out: Array) -> Array:
         return data
     data = data.astype(jnp.result_type(data, jnp.float32))
     return jnp.where(out.reshape(-1, *[1] * (data.ndim - 1)), jnp.nan, data)
+
+
+@eqx.filter_jit
+def inverse_of(transform: TransformModule, y: Array) -> Array:
+    """The inverse alone, compiled."""
+    return transform.inverse_and_log_det(y)[0]
 
 
 def _built(factory: Callable, dim: int, *, key: Array) -> Any:

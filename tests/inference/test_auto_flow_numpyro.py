@@ -55,7 +55,7 @@ def train(model, guide, steps=300, loss=None, rate=1e-2, **kwargs):
 @pytest.fixture(scope="module")
 def trained():
     guide = AutoFlow(eight_schools, small)
-    return guide, train(eight_schools, guide, 1000)
+    return guide, train(eight_schools, guide, 3000)
 
 
 @pytest.mark.parametrize(
