@@ -102,7 +102,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--max-dim", type=int, default=13)
-    parser.add_argument("names", nargs="*")
+    short = {name.split("-")[-1]: name for name in POSTERIORS}  # as the table has them
+    parser.add_argument("names", nargs="*", type=lambda name: short.get(name, name), choices=[*POSTERIORS, []])
     options = parser.parse_args()
     fit = fitter(options.backend)
     models = importlib.import_module(f"tests.benchmarks.models.{options.backend}_models")

@@ -19,7 +19,7 @@ from tests.benchmarks.posteriors import add_options, fitter, peer_rows, print_ro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
-    parser.add_argument("names", nargs="*")
+    parser.add_argument("names", nargs="*", choices=[*TARGETS, []])
     options = parser.parse_args()
     fit = fitter(options.backend)
     models = importlib.import_module(f"tests.benchmarks.models.{options.backend}_models")
