@@ -296,7 +296,10 @@ def test_posteriors_of_a_normal_mean(lab):
     draws = np.asarray(vi.sample_posteriors(*lab.key(2), 1000, lab.array(sets))["theta"])
     exact = np.array([posterior_of_mean(x) for x in sets])
     assert np.sqrt(np.mean(((draws.mean(1) - exact[:, 0]) / exact[:, 1]) ** 2)) < 0.1
-    assert draws.std(1) / exact[:, 1] == pytest.approx(np.ones(len(sets)), abs=0.2)
+    sd_errors = np.abs(draws.std(1) / exact[:, 1] - 1)
+    assert (
+        np.sqrt(np.mean(sd_errors**2)) < 0.05 and np.quantile(sd_errors, 0.99) < 0.2
+    )  # draws of far data sets are rare
     optimum = 0.5 * np.log(2 * np.pi * np.e) + np.log(exact[0, 1])  # the entropy of every posterior
     assert vi.history.validation[-1, 1] == pytest.approx(optimum, abs=0.07)
     for x, (mean, sd, evidence) in zip(sets[:1], exact, strict=False):
