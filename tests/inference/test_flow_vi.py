@@ -253,9 +253,11 @@ def test_bad_options_are_named(fitter, option):
         fitter.pkg.FlowVI(fitter.models.funnel, **option)
 
 
-@pytest.mark.parametrize("flow", ["nsf", "iaf", "maf"])
+@pytest.mark.parametrize("flow", ["nsf", "iaf", pytest.param("maf", marks=pytest.mark.slow)])
 def test_other_flows_serve_as_well(fitter, flow):
-    posterior = fitter.run("conjugate", fitter.array(DATA), flow=getattr(fitter.pkg.flows, flow), num_steps=300)
+    posterior = fitter.run(
+        "conjugate", fitter.array(DATA), flow=getattr(fitter.pkg.flows, flow), num_steps=300, num_particles=64
+    )
     evidence = stats.multivariate_normal.logpdf(DATA, cov=np.eye(20) + 4.0)
     assert posterior._log_evidence().value == pytest.approx(evidence, abs=0.02)
 
@@ -627,7 +629,7 @@ def test_noncentering_takes_prior_and_data_out(fitter):
 
 
 def test_noncentering_finds_the_observations_of_a_normal_likelihood(fitter, tmp_path):
-    posterior = fitter.run("eight_schools", num_steps=20)
+    posterior = fitter.run("eight_schools", num_steps=20, num_starts=2)
     layer = posterior.guide.noncentering
     sigma, y = (np.asarray(a) for a in (fitter.models.SIGMA, fitter.models.Y))
     np.testing.assert_allclose(np.asarray(layer.precision)[2:], sigma**-2.0, rtol=1e-4)
@@ -645,7 +647,7 @@ def test_noncentering_finds_the_observations_of_a_normal_likelihood(fitter, tmp_
 def test_noncentering_where_there_is_nothing_to_take_out(fitter):
     guide, _ = noncentered(fitter, "gamma")
     assert guide.noncentering is None
-    assert fitter.run("eight_schools", num_steps=2, noncentered=False).guide.noncentering is None
+    assert fitter.run("eight_schools", num_steps=2, num_starts=1, noncentered=False).guide.noncentering is None
     with pytest.raises(RuntimeError, match="noncentered"):
         guide.set_noncentering(None)
 
