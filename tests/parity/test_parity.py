@@ -115,10 +115,12 @@ ROOMS = [
 # where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters, and
 # their methods take the model's arguments, and training is in place; jax differentiates a function of one draw, where
 # torch has batched methods; torch asks on the host whether a search may end, where jax has a loop of its own; torch's
-# vmap has to be helped
+# vmap has to be helped; jax has weights drawn together, for every draw is compiled, and rounds matrix products on GPUs
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
+    "first_weights",
     "flow_module",
+    "full_precision",
     "parameters",
     "readable",
     "settled",
