@@ -34,7 +34,7 @@ class Linear(eqx.Module):
 def first_weights(shapes: Sequence[tuple[int, ...]], key: Array, zero: bool = True) -> list[tuple[Array, Array]]:
     """Weights ``(out, in, ...)`` and biases of a network's layers, uniform in ``+-1/sqrt(fan-in)``.
 
-    From one draw: compiling takes most of a second for each.
+    From one draw, since every draw in a program takes half a second to compile.
 
     :param shapes: of the weights.
     :param zero: whether those of the last layer are zero.
@@ -207,8 +207,9 @@ class CNN(eqx.Module):
         shapes = [(o, i, size, size) for i, o, size in zip(dims, dims[1:], sizes, strict=False)]
         of_image, of_context = jax.random.split(key)
         self.layers = tuple(Convolution(*weights) for weights in first_weights(shapes, of_image))
-        (weights,) = first_weights([(dims[1], context_dim)], of_context, zero=not hidden_dims)
-        self.context = Linear(*weights) if context_dim else None
+        self.context = None
+        if context_dim:
+            self.context = Linear(*first_weights([(dims[1], context_dim)], of_context, zero=not hidden_dims)[0])
 
     def __call__(self, x: Array, context: Array | None = None) -> Array:
         check_context(context, self.context_dim, type(self).__name__)

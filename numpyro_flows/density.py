@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
-from numpyro_flows.distributions import Base, ConditionalFlowDistribution, FlowDistribution
+from numpyro_flows.distributions import Base, ConditionalFlowDistribution, FlowDistribution, standard_base
 from numpyro_flows.elbo import flow_matching, velocity_of
 from numpyro_flows.training import FitHistory, train
 from numpyro_flows.transform_module import Compose, TransformModule
@@ -106,7 +106,7 @@ def _fit_modules(
         data = outer.inverse_and_log_det(data)[0]
     offset = 0.0 if outer is None else float(outer.log_scale.sum())
     if base is None:
-        base = dist.Normal(jnp.zeros_like(data[0]), 1.0).to_event(1)
+        base = standard_base(data.shape[-1], like=data)
     held = round(n * validation)
     key, order_key = jax.random.split(key)
     order = jax.random.permutation(order_key, n)

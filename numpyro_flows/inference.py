@@ -22,7 +22,7 @@ from numpyro_flows.distributions import Base, FlexibleBase, MixtureBase
 from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient
 from numpyro_flows.evidence import PARETO_K_GOOD
 from numpyro_flows.guides import AutoFlow
-from numpyro_flows.guides.auto_flow import check_base, inverse_of
+from numpyro_flows.guides.auto_flow import check_base
 from numpyro_flows.initialization import (
     MAX_HESSIAN_DIM,
     Start,
@@ -330,7 +330,7 @@ class FlowVI:
 
         def search() -> tuple[Target, Start]:
             target = Target(*(partial(_in_numpy, function, guide.noncentering) for function in functions))
-            points = [np.asarray(inverse_of(guide.coordinates, guide.init_loc), float)]
+            points = [np.asarray(eqx.filter_jit(guide.coordinates.inverse_and_log_det)(guide.init_loc)[0], float)]
             for point in self._points(guide, log_density, target, key, self.num_starts - 1):
                 if not np.allclose(point, points[0]):
                     points.append(point)

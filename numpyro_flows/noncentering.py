@@ -107,7 +107,7 @@ class _Prior:
             order[:] = found
             return found
 
-        values = jax.jit(jax.vmap(seen))(points)  # operation by operation it takes seconds
+        values = jax.jit(jax.vmap(seen))(points)  # one program for dozens
         self.sites = tuple(name for name in order if any(np.ptp(np.asarray(a), 0).any() for a in values[name]))
 
     def run(self, x: Array, precision: Array, pseudo_data: Array, inverse: bool) -> tuple[Array, Array]:

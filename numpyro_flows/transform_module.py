@@ -28,7 +28,7 @@ def full_precision(function: Callable) -> Callable:
     rounded so, since both directions and the log-determinant see the same; a matrix that is itself the map may not.
     """
 
-    @wraps(function)
+    @wraps(function)  # jax's context itself, as a decorator, has one state for all calls: nested and other threads'
     def precise(*args: Any, **kwargs: Any) -> Any:
         with jax.default_matmul_precision("highest"):
             return function(*args, **kwargs)

@@ -9,7 +9,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyroflows.distributions import Base, ConditionalFlowDistribution, FlowDistribution, distribution_of
+from pyroflows.distributions import (
+    Base,
+    ConditionalFlowDistribution,
+    FlowDistribution,
+    distribution_of,
+    standard_base,
+)
 from pyroflows.elbo import flow_matching, velocity_of
 from pyroflows.training import FitHistory, train
 from pyroflows.transform_module import Compose, TransformModule
@@ -66,7 +72,7 @@ def fit_density(
         data = outer.inverse_and_log_det(data)[0]
     offset = 0.0 if outer is None else float(outer.log_scale.sum())
     if base is None:
-        base = dist.Normal(torch.zeros_like(data[0]), 1.0).to_event(1)
+        base = standard_base(dim, like=data)
     held = round(n * validation)
     order = torch.randperm(n, device=data.device)
     held_out, training = order[:held], order[held:]

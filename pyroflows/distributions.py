@@ -283,7 +283,7 @@ class DiagonalMixture(dist.TorchDistribution):
     def rsample(self, sample_shape=()) -> Tensor:  # type: ignore[override]
         shape = torch.Size(sample_shape) + self.batch_shape
         with torch.no_grad():
-            k = torch.distributions.Categorical(logits=self.logits).sample(shape)
+            k = torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(shape)
             x = self.loc[k] + self.scale[k] * torch.randn_like(self.loc[k])
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in (self.logits, self.loc, self.scale))):
             return x

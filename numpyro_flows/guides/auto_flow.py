@@ -131,7 +131,7 @@ class AutoFlow(AutoContinuous):
                 whole = [_built(conditional, self.latent_dim, key=flow_key)]
             layer = noncentering_of(self._log_density(args, kwargs), self._init_latent) if self.noncentered else None
             coordinates = Compose([] if layer is None else [layer])
-            start = inverse_of(coordinates, self._init_latent) if coordinates.layers else self._init_latent
+            start = eqx.filter_jit(coordinates.inverse_and_log_det)(self._init_latent)[0]
             whole = _cast(whole, dtype)
             self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates])
             if self.base is not None:
@@ -508,12 +508,6 @@ def _without(data: Array, out: Array) -> Array:
         return data
     data = data.astype(jnp.result_type(data, jnp.float32))
     return jnp.where(out.reshape(-1, *[1] * (data.ndim - 1)), jnp.nan, data)
-
-
-@eqx.filter_jit
-def inverse_of(transform: TransformModule, y: Array) -> Array:
-    """The inverse alone, compiled."""
-    return transform.inverse_and_log_det(y)[0]
 
 
 def _built(factory: Callable, dim: int, *, key: Array) -> Any:

@@ -1,8 +1,10 @@
 """FlowVI in one package, with numpy in and out."""
 
 import importlib
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
+import pytest
 
 from tests import backends
 
@@ -51,3 +53,29 @@ class Fitter:
 
     def resample(self, posterior, n, seed=1):
         return {k: np.asarray(v) for k, v in posterior.importance_resample(*self.key(seed), n).items()}
+
+
+@contextmanager
+def within_steps(context):
+    """Has FlowVI in torch run its steps within ``context()``, but for the first ones, which record the model.
+
+    Gives a list that takes up the numbers of those steps.
+    """
+    torch, inference = importlib.import_module("torch"), importlib.import_module("pyroflows.inference")
+    counts, next_chunk, tolist = [], inference.Schedule.next_chunk, torch.Tensor.tolist
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as entered:
+
+        def before_steps(schedule, trace, divergence):
+            steps = next_chunk(schedule, trace, divergence)
+            if trace and steps is not None:
+                entered.enter_context(context())
+                counts.append(len(steps))
+            return steps
+
+        def after_steps(x):
+            entered.close()
+            return tolist(x)
+
+        patch.setattr(inference.Schedule, "next_chunk", before_steps)
+        patch.setattr(torch.Tensor, "tolist", after_steps)
+        yield counts

@@ -6,12 +6,14 @@ import io
 import math
 import pickle
 import re
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 from scipy import stats
 from scipy.special import expit
+
+from tests.inference.fitting import within_steps
 
 EVIDENCE_EIGHT_SCHOOLS = -31.311  # by two-dimensional quadrature, and by long NUTS runs
 
@@ -652,41 +654,27 @@ def test_noncentering_where_there_is_nothing_to_take_out(fitter):
         guide.set_noncentering(None)
 
 
-def test_no_step_in_torch_reads_a_number_on_the_host(monkeypatch):
+def test_no_step_in_torch_reads_a_number_on_the_host():
     """On a GPU every such read waits for all that was asked of it. Validation of distributions does it, for one."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("pyro")
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    inference = importlib.import_module("pyroflows.inference")
     models = importlib.import_module("tests.inference.models_pyro")
     reads = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            by_mask = "index" in func.__name__ and any(i is not None and i.dtype == torch.bool for i in args[1])
-            # the last makes a tensor of a number
-            if func.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "equal", "lift_fresh") or by_mask:
-                reads.append(func.__name__)
+            name = func.__name__.split(".")[0]
+            by_mask = name in ("index", "index_put", "index_put_") and any(
+                i is not None and i.dtype == torch.bool for i in args[1]
+            )
+            if by_mask or name in ("_local_scalar_dense", "nonzero", "equal", "lift_fresh"):  # the last: of a number
+                reads.append(name)
             return func(*args, **(kwargs or {}))
 
-    watching, watched = ExitStack(), []
-    next_chunk, tolist = inference.Schedule.next_chunk, torch.Tensor.tolist
-
-    def before_steps(schedule, trace, divergence):
-        steps = next_chunk(schedule, trace, divergence)
-        if trace and steps is not None:  # the first steps record the model
-            watching.enter_context(Watch())
-            watched.append(len(steps))
-        return steps
-
-    def after_steps(x):
-        watching.close()
-        return tolist(x)
-
-    monkeypatch.setattr(inference.Schedule, "next_chunk", before_steps)
-    monkeypatch.setattr(torch.Tensor, "tolist", after_steps)
     y, sigma = torch.as_tensor(models.Y), torch.as_tensor(models.SIGMA)
-    vi = inference.FlowVI(models.eight_schools, num_steps=100, num_starts=1, progress_bar=False)
-    vi.run(y, sigma)
-    assert sum(watched) >= 50 and not reads
+    kind = importlib.import_module("pyroflows").FlowVI
+    with within_steps(Watch) as counts:
+        kind(models.eight_schools, num_steps=100, num_starts=1, progress_bar=False).run(y, sigma)
+    assert sum(counts) >= 50 and not reads

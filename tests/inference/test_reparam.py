@@ -229,7 +229,7 @@ def test_a_site_that_stays_may_be_discrete(eco):
 
 def test_one_site_in_the_ecosystem_s_reparam(eco):
     """The flow moves all elements of a site in a plate jointly, from one vector outside of the plate."""
-    fn, f = eco.models.eight_schools, flow(eco, 8, sd=0.1)  # of tame tails
+    fn, f = eco.models.eight_schools, flow(eco, 8, sd=0.3)  # of tame tails
     config = {"theta": eco.pkg.FlowReparam(f)}
     model, z = eco.handlers.reparam(fn, config=config), np.random.default_rng(4).normal(size=8)
     u, log_det = eco.flows.run(f, z)
@@ -239,7 +239,7 @@ def test_one_site_in_the_ecosystem_s_reparam(eco):
     config["mu"] = config["theta"]
     with pytest.raises(ValueError, match="'mu' came to the flow.*a FlowReparam of its own"):
         eco.trace(eco.handlers.reparam(fn, config=config))
-    other = {"theta": eco.pkg.FlowReparam({("mu", "theta"): flow(eco, 9, sd=0.1)})}
+    other = {"theta": eco.pkg.FlowReparam({("mu", "theta"): flow(eco, 9, sd=0.3)})}
     with pytest.raises(ValueError, match="'theta' came to the flow.*neutra.reparam"):
         eco.trace(eco.handlers.reparam(fn, config=other))
 
