@@ -26,6 +26,7 @@ from numpyro_flows.inference import FlowVI
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.posterior import FlowPosterior, History
 from numpyro_flows.prior_predictive import PriorPredictive, Simulations
+from numpyro_flows.programs import quick_key
 from numpyro_flows.training import FitHistory, train
 from numpyro_flows.transform_module import TransformModule, flow_module, parameters
 
@@ -138,7 +139,7 @@ class AmortisedFlowVI:
         :raises RuntimeError: if no simulation, or no step's gradient, was finite.
         """
         begin = time.perf_counter()
-        setup_key, set_key, fit_key = jax.random.split(rng_key, 3)
+        setup_key, set_key, fit_key = jax.random.split(quick_key(rng_key), 3)
         source = self._source(args, kwargs)
         guide = self._guide(setup_key, source)
         if self.data_sets is not None:
@@ -228,11 +229,11 @@ class AmortisedFlowVI:
     ) -> tuple[tuple, FitHistory]:
         modules = guide.transform, guide.learned_base, guide.standardized_encoder
         params, static = eqx.partition(modules, eqx.is_inexact_array)
-        fixed_base, unpack, dim = guide.get_base_dist(), guide._unpack_latent, guide.latent_dim
+        fixed_base, shapes = guide.get_base_dist(), guide.latent_shapes
         held_key, key = jax.random.split(key)
 
         def log_joint(u: Array, data: tuple[Array, ...]) -> Array:
-            return LogDensity(self.model, *source.call(data), dim, unpack)(u)
+            return LogDensity(self.model, *source.call(data), shapes)(u)
 
         def terms(params: Any, batch: Simulations, key: Array) -> Array:
             """The loss of every data set ``(n,)``."""
@@ -306,7 +307,7 @@ class AmortisedFlowVI:
         """
         begin = time.perf_counter()
         guide, _ = self._fitted()
-        draw_key, refine_key = jax.random.split(rng_key)
+        draw_key, refine_key = jax.random.split(quick_key(rng_key))
         own, params = guide.at_data(self.params, *args, **kwargs)
         log_density = own.log_density(*args, **kwargs)
         history = History(np.zeros(0), stationary=True, seconds=time.perf_counter() - begin)
@@ -352,7 +353,7 @@ class AmortisedFlowVI:
                 f"{_OWNER}: data sets must be as many in every argument that holds data, but their first axes are "
                 f"{sorted(n)}."
             )
-        return self._draws(jax.random.split(rng_key, n.pop()), data, num_samples)
+        return self._draws(jax.random.split(quick_key(rng_key), n.pop()), data, num_samples)
 
     def _draws(self, keys: Array, data: tuple[Array, ...], num_samples: int) -> dict[str, Array]:
         pieces = [slice(i, i + _PIECE) for i in range(0, len(keys), _PIECE)]
@@ -363,6 +364,7 @@ class AmortisedFlowVI:
     def _compiled(self) -> Callable:
         """Draws for data sets ``(n, ...)``, compiled once for all of one size."""
         guide, source = self._fitted()
+        shapes = guide.latent_shapes
 
         @partial(jax.jit, static_argnums=2)
         def many(keys: Array, data: tuple[Array, ...], num_samples: int, params: dict) -> dict[str, Array]:
@@ -372,9 +374,7 @@ class AmortisedFlowVI:
             def one(key: Array, context: Array, data: tuple[Array, ...]) -> dict[str, Array]:
                 u = transform.forward_and_log_det(base.sample(key, (num_samples,)), context)[0]
                 args, kwargs = source.call(data)
-                return jax.vmap(LogDensity(self.model, args, kwargs, guide.latent_dim, guide._unpack_latent).constrain)(
-                    u
-                )
+                return jax.vmap(LogDensity(self.model, args, kwargs, shapes).constrain)(u)
 
             return jax.vmap(one)(keys, contexts, data)
 

@@ -13,6 +13,7 @@ from jax import Array
 
 from numpyro_flows.distributions import Base, ConditionalFlowDistribution, FlowDistribution, standard_base
 from numpyro_flows.elbo import flow_matching, velocity_of
+from numpyro_flows.programs import quick_key
 from numpyro_flows.training import FitHistory, train
 from numpyro_flows.transform_module import Compose, TransformModule
 from numpyro_flows.transforms import ElementwiseAffine
@@ -108,7 +109,7 @@ def _fit_modules(
     if base is None:
         base = standard_base(data.shape[-1], like=data)
     held = round(n * validation)
-    key, order_key = jax.random.split(key)
+    key, order_key = jax.random.split(quick_key(key))
     order = jax.random.permutation(order_key, n)
     held_out, training = order[:held], order[held:]
     learned = (flow, base) if isinstance(base, Base) else (flow, None)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from numpyro_flows.noncentering import pulled_back
+from numpyro_flows.log_density import LogDensity
+from numpyro_flows.noncentering import forward, inverse, pulled_back, with_density
 from numpyro_flows.refinement import BaseSpace
 
 _NUM_CHAINS = 128
@@ -76,36 +77,37 @@ def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, floa
 
 def _in_base_space(posterior: Any, rng_key: Array) -> np.ndarray:
     """Log weights ``(chains,)`` at the ends of chains in the space of the guide's base."""
-    space = BaseSpace(posterior)
+    return np.asarray(posterior._programs(_base_space_chains, BaseSpace(posterior), rng_key), float)
 
-    @jax.jit
-    def run(rng_key: Array) -> Array:
-        start_key, run_key = jax.random.split(rng_key)
-        z = _hamiltonian(space.log_density, space.base.sample(start_key, (_NUM_CHAINS,)), run_key)
-        scored = space.score(z)
-        return scored.log_model - scored.log_guide
 
-    return np.asarray(run(rng_key), float)
+def _base_space_chains(space: BaseSpace, rng_key: Array) -> Array:
+    start_key, run_key = jax.random.split(rng_key)
+    z, value = _hamiltonian(space.log_density, space.base.sample(start_key, (_NUM_CHAINS,)), run_key)
+    return value - space.base.log_prob(z)
 
 
 def _in_whitened_space(posterior: Any, rng_key: Array) -> np.ndarray:
     """The same, of chains in the coordinates where the guide has mean zero and covariance one."""
-    coordinates, density = posterior.guide.coordinates, pulled_back(posterior.log_density, posterior.guide.noncentering)
-    x = jax.jit(lambda u: coordinates.inverse_and_log_det(u)[0])(posterior.draws.unconstrained[: 8 * _NUM_CHAINS])
-
-    @jax.jit
-    def run(x: Array, loc: Array, scale_tril: Array, rng_key: Array) -> tuple[Array, Array]:
-        def log_density(z: Array) -> Array:
-            value = density(loc + scale_tril @ z)
-            return jnp.where(jnp.isnan(value), -jnp.inf, value)
-
-        starts = jnp.linalg.solve(scale_tril, (x[:_NUM_CHAINS] - loc).T).T
-        ends = loc + _hamiltonian(log_density, starts, rng_key) @ scale_tril.T
-        u, log_det = coordinates.forward_and_log_det(ends)
-        return u, jax.vmap(density)(ends) - log_det
-
-    u, log_model = run(x, *(jnp.asarray(a, x.dtype) for a in _location_and_scale(np.asarray(x, float))), rng_key)
+    coordinates, density = with_density(posterior.guide.coordinates, None), posterior.log_density
+    x, _ = posterior._programs(inverse, coordinates, density, posterior.draws.unconstrained[: 8 * _NUM_CHAINS])
+    moments = (np.asarray(a, x.dtype) for a in _location_and_scale(np.asarray(x, float)))
+    u, log_model = posterior._programs(_whitened_chains, coordinates, density, x[:_NUM_CHAINS], *moments, rng_key)
     return np.asarray(log_model - posterior._log_guide(u), float)
+
+
+def _whitened_chains(
+    coordinates: Any, log_density: LogDensity, x: Array, loc: Array, scale_tril: Array, rng_key: Array
+) -> tuple[Array, Array]:
+    """Ends of chains from ``x``, as latent vectors, and the model's log-densities there."""
+    density = pulled_back(log_density, next(iter(coordinates.layers), None))
+
+    def whitened(z: Array) -> Array:
+        value = density(loc + scale_tril @ z)
+        return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+    z, value = _hamiltonian(whitened, jnp.linalg.solve(scale_tril, (x - loc).T).T, rng_key)
+    u, log_det = forward(coordinates, log_density, loc + z @ scale_tril.T)
+    return u, value - log_det
 
 
 def _location_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,13 +120,16 @@ def _location_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return loc, np.diag(scale)
 
 
-def _hamiltonian(log_density: Callable[[Array], Array], z: Array, rng_key: Array) -> Array:
-    """Ends ``(chains, dim)`` of chains from ``z``; the step size is adapted to all of them, each has a share of it."""
+def _hamiltonian(log_density: Callable[[Array], Array], z: Array, rng_key: Array) -> tuple[Array, Array]:
+    """Ends ``(chains, dim)`` of chains from ``z``, and their log-densities ``(chains,)``.
+
+    The step size is adapted to all chains, and each has a share of it.
+    """
     value_and_grad = jax.vmap(jax.value_and_grad(log_density))
     share = jnp.geomspace(_SHORTEST, 1.0, len(z), dtype=z.dtype)[:, None]
 
-    def step(carry: tuple[Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        (z, log_step), (key, rate) = carry, inputs
+    def step(carry: tuple[Array, Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple, None]:
+        (z, _, log_step), (key, rate) = carry, inputs
         momentum_key, accept_key = jax.random.split(key)
         start = jax.random.normal(momentum_key, z.shape, z.dtype)
         size = share * jnp.exp(log_step)
@@ -142,9 +147,9 @@ def _hamiltonian(log_density: Callable[[Array], Array], z: Array, rng_key: Array
         probability = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio), 0.0))
         accepted = jax.random.uniform(accept_key, probability.shape, z.dtype) < probability
         log_step = log_step + rate * (probability.mean() - _ACCEPTANCE)
-        return (jnp.where(accepted[:, None], new, z), log_step), None
+        return (jnp.where(accepted[:, None], new, z), jnp.where(accepted, last, first), log_step), None
 
     log_step = jnp.asarray(-0.25 * math.log(z.shape[-1]), z.dtype)
     rates = 2.0 / jnp.sqrt(1.0 + jnp.arange(_NUM_ITERATIONS, dtype=z.dtype))
     keys = jax.random.split(rng_key, _NUM_ITERATIONS)
-    return lax.scan(step, (z, log_step), (keys, rates))[0][0]
+    return lax.scan(step, (z, jnp.zeros(len(z), z.dtype), log_step), (keys, rates))[0][:2]

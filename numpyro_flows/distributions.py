@@ -21,6 +21,7 @@ from numpyro_flows.conditioners import MLP
 from numpyro_flows.transform_module import Compose, TransformModule
 from numpyro_flows.transforms import Elementwise
 from numpyro_flows.univariate import SinhArcsinh, TailTransform
+from numpyro_flows.univariate.tails import side, stretch
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -154,8 +155,16 @@ class LocScaleBase(Base):
 
 
 class _HeavyTails(TailTransform):
+    """Weights are positive, which is half of the work."""
+
     def _weight(self, raw: Array) -> Array:
         return self.max_weight * jax.nn.sigmoid(raw)
+
+    def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:
+        return stretch(x, True, self._weight(side(x, params)))
+
+    def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
+        return stretch(y, False, self._weight(side(y, params)))
 
 
 class FlexibleBase(Base):

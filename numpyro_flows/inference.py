@@ -34,8 +34,9 @@ from numpyro_flows.initialization import (
     pseudo_observations,
 )
 from numpyro_flows.log_density import LogDensity, prototype_trace
-from numpyro_flows.noncentering import pulled_back
+from numpyro_flows.noncentering import Noncentering, hessian, inverse, log_densities, value_and_grad, with_density
 from numpyro_flows.posterior import FlowPosterior, History
+from numpyro_flows.programs import Programs, quick_key
 from numpyro_flows.training import CHUNK, first_state, update
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
@@ -135,6 +136,8 @@ class FlowVI:
         self.noncentered, self.escalate, self.richer = noncentered, escalate, tuple(richer)
         self.max_time, self.max_gradients = max_time, max_gradients
         self.num_starts, self.init_loc_fn, self.progress_bar = num_starts, init_loc_fn, progress_bar
+        self._programs = Programs()  # of all its runs
+        self._held: bool | None = None  # see AutoFlow
 
     def run(self, rng_key: Array, *args: Any, **kwargs: Any) -> FlowPosterior:
         """Fits the model given its arguments. Ctrl-C ends the fit early and keeps what it has reached.
@@ -143,7 +146,7 @@ class FlowVI:
         :raises RuntimeError: if no start has a finite ELBO, or every gradient is not finite.
         """
         budget = Budget(self.max_time, self.max_gradients)
-        setup_key, start_key, fit_key, draw_key, probe_key = jax.random.split(rng_key, 5)
+        setup_key, start_key, fit_key, draw_key, probe_key = jax.random.split(quick_key(rng_key), 5)
         guide = self._guide(self.base_df, self.base, setup_key, args, kwargs)
         log_density = guide.log_density(*args, **kwargs)
         target, start = self._find_start(guide, log_density, start_key)
@@ -233,8 +236,12 @@ class FlowVI:
             full_rank=True,
             noncentered=self.noncentered,
         )
+        guide._programs, guide._held = self._programs, self._held
         with handlers.seed(rng_seed=key):
             guide._setup_prototype(*args, **kwargs)
+        if not guide._held and not self._agrees(guide, guide.log_density(*args, **kwargs)):
+            self._held = True
+            return self._guide(base_df, base, key, args, kwargs, flow)
         learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
         if learned:
             raise ValueError(
@@ -242,6 +249,13 @@ class FlowVI:
                 "or train them together with an AutoFlow guide by numpyro.infer.SVI."
             )
         return guide
+
+    def _agrees(self, guide: AutoFlow, log_density: LogDensity) -> bool:
+        """Whether the model's density is the same for arguments which are a program's inputs as for those at hand."""
+        coordinates: Any = with_density(guide.coordinates, None)
+        x, log_det = self._programs(inverse, coordinates, log_density, guide.init_loc)
+        value, _ = self._programs(value_and_grad, log_density, next(iter(coordinates.layers), None), x)
+        return bool(np.isclose(value + log_det, log_density(guide.init_loc), rtol=1e-3, atol=1e-3))
 
     def _fit(
         self,
@@ -309,28 +323,22 @@ class FlowVI:
     def _points(self, guide: AutoFlow, log_density: LogDensity, target: Target, key: Array, n: int) -> list[np.ndarray]:
         """Points of finite log-density by ``init_loc_fn``, at most ``n``."""
 
-        @jax.jit
-        def unconstrain(samples):
-            return guide.coordinates.inverse_and_log_det(log_density.unconstrain(samples)[0])[0]
-
-        points = []
+        points, coordinates = [], with_density(guide.coordinates, None)
         for k in jax.random.split(key, n):
             trace = prototype_trace(
                 handlers.seed(self.model, k), log_density.args, log_density.kwargs, self.init_loc_fn
             )
-            points.append(
-                np.asarray(unconstrain({name: trace[name]["value"] for name in log_density.site_names}), float)
-            )
+            samples = {name: trace[name]["value"] for name in log_density.site_names}
+            points.append(np.asarray(self._programs(_point, coordinates, log_density, samples), float))
         return [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
 
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
 
-        functions = _compiled(log_density)
-
         def search() -> tuple[Target, Start]:
-            target = Target(*(partial(_in_numpy, function, guide.noncentering) for function in functions))
-            points = [np.asarray(eqx.filter_jit(guide.coordinates.inverse_and_log_det)(guide.init_loc)[0], float)]
+            coordinates = with_density(guide.coordinates, None)
+            target = self._target(log_density, next(iter(coordinates.layers), None))  # type: ignore[attr-defined]
+            points = [np.asarray(self._programs(inverse, coordinates, log_density, guide.init_loc)[0], float)]
             for point in self._points(guide, log_density, target, key, self.num_starts - 1):
                 if not np.allclose(point, points[0]):
                     points.append(point)
@@ -341,8 +349,7 @@ class FlowVI:
         if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
         x = jnp.asarray(start.loc, guide.init_loc.dtype)
-        at_start = eqx.filter_jit(lambda layer, x: (layer.forward_and_log_det(x)[0], layer.scales(x)))
-        u, scales = (np.asarray(a, float) for a in at_start(plain, x))
+        u, scales = (np.asarray(a, float) for a in self._programs(_centred, plain.with_density(None), log_density, x))
         guide.set_noncentering(
             plain.with_pseudo_observations(*pseudo_observations(target, start.loc, u, scales, plain.elements))
         )
@@ -352,6 +359,11 @@ class FlowVI:
             return adapted, again._replace(gradients=gradients)
         guide.set_noncentering(plain)
         return target, start._replace(gradients=gradients)
+
+    def _target(self, log_density: LogDensity, noncentering: Noncentering | None) -> Target:
+        """The density in a guide's coordinates."""
+        of = [partial(self._programs, f, log_density, noncentering) for f in (log_densities, value_and_grad, hessian)]
+        return Target(*(partial(_in_numpy, program) for program in of))
 
     def _look_elsewhere(
         self, posterior: FlowPosterior, target: Target, start: Start, key: Array, budget: Budget
@@ -387,49 +399,13 @@ class FlowVI:
         schedule = schedule or Schedule(self.num_steps, self.learning_rate)
         outer = Compose(guide.outer_layers)
         inner, learned = modules or (Compose(guide.transform.layers[: -len(guide.outer_layers)]), guide.learned_base)
-        params, static = eqx.partition((inner, learned), eqx.is_inexact_array)
+        params, rest = eqx.partition((inner, learned), eqx.is_inexact_array)
         fixed_base, n = guide.get_base_dist(), num_particles or self.num_particles
         use_path = self.path_gradient
         if use_path is None:
-            forward, inverse = inner.passes
-            use_path = inverse <= forward
-
-        def whitened(z):
-            u, log_det = outer.forward_and_log_det(z)
-            return jax.vmap(log_density)(u) + log_det
-
-        def modules_at(params):
-            transform, learned = eqx.combine(params, static)
-            return transform, fixed_base if learned is None else learned
-
-        def loss(params, key):
-            transform, base = modules_at(params)
-            x, log_density_of_base = base.draw(key, n) if isinstance(base, Base) else (base.sample(key, (n,)), None)
-            terms, z = elbo_terms(transform, base, whitened, x, path=use_path)
-            score = 0.0 if log_density_of_base is None else score_gradient(terms, log_density_of_base)
-            return score - terms.mean(), (terms, z)
-
-        def step(annealing, state, step_size_and_key):
-            step_size, key = step_size_and_key
-            gradient, (terms, z) = jax.grad(loss, has_aux=True)(state[0], key)
-
-            def with_divergence():
-                def divergence(params):
-                    transform, base = modules_at(params)
-                    return forward_kl(transform, base, z, terms)
-
-                return jax.tree.map(jnp.add, gradient, jax.grad(divergence)(state[0]))
-
-            if use_path and tails:  # one program for both phases; the plain ELBO's steps are all alike
-                gradient = lax.cond(annealing, with_divergence, lambda: gradient)
-            return update(state, gradient, step_size), (terms.mean(), 0.5 * terms.var())
-
-        @jax.jit
-        def chunk(annealing, state, step_sizes, key, done):
-            keys = jax.random.split(jax.random.fold_in(key, done), len(step_sizes))
-            state, outputs = lax.scan(partial(step, annealing), state, (step_sizes, keys))
-            return state, (*outputs, state[2])
-
+            passes, inverse_passes = inner.passes
+            use_path = inverse_passes <= passes
+        ascent = _Ascent(log_density, with_density(outer, None), rest, fixed_base, n, use_path, use_path and tails)
         state = first_state(params)
         trace: list[float] = []
         divergence: list[float] = []
@@ -438,8 +414,8 @@ class FlowVI:
         with tqdm(total=schedule.expected_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
             try:
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
-                    sizes = np.asarray(step_sizes, dtype)
-                    state, outputs = chunk(schedule.annealing, state, sizes, key, len(trace))
+                    inputs = np.asarray(schedule.annealing), state, np.asarray(step_sizes, dtype), key
+                    state, outputs = guide._programs(_chunk, ascent, *inputs, np.asarray(len(trace)))
                     elbos, divergences, skipped = jax.device_get(outputs)
                     trace += elbos.tolist()
                     divergence += divergences.tolist()
@@ -456,7 +432,7 @@ class FlowVI:
         final = state[0] if schedule.finished or not trace else best[1]
         skipped = int(state[2])
         history = History(np.asarray(trace), skipped, schedule.stationary, interrupted)
-        transform, learned = eqx.combine(final, static)
+        transform, learned = eqx.combine(final, rest)
         return Compose([transform, outer]), learned, history
 
     def _nothing_finite(self, log_density: LogDensity, outer: TransformModule, base: Any, key: Array) -> str:
@@ -470,17 +446,76 @@ class FlowVI:
         )
 
 
-def _compiled(log_density: LogDensity) -> tuple[Callable, Callable, Callable]:
-    """Value of a batch, value with gradient, and Hessian, as functions of a non-centring and of points before it."""
+class _Ascent(eqx.Module):
+    """What a fit's steps have in common."""
 
-    def compiled(of: Callable) -> Callable:
-        return eqx.filter_jit(lambda noncentering, u: of(pulled_back(log_density, noncentering))(u))
+    log_density: LogDensity
+    outer: TransformModule  # without the model's arguments
+    rest: Any  # of flow and learned base, but for their parameters
+    fixed_base: Any  # where no base is learned
+    num_particles: int = eqx.field(static=True)
+    path: bool = eqx.field(static=True)
+    tails: bool = eqx.field(static=True)  # whether annealing adds the forward KL divergence
 
-    return compiled(jax.vmap), compiled(jax.value_and_grad), compiled(jax.hessian)
+    def modules(self, params: Any) -> tuple[TransformModule, Any]:
+        transform, learned = eqx.combine(params, self.rest)
+        return transform, self.fixed_base if learned is None else learned
+
+    def whitened(self, z: Array) -> Array:
+        """The model's log-density of a batch in the coordinates of the start."""
+        u, log_det = with_density(self.outer, self.log_density).forward_and_log_det(z)
+        return jax.vmap(self.log_density)(u) + log_det
+
+    def loss(self, params: Any, key: Array) -> tuple[Array, tuple[Array, Array]]:
+        transform, base = self.modules(params)
+        n = self.num_particles
+        x, log_density_of_base = base.draw(key, n) if isinstance(base, Base) else (base.sample(key, (n,)), None)
+        terms, z = elbo_terms(transform, base, self.whitened, x, path=self.path)
+        score = 0.0 if log_density_of_base is None else score_gradient(terms, log_density_of_base)
+        return score - terms.mean(), (terms, z)
+
+    def step(self, annealing: Array, state: tuple, step_size: Array, key: Array) -> tuple[tuple, tuple[Array, Array]]:
+        params = state[0]
+        gradient, (terms, z) = jax.grad(self.loss, has_aux=True)(params, key)
+
+        def divergence(params: Any) -> Array:
+            return forward_kl(*self.modules(params), z, terms)
+
+        def with_divergence() -> Any:
+            return jax.tree.map(jnp.add, gradient, jax.grad(divergence)(params))
+
+        if self.tails:  # one program for both phases; the plain ELBO's steps are all alike
+            gradient = lax.cond(annealing, with_divergence, lambda: gradient)
+        return update(state, gradient, step_size), (terms.mean(), 0.5 * terms.var())
 
 
-def _in_numpy(function: Callable, *args: Any) -> Any:
-    return jax.tree.map(lambda part: np.asarray(part, float), function(*args))
+def _chunk(
+    ascent: _Ascent, annealing: Array, state: tuple, step_sizes: Array, key: Array, done: Array
+) -> tuple[tuple, tuple[Array, Array, Array]]:
+    """Several steps: the state after them, ELBO and approximate KL divergence of each, steps skipped so far."""
+
+    def step(state: tuple, given: tuple[Array, Array]) -> tuple[tuple, tuple[Array, Array]]:
+        number, step_size = given
+        return ascent.step(annealing, state, step_size, jax.random.fold_in(key, number))
+
+    numbers = done + jnp.arange(len(step_sizes))
+    state, (elbos, divergences) = lax.scan(step, state, (numbers, step_sizes))
+    return state, (elbos, divergences, state[2])
+
+
+def _point(coordinates: TransformModule, log_density: LogDensity, samples: dict[str, Array]) -> Array:
+    """The vector before the non-centring of one draw of all latents."""
+    return inverse(coordinates, log_density, log_density.unconstrain(samples)[0])[0]
+
+
+def _centred(layer: Noncentering, log_density: LogDensity, x: Array) -> tuple[Array, Array]:
+    """The latent vector of a non-centred one, and the scales of the elements' priors there."""
+    layer = layer.with_density(log_density)
+    return layer.forward_and_log_det(x)[0], layer.scales(x)
+
+
+def _in_numpy(program: Callable, x: np.ndarray) -> Any:
+    return jax.tree.map(lambda part: np.asarray(part, float), program(x))
 
 
 def _numpy_rng(key: Array) -> np.random.Generator:

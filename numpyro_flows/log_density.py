@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -15,8 +18,10 @@ from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
+from numpyro_flows.programs import Held
 
-class LogDensity:
+
+class LogDensity(eqx.Module):
     """``log p(data, latents)`` of a model on the unconstrained space, with the Jacobians of the supports.
 
     Works on one draw; map it over a batch with ``jax.vmap``, which is correct for every model that runs under it. The
@@ -25,15 +30,68 @@ class LogDensity:
     :param model: NumPyro model with continuous latents.
     :param args: positional arguments of the model.
     :param kwargs: keyword arguments of the model.
-    :param dim: size of the unconstrained vector.
-    :param unpack: turns the vector into a dict of the sites' unconstrained values.
+    :param shapes: of the sites' unconstrained values, in the order of the vector.
+    :param held: whether the arguments are a part of the programs that the density is compiled into (see ``Programs``),
+        as a model needs that looks at their values; else their arrays are inputs, and one program serves all data sets
+        of a shape (:meth:`takes_inputs`).
     """
 
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = eqx.field(static=True)
+    _model: Held = eqx.field(static=True)
+    _call: Any  # arguments, held or as they are
+
     def __init__(
-        self, model: Callable, args: tuple, kwargs: dict, dim: int, unpack: Callable[[Array], dict[str, Array]]
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict,
+        shapes: Sequence[tuple[str, tuple[int, ...]]],
+        *,
+        held: bool = True,
     ):
-        self.model, self.args, self.kwargs, self.dim, self.unpack = model, args, kwargs, dim, unpack
-        self.site_names = list(unpack(jnp.zeros(dim)))  # in the vector's order (eval_shape would sort them)
+        self.shapes, self._model = tuple(shapes), Held(model)
+        self._call = Held((args, kwargs)) if held else (args, kwargs)
+
+    @property
+    def model(self) -> Callable:
+        return self._model.value
+
+    @property
+    def args(self) -> tuple:
+        return (self._call.value if isinstance(self._call, Held) else self._call)[0]
+
+    @property
+    def kwargs(self) -> dict:
+        return (self._call.value if isinstance(self._call, Held) else self._call)[1]
+
+    @property
+    def site_names(self) -> list[str]:
+        return [name for name, _ in self.shapes]
+
+    @property
+    def dim(self) -> int:
+        """Size of the unconstrained vector."""
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+    def unpack(self, u: Array) -> dict[str, Array]:
+        """The sites' unconstrained values in one vector ``(dim,)``."""
+        ends = np.cumsum([math.prod(shape) for _, shape in self.shapes])
+        return {n: part.reshape(shape) for part, (n, shape) in zip(jnp.split(u, ends[:-1]), self.shapes, strict=True)}
+
+    def takes_inputs(self) -> bool:
+        """Whether the model runs, and its arguments can be told apart, where their arrays are not known."""
+        inputs, rest = eqx.partition((self.args, self.kwargs), lambda leaf: isinstance(leaf, (Array, np.ndarray)))
+
+        def evaluate(inputs: Any, u: Array) -> Array:
+            args, kwargs = eqx.combine(inputs, rest)
+            return LogDensity(self.model, args, kwargs, self.shapes)(u)
+
+        try:
+            hash(tuple(jax.tree.leaves(rest)))
+            jax.eval_shape(evaluate, inputs, jax.ShapeDtypeStruct((self.dim,), jnp.result_type(float)))
+        except Exception:  # whatever a model does that needs the numbers
+            return False
+        return True
 
     def __call__(self, u: Array) -> Array:
         """Log-density of one unconstrained vector ``(dim,)``."""

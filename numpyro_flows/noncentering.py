@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ from numpyro.distributions import biject_to
 from numpyro.primitives import Messenger
 
 from numpyro_flows.log_density import LogDensity
-from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.programs import Programs
+from numpyro_flows.transform_module import Compose, TransformModule
 
 WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
@@ -49,14 +51,17 @@ class Noncentering(TransformModule):
 
     :param log_density: the model, with its arguments, and the layout of its latent vector.
     :param points: unconstrained vectors ``(n, dim)`` at which it is seen which priors depend on other latents.
+    :param programs: where what that takes is compiled.
     """
 
     precision: Array  # (dim,), 0 where an element passes
     pseudo_data: Array  # (dim,)
     prior: _Prior = eqx.field(static=True)
 
-    def __init__(self, log_density: LogDensity, points: Array):
-        self.prior = _Prior(log_density, points)
+    def __init__(self, log_density: LogDensity, points: Array, programs: Programs | None = None):
+        seen = (programs or Programs())(_seen, log_density, points)  # one program for dozens
+        changes = {name: any(np.ptp(np.asarray(a), 0).any() for a in pair) for name, pair in seen.items()}
+        self.prior = _Prior(log_density, tuple(name for name, _ in log_density.shapes if changes.get(name)))
         self.precision = self.pseudo_data = jnp.zeros_like(points[0])
 
     @property
@@ -76,6 +81,12 @@ class Noncentering(TransformModule):
         new = jnp.asarray(precision, dtype), jnp.asarray(pseudo_data, dtype)
         return eqx.tree_at(lambda layer: (layer.precision, layer.pseudo_data), self, new)
 
+    def with_density(self, log_density: LogDensity | None) -> Noncentering:
+        """This layer with other arguments of its model, or ``None`` of them: to be given again before it is used."""
+        new = copy.copy(self)
+        object.__setattr__(new, "prior", self.prior.with_density(log_density))
+        return new
+
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         return self._map(x, False)
 
@@ -94,25 +105,34 @@ class Noncentering(TransformModule):
 
 
 class _Prior:
-    """The model as a sequence of conditional priors. Compared by identity, being a static part of a pytree."""
+    """The model as a sequence of conditional priors. Equal to others of the same model with the same arguments.
 
-    def __init__(self, log_density: LogDensity, points: Array):
-        self.model, self.args, self.kwargs = log_density.model, log_density.args, log_density.kwargs
-        self.shapes = {name: jnp.shape(value) for name, value in log_density.unpack(points[0]).items()}
-        self.sites: tuple[str, ...] = ()
-        order: list[str] = []
+    :param log_density: the model, its arguments, and the layout of its latent vector.
+    :param sites: latents whose prior depends on other latents.
+    """
 
-        def seen(point: Array) -> dict[str, tuple[Array, Array]]:
-            found = self._sweep(point, _stay).seen
-            order[:] = found
-            return found
+    def __init__(self, log_density: LogDensity, sites: tuple[str, ...] = ()):
+        self.shapes, self.sites, self._held = dict(log_density.shapes), sites, log_density._model
+        self.log_density: LogDensity | None = log_density
 
-        values = jax.jit(jax.vmap(seen))(points)  # one program for dozens
-        self.sites = tuple(name for name in order if any(np.ptp(np.asarray(a), 0).any() for a in values[name]))
+    def with_density(self, log_density: LogDensity | None) -> _Prior:
+        new = copy.copy(self)
+        new.log_density = log_density
+        return new
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Prior) and self._key() == other._key() and self.log_density is other.log_density
+
+    def __hash__(self) -> int:
+        return hash((self._key(), id(self.log_density)))
+
+    def _key(self) -> tuple:
+        return self._held, tuple(self.shapes.items()), self.sites
 
     def run(self, x: Array, precision: Array, pseudo_data: Array, inverse: bool) -> tuple[Array, Array]:
         """The other side of ``x`` ``(dim,)`` and the logarithms ``(dim,)`` of the scales ``s``."""
-        precisions, data = self._unpack(precision), self._unpack(pseudo_data)
+        assert self.log_density is not None
+        precisions, data = self.log_density.unpack(precision), self.log_density.unpack(pseudo_data)
 
         def move(name: str, loc: Array, scale: Array, value: Array) -> tuple[Array, Array, Array]:
             s = lax.rsqrt(scale**-2 + precisions[name])
@@ -127,15 +147,17 @@ class _Prior:
         return jnp.concatenate(parts), jnp.concatenate([jnp.ravel(sweep.log_scales[name]) for name in self.shapes])
 
     def _sweep(self, x: Array, move: Callable) -> _Sweep:
-        sweep = _Sweep(handlers.seed(self.model, rng_seed=0), self._unpack(x), self.sites, move)
+        assert self.log_density is not None
+        density = self.log_density
+        sweep = _Sweep(handlers.seed(density.model, rng_seed=0), density.unpack(x), self.sites, move)
         with contextlib.suppress(_Done), handlers.block():
-            sweep(*self.args, **self.kwargs)
+            sweep(*density.args, **density.kwargs)
         return sweep
 
-    def _unpack(self, x: Array) -> dict[str, Array]:
-        ends = np.cumsum([np.prod(shape, dtype=int) for shape in self.shapes.values()])
-        parts = jnp.split(x, ends[:-1])
-        return {name: part.reshape(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
+
+def _seen(log_density: LogDensity, points: Array) -> dict[str, tuple[Array, Array]]:
+    """Location and scale of every latent with a prior of that form, at every point."""
+    return jax.vmap(lambda point: _Prior(log_density)._sweep(point, _stay).seen)(points)
 
 
 def _stay(name: str, loc: Array, scale: Array, value: Array) -> tuple[Array, Array, Array]:
@@ -176,24 +198,64 @@ class _Sweep(Messenger):
         msg["value"] = biject_to(msg["fn"].support)(u)
 
 
-def noncentering_of(log_density: LogDensity, prototype: Array) -> Noncentering | None:
+def noncentering_of(log_density: LogDensity, prototype: Array, programs: Programs) -> Noncentering | None:
     """The layer for a model, not centred at all; ``None`` if no latent's prior depends on other latents.
 
     :param prototype: an unconstrained vector ``(dim,)`` where the model's density is finite.
+    :param programs: where what it takes to see that is compiled.
     """
     noise = np.random.default_rng(0).standard_normal((2, len(prototype)))
     points = jnp.concatenate([prototype[None], prototype + 0.1 * jnp.asarray(noise, prototype.dtype)])
-    layer = Noncentering(log_density, points)
+    layer = Noncentering(log_density, points, programs)
     return layer if layer.sites else None
+
+
+def with_density(transform: TransformModule, log_density: LogDensity | None) -> TransformModule:
+    """A guide's transform, or its last layers, with other arguments of the model in its non-centring.
+
+    Without any (``None``), those of all data sets are alike, so that one program serves them.
+    """
+    if isinstance(transform, Noncentering):
+        return transform.with_density(log_density)
+    if isinstance(transform, Compose) and transform.layers and isinstance(transform.layers[-1], Noncentering):
+        return Compose([*transform.layers[:-1], transform.layers[-1].with_density(log_density)])
+    return transform
 
 
 def pulled_back(log_density: LogDensity, noncentering: Noncentering | None) -> Callable[[Array], Array]:
     """The log-density of one vector ``(dim,)`` before the layer, its log-determinant included."""
     if noncentering is None:
         return log_density
+    layer = noncentering.with_density(log_density)
 
     def density(x: Array) -> Array:
-        u, log_det = noncentering.forward_and_log_det(x)
+        u, log_det = layer.forward_and_log_det(x)
         return log_density(u) + log_det
 
     return density
+
+
+# -- what is compiled, of layers without the model's arguments ---------------------------------------------------------
+def forward(coordinates: TransformModule, log_density: LogDensity, x: Array) -> tuple[Array, Array]:
+    """Latent vectors from those before the non-centring, with the log-determinants."""
+    return with_density(coordinates, log_density).forward_and_log_det(x)
+
+
+def inverse(coordinates: TransformModule, log_density: LogDensity, u: Array) -> tuple[Array, Array]:
+    """The other way round."""
+    return with_density(coordinates, log_density).inverse_and_log_det(u)
+
+
+def log_densities(log_density: LogDensity, noncentering: Noncentering | None, x: Array) -> Array:
+    """Log-densities of vectors ``(n, dim)`` before the non-centring."""
+    return jax.vmap(pulled_back(log_density, noncentering))(x)
+
+
+def value_and_grad(log_density: LogDensity, noncentering: Noncentering | None, x: Array) -> tuple[Array, Array]:
+    """Log-density of one vector ``(dim,)`` before the non-centring, and its gradient."""
+    return jax.value_and_grad(pulled_back(log_density, noncentering))(x)
+
+
+def hessian(log_density: LogDensity, noncentering: Noncentering | None, x: Array) -> Array:
+    """Hessian ``(dim, dim)`` of that log-density."""
+    return jax.hessian(pulled_back(log_density, noncentering))(x)

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,13 +20,15 @@ from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import FACTORIES
 from numpyro_flows.initialization import MAX_HESSIAN_DIM, Start, missed_mass
 from numpyro_flows.log_density import LogDensity
-from numpyro_flows.noncentering import pulled_back
+from numpyro_flows.noncentering import forward, log_densities, with_density
+from numpyro_flows.programs import quick_key
 from numpyro_flows.refinement import RefinedPosterior
 from numpyro_flows.transform_module import TransformModule, parameters
 from numpyro_flows.transforms import TriangularAffine
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
 _MANY = 10_000  # and over the flow
+_AT_ONCE = 512  # points whose density is found at once, so that one program serves few and many
 GAP_GOOD = 0.05  # nats of KL divergence from the posterior, below which draws can be used as they are
 MEAN_ERROR_GOOD, SD_ERROR_GOOD = 0.1, 0.1  # in standard deviations, and in logarithms of their ratio
 MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
@@ -78,20 +79,32 @@ class FlowPosterior:
         rng_key: Array | None = None,
     ):
         self.guide, self.params, self.log_density, self.history = guide, params, log_density, history
-        self.num_draws, self._key = num_draws, jax.random.key(0) if rng_key is None else rng_key
+        self.num_draws, self._key = num_draws, quick_key(jax.random.key(0) if rng_key is None else rng_key)
         self._modes: tuple[Start, ...] = ()  # which a search found, to hold the guide against
         self._distribution = guide.get_posterior(params)
         self._transform: Any = self._distribution.transform
         self._base = guide.get_base(params)
-        self._constrain = jax.jit(lambda u: lax.map(log_density.constrain, u, batch_size=_BATCH))
-        self._score = jax.jit(lambda u: lax.map(log_density, u, batch_size=_BATCH))
-        self._unconstrain = jax.jit(lambda s: lax.map(log_density.unconstrain, s, batch_size=_BATCH))
+        self._programs = guide._programs
+
+    # -- programs, one for the posteriors of all data sets of a shape ----------------------------------------------
+    @property
+    def _flow(self) -> tuple[TransformModule, Any]:
+        """The transform without the model's arguments, and the base."""
+        return with_density(self._transform, None), self._distribution.base_dist
+
+    def _constrain(self, u: Array) -> dict[str, Array]:
+        """Latent and deterministic sites at points ``(n, dim)``."""
+        return self._programs(_constrained, self.log_density, u)
+
+    def _score(self, u: Array) -> Array:
+        """The model's log-density at points ``(n, dim)``."""
+        return self._programs(_log_model, self.log_density, u)
 
     # -- draws and density -----------------------------------------------------------------------------------------
     def sample(self, rng_key: Array, sample_shape: tuple[int, ...] = ()) -> dict[str, Array]:
         """Draws of the latent and deterministic sites, each ``(*sample_shape, *site_shape)``."""
         n = int(np.prod(sample_shape))
-        sites = self._constrain(self._distribution.sample(rng_key, (n,)))
+        sites = self._constrain(self._distribution.sample(quick_key(rng_key), (n,)))
         return {name: x.reshape(*sample_shape, *x.shape[1:]) for name, x in sites.items()}
 
     def log_prob(self, samples: dict[str, Array]) -> Array:
@@ -110,12 +123,14 @@ class FlowPosterior:
         if len(set(batches.values())) > 1:
             raise ValueError(f"log_prob: the sites' batch shapes differ: {batches}. Give every site the same draws.")
         flat = {name: jnp.reshape(samples[name], (-1, *shape)) for name, shape in shapes.items()}
-        u, log_det = self._unconstrain(flat)
+        u, log_det = self._programs(_unconstrained, self.log_density, flat)
         return (self._log_guide(u) - log_det).reshape(batch)
 
     def _log_guide(self, u: Array) -> Array:
         """Log-density of points ``(n, dim)`` of the unconstrained space: minus infinity outside the flow's image."""
-        return _log_guide(self._transform, self._distribution.base_dist, u)
+        n = -(-len(u) // _AT_ONCE) * _AT_ONCE
+        padded = jnp.pad(u, ((0, n - len(u)), (0, 0)), mode="edge") if len(u) else jnp.zeros((n, u.shape[-1]), u.dtype)
+        return self._programs(_log_guide, *self._flow, self.log_density, padded)[: len(u)]
 
     def importance_resample(self, rng_key: Array, num_samples: int = 4000) -> dict[str, Array]:
         """Draws of all sites with the guide's error mended: resampled by Pareto-smoothed importance weights.
@@ -128,6 +143,7 @@ class FlowPosterior:
     def _resampled(self, rng_key: Array, shape: tuple[int, ...]) -> np.ndarray:
         """Indices of ``draws``, drawn by their smoothed importance weights."""
         weights = np.exp(self._psis[0])
+        rng_key = quick_key(rng_key)
         return np.asarray(jax.random.choice(rng_key, self.num_draws, shape, p=jnp.asarray(weights / weights.sum())))
 
     def refine(
@@ -190,7 +206,8 @@ class FlowPosterior:
         """``num_draws`` draws of the guide, scored; made once."""
         sizes = [min(_MANY, self.num_draws - done) for done in range(0, self.num_draws, _MANY)]
         keys = jax.random.split(self._key, len(sizes))
-        parts = [_draw(self._distribution, k, n) for k, n in zip(keys, sizes, strict=True)]
+        flow = *self._flow, self.log_density
+        parts = [self._programs(_draw, *flow, k, n) for k, n in zip(keys, sizes, strict=True)]
         u, log_guide = (jnp.concatenate(column) for column in zip(*parts, strict=True))
         return Draws(u, np.asarray(log_guide, float), np.asarray(self._score(u), float))
 
@@ -242,15 +259,17 @@ class FlowPosterior:
         :param rng: draws from them.
         :param log_density: of the model in these coordinates, ``(n, dim) -> (n,)``, if at hand.
         """
-        coordinates = self.guide.coordinates
+        coordinates: Any = with_density(self.guide.coordinates, None)
+        dtype = self.guide.init_loc.dtype
         if log_density is None:
-            batch = jax.jit(jax.vmap(pulled_back(self.log_density, self.guide.noncentering)))
+            noncentering = next(iter(coordinates.layers), None)
 
             def log_density(x: np.ndarray) -> np.ndarray:
-                return np.asarray(batch(x), float)
+                batch = jnp.asarray(x, dtype)
+                return np.asarray(self._programs(log_densities, self.log_density, noncentering, batch), float)
 
         def log_guide(x: np.ndarray) -> np.ndarray:
-            u, log_det = coordinates.forward_and_log_det(jnp.asarray(x, self.guide.init_loc.dtype))
+            u, log_det = self._programs(forward, coordinates, self.log_density, jnp.asarray(x, dtype))
             return np.asarray(self._log_guide(u) + log_det, float)
 
         missed = missed_mass(modes, log_density, log_guide, self._log_evidence().value, rng)
@@ -281,25 +300,8 @@ class FlowPosterior:
         u, scale = self.draws.unconstrained[:16], self.draws.unconstrained.std(0)
         with_jacobian = self._transform.log_det_is_exact and u.shape[-1] <= MAX_HESSIAN_DIM
 
-        def error(transform, u, scale):
-            def twice(x):
-                y, log_det = transform.forward_and_log_det(x)
-                return y, (y, log_det)
-
-            x, back_log_det = transform.inverse_and_log_det(u)
-            if not with_jacobian:
-                y, log_det = transform.forward_and_log_det(x)
-            else:
-                jacobian, (y, log_det) = jax.vmap(jax.jacfwd(twice, has_aux=True))(x)
-            errors = [jnp.abs(y - u) / scale]
-            if transform.log_det_is_exact:
-                errors.append(jnp.abs(log_det + back_log_det))
-            if with_jacobian:
-                errors.append(jnp.abs(jnp.linalg.slogdet(jacobian)[1] - log_det))
-            return jnp.stack([part.max() for part in errors]).max()
-
         try:
-            found = float(eqx.filter_jit(error)(self._transform, u, scale))
+            found = float(self._programs(_flow_error, self._flow[0], self.log_density, u, scale, with_jacobian))
         except RuntimeError:  # a root that was not found
             found = float("nan")
         return found if np.isfinite(found) else float("inf")
@@ -395,7 +397,7 @@ class FlowPosterior:
         """Log-density of each observation at points ``(*batch, dim)``: ``(*batch, *site_batch_shape)`` by site."""
         batch = unconstrained.shape[:-1]
         flat = unconstrained.reshape(-1, unconstrained.shape[-1])
-        found = jax.jit(lambda u: lax.map(self.log_density.log_likelihood, u, batch_size=_BATCH))(flat)
+        found = self._programs(_log_likelihoods, self.log_density, flat)
         return {name: np.asarray(x).reshape(*batch, *x.shape[1:]) for name, x in found.items()}
 
     def to_arviz(self, num_samples: int = 4000, *, log_likelihood: bool = False) -> Any:
@@ -524,13 +526,50 @@ class FlowPosterior:
         return cls(guide, params, log_density, history, num_draws=metadata["num_draws"])
 
 
-@eqx.filter_jit
-def _draw(distribution: FlowDistribution, key: Array, n: int) -> tuple[Array, Array]:
-    return distribution.sample_and_log_prob(key, (n,))
+# -- what is compiled, of transforms without the model's arguments -----------------------------------------------------
+def _constrained(log_density: LogDensity, u: Array) -> dict[str, Array]:
+    return lax.map(log_density.constrain, u, batch_size=_BATCH)
 
 
-@eqx.filter_jit
-def _log_guide(transform: TransformModule, base: Any, u: Array) -> Array:
-    x, log_det = transform.inverse_and_log_det(u)
+def _unconstrained(log_density: LogDensity, samples: dict[str, Array]) -> tuple[Array, Array]:
+    return lax.map(log_density.unconstrain, samples, batch_size=_BATCH)
+
+
+def _log_model(log_density: LogDensity, u: Array) -> Array:
+    return lax.map(log_density, u, batch_size=_BATCH)
+
+
+def _log_likelihoods(log_density: LogDensity, u: Array) -> dict[str, Array]:
+    return lax.map(log_density.log_likelihood, u, batch_size=_BATCH)
+
+
+def _draw(transform: TransformModule, base: Any, log_density: LogDensity, key: Array, n: int) -> tuple[Array, Array]:
+    return FlowDistribution(base, with_density(transform, log_density)).sample_and_log_prob(key, (n,))
+
+
+def _log_guide(transform: TransformModule, base: Any, log_density: LogDensity, u: Array) -> Array:
+    x, log_det = with_density(transform, log_density).inverse_and_log_det(u)
     inside = jnp.isfinite(x).all(-1)
     return jnp.where(inside, base.log_prob(jnp.where(inside[:, None], x, 0.0)) + log_det, -jnp.inf)
+
+
+def _flow_error(
+    transform: TransformModule, log_density: LogDensity, u: Array, scale: Array, with_jacobian: bool
+) -> Array:
+    transform = with_density(transform, log_density)
+
+    def twice(x: Array) -> tuple[Array, tuple[Array, Array]]:
+        y, log_det = transform.forward_and_log_det(x)
+        return y, (y, log_det)
+
+    x, back_log_det = transform.inverse_and_log_det(u)
+    if not with_jacobian:
+        y, log_det = transform.forward_and_log_det(x)
+    else:
+        jacobian, (y, log_det) = jax.vmap(jax.jacfwd(twice, has_aux=True))(x)
+    errors = [jnp.abs(y - u) / scale]
+    if transform.log_det_is_exact:
+        errors.append(jnp.abs(log_det + back_log_det))
+    if with_jacobian:
+        errors.append(jnp.abs(jnp.linalg.slogdet(jacobian)[1] - log_det))
+    return jnp.stack([part.max() for part in errors]).max()

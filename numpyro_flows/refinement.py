@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,10 @@ from tqdm import tqdm
 from numpyro_flows import _arviz, evidence
 from numpyro_flows.density import _fit_modules
 from numpyro_flows.evidence import Estimate
-from numpyro_flows.transform_module import Compose, parameters
+from numpyro_flows.log_density import LogDensity
+from numpyro_flows.noncentering import inverse, with_density
+from numpyro_flows.programs import Programs, quick_key
+from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 METHODS = ("resample", "flow_mh", "nuts")
 R_HAT_GOOD = 1.01  # Vehtari et al. (2021)
@@ -49,35 +53,51 @@ class Run(NamedTuple):
     interrupted: bool
 
 
-class BaseSpace:
+class BaseSpace(eqx.Module):
     """The posterior in the space of the guide's base, where it is close to that base: ``u = f(z)``."""
 
+    base: Any
+    _transform: TransformModule  # without the model's arguments
+    _log_density: LogDensity
+    dim: int = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
     def __init__(self, posterior: Any):
-        self.transform, self.base = posterior.guide.get_base_space(posterior.params)
-        self._density = posterior.log_density
-        self.dim = posterior.log_density.dim
-        self.dtype = posterior.guide.init_loc.dtype
-        self.score = jax.jit(lambda z: lax.map(self._score, z, batch_size=_BATCH))
+        transform, self.base = posterior.guide.get_base_space(posterior.params)
+        self._transform, self._log_density = with_density(transform, None), posterior.log_density
+        self.dim, self.dtype = posterior.log_density.dim, posterior.guide.init_loc.dtype
+
+    def _forward(self, z: Array) -> tuple[Array, Array]:
+        return with_density(self._transform, self._log_density).forward_and_log_det(z)
 
     def log_density(self, z: Array) -> Array:
         """Log-density of the posterior at one vector ``(dim,)``, up to a constant; minus infinity for ``NaN``."""
-        u, log_det = self.transform.forward_and_log_det(z)
-        value = self._density(u) + log_det
+        u, log_det = self._forward(z)
+        value = self._log_density(u) + log_det
         return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
+    def score(self, z: Array) -> Scored:
+        """Points ``(n, dim)``, mapped and scored."""
+        return lax.map(self._score, z, batch_size=_BATCH)
+
     def _score(self, z: Array) -> Scored:
-        u, log_det = self.transform.forward_and_log_det(z)
-        log_model = self._density(u)
+        u, log_det = self._forward(z)
+        log_model = self._log_density(u)
         log_model, log_base = jnp.where(jnp.isnan(log_model), -jnp.inf, log_model), self.base.log_prob(z)
         return Scored(u, log_model, log_base - log_det, z, log_base)
 
-    def starts(self, rng_key: Array, n: int) -> Array:
-        """Starts of chains ``(n, dim)``: draws of the guide, resampled by Pareto-smoothed importance weights."""
-        draw_key, choice_key = jax.random.split(rng_key)
-        z = self.base.sample(draw_key, (_NUM_STARTS,))
-        scored = self.score(z)
-        weights = np.exp(_arviz.psis(np.asarray(scored.log_model - scored.log_guide, float))[0])
-        return z[jax.random.choice(choice_key, _NUM_STARTS, (n,), p=jnp.asarray(weights / weights.sum()))]
+
+def _scored(space: BaseSpace, z: Array) -> Scored:
+    return space.score(z)
+
+
+def _starts(space: BaseSpace, programs: Programs, rng_key: Array, n: int) -> Array:
+    """Starts of chains ``(n, dim)``: draws of the guide, resampled by Pareto-smoothed importance weights."""
+    draw_key, choice_key = jax.random.split(rng_key)
+    z = space.base.sample(draw_key, (_NUM_STARTS,))
+    scored = programs(_scored, space, z)
+    weights = np.exp(_arviz.psis(np.asarray(scored.log_model - scored.log_guide, float))[0])
+    return z[jax.random.choice(choice_key, _NUM_STARTS, (n,), p=jnp.asarray(weights / weights.sum()))]
 
 
 class RefinedPosterior:
@@ -136,8 +156,8 @@ class RefinedPosterior:
         inner = Compose(old.layers[: -len(guide.outer_layers)])
         base = guide.get_base_dist(self.posterior.params) if self.posterior._base is None else self.posterior._base
         flat = self.unconstrained.reshape(-1, self.unconstrained.shape[-1])
-        x = jax.jit(lambda u: outer.inverse_and_log_det(u)[0])(flat)
-        fit_key, draw_key = jax.random.split(rng_key)
+        x, _ = self.posterior._programs(inverse, with_density(outer, None), self.posterior.log_density, flat)
+        fit_key, draw_key = jax.random.split(quick_key(rng_key))
         trained, learned_base, _, fit = _fit_modules(
             inner,
             x,
@@ -322,6 +342,7 @@ def refine(
 ) -> RefinedPosterior:
     """See :meth:`FlowPosterior.refine`."""
     check_options(method, num_samples, num_warmup, num_chains)
+    rng_key = quick_key(rng_key)
     begin = time.perf_counter()
     before = {"fit": posterior.history.gradients}
     if adapt and method != "resample":
@@ -347,16 +368,17 @@ def refine(
         scored, run = _resample(posterior, run_key, (num_chains, num_samples))
     else:
         bar = tqdm(total=num_warmup + num_samples, desc=f"refine {method}", disable=not progress_bar)
-        starts = space.starts(start_key, num_chains)
+        programs = posterior.guide._programs
+        starts = _starts(space, programs, start_key, num_chains)
         with bar:
             if method == "flow_mh":
-                run = _flow_mh(space, run_key, starts, num_warmup, num_samples, bar)
+                run = _flow_mh(space, programs, run_key, starts, num_warmup, num_samples, bar)
             else:
                 options = {"target_accept_prob": target_accept_prob, "max_tree_depth": max_tree_depth}
                 run = _nuts(space, run_key, starts, num_warmup, num_samples, bar, options)
         if not run.z.shape[1]:
             raise KeyboardInterrupt("refine: interrupted during warm-up, before the first draw.")
-        flat = space.score(jnp.asarray(run.z.reshape(-1, space.dim), space.dtype))
+        flat = programs(_scored, space, jnp.asarray(run.z.reshape(-1, space.dim), space.dtype))
         scored = jax.tree.map(lambda x: x.reshape(*run.z.shape[:2], *x.shape[1:]), flat)
     run = run._replace(gradients={**before, **run.gradients})
     return RefinedPosterior(posterior, method, scored, run, time.perf_counter() - begin)
@@ -377,46 +399,21 @@ class _Chain(NamedTuple):
     log_weight: Array  # log of target over base (chains,)
 
 
-def _flow_mh(space: BaseSpace, rng_key: Array, z: Array, num_warmup: int, num_samples: int, bar: tqdm) -> Run:
+def _flow_mh(
+    space: BaseSpace,
+    programs: Programs,
+    rng_key: Array,
+    z: Array,
+    num_warmup: int,
+    num_samples: int,
+    bar: tqdm,
+) -> Run:
     """Independence Metropolis-Hastings with the guide as proposal, each followed by a step of MALA.
 
     Both leave the posterior invariant. The proposals do not depend on the chains, so a chunk's are scored in one
     batched pass (as in Gabrie et al. 2022; Metropolis-adjusted Langevin: Roberts & Tweedie 1996).
     """
-    value_and_grad = jax.vmap(jax.value_and_grad(space.log_density))
-
-    def score(z: Array) -> _Chain:
-        target, gradient = value_and_grad(z)
-        return _Chain(z, target, gradient, target - space.base.log_prob(z))
-
-    def step(carry: tuple[_Chain, Array], inputs: tuple[_Chain, Array, Array]) -> tuple[tuple[_Chain, Array], tuple]:
-        (state, log_step), (proposal, key, rate) = carry, inputs
-        uniform_key, noise_key, accept_key = jax.random.split(key, 3)
-        uniform = jax.random.uniform(uniform_key, state.target.shape, space.dtype)
-        flow_accepted = jnp.log(uniform) < proposal.log_weight - state.log_weight
-        state = _choose(flow_accepted, proposal, state)
-        size = jnp.exp(log_step)
-        noise = jax.random.normal(noise_key, state.z.shape, space.dtype)
-        moved = score(state.z + 0.5 * size**2 * state.gradient + size * noise)
-        back = (state.z - moved.z - 0.5 * size**2 * moved.gradient) / size
-        log_ratio = moved.target - state.target + 0.5 * (jnp.square(noise).sum(-1) - jnp.square(back).sum(-1))
-        probability = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio), 0.0))
-        local_accepted = jax.random.uniform(accept_key, probability.shape, space.dtype) < probability
-        state = _choose(local_accepted, moved, state)
-        log_step = log_step + rate * (probability.mean() - _MALA_ACCEPTANCE)
-        return (state, log_step), (state.z, flow_accepted, local_accepted)
-
-    @jax.jit
-    def chunk(carry: tuple[_Chain, Array], key: Array, rates: Array) -> tuple[tuple[_Chain, Array], tuple]:
-        steps, chains = len(rates), len(carry[0].z)
-        base_key, step_key = jax.random.split(key)
-        flat = space.base.sample(base_key, (steps * chains,))
-        target, gradient = lax.map(jax.value_and_grad(space.log_density), flat, batch_size=_BATCH)
-        proposals = _Chain(flat, target, gradient, target - space.base.log_prob(flat))
-        proposals = jax.tree.map(lambda x: x.reshape(steps, chains, *x.shape[1:]), proposals)
-        return lax.scan(step, carry, (proposals, jax.random.split(step_key, steps), rates))
-
-    carry = jax.jit(score)(z), jnp.asarray(math.log(1.65 * space.dim ** (-1 / 6)), space.dtype)
+    carry = programs(_chain, space, z), jnp.asarray(math.log(1.65 * space.dim ** (-1 / 6)), space.dtype)
     draws: list[np.ndarray] = []
     accepted: list[np.ndarray] = []
     rates = np.concatenate([1 / np.sqrt(1 + np.arange(num_warmup)), np.zeros(num_samples)])
@@ -425,7 +422,7 @@ def _flow_mh(space: BaseSpace, rng_key: Array, z: Array, num_warmup: int, num_sa
         while done < len(rates):
             end = min(done + _CHUNK, len(rates) if done >= num_warmup else num_warmup)
             key = jax.random.fold_in(rng_key, done)
-            carry, (points, *kinds) = chunk(carry, key, jnp.asarray(rates[done:end], space.dtype))
+            carry, (points, *kinds) = programs(_chunk, space, carry, key, np.asarray(rates[done:end], space.dtype))
             if done >= num_warmup:
                 draws.append(np.asarray(points))
                 accepted.append(np.stack([np.asarray(kind) for kind in kinds]))
@@ -444,6 +441,43 @@ def _flow_mh(space: BaseSpace, rng_key: Array, z: Array, num_warmup: int, num_sa
         {"warm-up": chains + both * warm, "sampling": both * (done - warm)},
         interrupted,
     )
+
+
+def _chain(space: BaseSpace, z: Array) -> _Chain:
+    """Points of the base space ``(chains, dim)``, scored."""
+    target, gradient = jax.vmap(jax.value_and_grad(space.log_density))(z)
+    return _Chain(z, target, gradient, target - space.base.log_prob(z))
+
+
+def _chunk(
+    space: BaseSpace, carry: tuple[_Chain, Array], key: Array, rates: Array
+) -> tuple[tuple[_Chain, Array], tuple]:
+    """Several iterations of :func:`_flow_mh`; ``carry`` holds the chains and the logarithm of MALA's step size."""
+
+    def step(carry: tuple[_Chain, Array], inputs: tuple[_Chain, Array, Array]) -> tuple[tuple[_Chain, Array], tuple]:
+        (state, log_step), (proposal, key, rate) = carry, inputs
+        uniform_key, noise_key, accept_key = jax.random.split(key, 3)
+        uniform = jax.random.uniform(uniform_key, state.target.shape, space.dtype)
+        flow_accepted = jnp.log(uniform) < proposal.log_weight - state.log_weight
+        state = _choose(flow_accepted, proposal, state)
+        size = jnp.exp(log_step)
+        noise = jax.random.normal(noise_key, state.z.shape, space.dtype)
+        moved = _chain(space, state.z + 0.5 * size**2 * state.gradient + size * noise)
+        back = (state.z - moved.z - 0.5 * size**2 * moved.gradient) / size
+        log_ratio = moved.target - state.target + 0.5 * (jnp.square(noise).sum(-1) - jnp.square(back).sum(-1))
+        probability = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio), 0.0))
+        local_accepted = jax.random.uniform(accept_key, probability.shape, space.dtype) < probability
+        state = _choose(local_accepted, moved, state)
+        log_step = log_step + rate * (probability.mean() - _MALA_ACCEPTANCE)
+        return (state, log_step), (state.z, flow_accepted, local_accepted)
+
+    steps, chains = len(rates), len(carry[0].z)
+    base_key, step_key = jax.random.split(key)
+    flat = space.base.sample(base_key, (steps * chains,))
+    target, gradient = lax.map(jax.value_and_grad(space.log_density), flat, batch_size=_BATCH)
+    proposals = _Chain(flat, target, gradient, target - space.base.log_prob(flat))
+    proposals = jax.tree.map(lambda x: x.reshape(steps, chains, *x.shape[1:]), proposals)
+    return lax.scan(step, carry, (proposals, jax.random.split(step_key, steps), rates))
 
 
 def _choose(accepted: Array, proposal: _Chain, state: _Chain) -> _Chain:

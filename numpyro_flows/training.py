@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
 CHUNK = 50  # steps between two looks at the held-out data, the keyboard and the progress bar
@@ -31,16 +33,18 @@ class FitHistory(NamedTuple):
 
 def first_state(params: Any) -> tuple[Any, Any, Array]:
     """Parameters, Adam's moments, and the number of steps that were skipped."""
-    return params, _adam.init(params), jnp.zeros((), int)
+    return params, _adam.init(ravel_pytree(params)[0]), jnp.zeros((), int)
 
 
 def update(state: tuple[Any, Any, Array], gradient: Any, step_size: Array) -> tuple[Any, Any, Array]:
     """The state after a step of Adam, or with one more skipped where the gradient is not finite."""
-    params, moments, skipped = state
-    finite = jnp.isfinite(optax.tree.norm(gradient))
-    direction, new_moments = _adam.update(gradient, moments)
-    new = jax.tree.map(lambda p, u: p - step_size * u, params, direction), new_moments, skipped
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, moments, skipped + 1))
+    tree, moments, skipped = state
+    (params, unravel), (slope, _) = ravel_pytree(tree), ravel_pytree(gradient)  # one operation for all of them
+    finite = jnp.isfinite(jnp.square(slope).sum())
+    direction, new_moments = _adam.update(slope, moments)
+    new = params - step_size * direction, new_moments, skipped
+    params, *rest = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, moments, skipped + 1))
+    return unravel(params), *rest
 
 
 def train(
@@ -72,15 +76,15 @@ def train(
     :raises RuntimeError: if no step had a finite gradient.
     """
 
-    def step(inputs: tuple, state: tuple, step_size_and_key: tuple) -> tuple[tuple, Array]:
-        step_size, key = step_size_and_key
-        value, gradient = jax.value_and_grad(loss)(state[0], key, *inputs)
+    def step(inputs: tuple, key: Array, state: tuple, given: tuple[Array, Array]) -> tuple[tuple, Array]:
+        number, step_size = given
+        value, gradient = jax.value_and_grad(loss)(state[0], jax.random.fold_in(key, number), *inputs)
         return update(state, gradient, step_size), value
 
     @jax.jit
     def chunk(state: tuple, step_sizes: Array, key: Array, done: Array, inputs: tuple) -> tuple[tuple, tuple]:
-        keys = jax.random.split(jax.random.fold_in(key, done), len(step_sizes))
-        state, values = lax.scan(lambda s, k: step(inputs, s, k), state, (step_sizes, keys))
+        numbers = done + jnp.arange(len(step_sizes))
+        state, values = lax.scan(partial(step, inputs, key), state, (numbers, step_sizes))
         return state, (values, state[2])
 
     losses: list[float] = []

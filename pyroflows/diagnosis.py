@@ -75,8 +75,8 @@ def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, floa
 def _in_base_space(posterior: Any) -> np.ndarray:
     """Log weights ``(chains,)`` at the ends of chains in the space of the guide's base."""
     space = BaseSpace(posterior)
-    scored = space.score(_hamiltonian(space.log_density, space.base.sample((_NUM_CHAINS,))))
-    return (scored.log_model - scored.log_guide).double().numpy(force=True)
+    z, value = _hamiltonian(space.log_density, space.base.sample((_NUM_CHAINS,)))
+    return (value - space.base.log_prob(z)).double().numpy(force=True)
 
 
 def _in_whitened_space(posterior: Any) -> np.ndarray:
@@ -90,9 +90,9 @@ def _in_whitened_space(posterior: Any) -> np.ndarray:
         return torch.where(value.isnan(), -torch.inf, value)
 
     starts = torch.linalg.solve_triangular(scale_tril, (x[:_NUM_CHAINS] - loc).T, upper=False).T
-    ends = loc + _hamiltonian(log_density, starts) @ scale_tril.T
-    u, log_det = guide.coordinates.forward_and_log_det(ends)
-    return (density(ends) - log_det - posterior._log_guide(u)).double().numpy(force=True)
+    z, value = _hamiltonian(log_density, starts)
+    u, log_det = guide.coordinates.forward_and_log_det(loc + z @ scale_tril.T)
+    return (value - log_det - posterior._log_guide(u)).double().numpy(force=True)
 
 
 def _location_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,8 +105,11 @@ def _location_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return loc, np.diag(scale)
 
 
-def _hamiltonian(log_density: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Ends ``(chains, dim)`` of chains from ``z``; the step size is adapted to all of them, each has a share of it."""
+def _hamiltonian(log_density: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends ``(chains, dim)`` of chains from ``z``, and their log-densities ``(chains,)``.
+
+    The step size is adapted to all chains, and each has a share of it.
+    """
     share = torch.logspace(math.log10(_SHORTEST), 0.0, len(z), dtype=z.dtype, device=z.device)[:, None]
     log_step = -0.25 * math.log(z.shape[-1])
     value, gradient = value_and_grad(log_density, z)
@@ -125,4 +128,4 @@ def _hamiltonian(log_density: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         z, gradient = (torch.where(accepted[:, None], a, b) for a, b in ((new, z), (new_gradient, gradient)))
         value = torch.where(accepted, new_value, value)
         log_step += 2.0 / math.sqrt(1 + i) * (float(probability.mean()) - _ACCEPTANCE)
-    return z
+    return z, value

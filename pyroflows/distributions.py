@@ -17,6 +17,7 @@ from pyroflows.conditioners import MLP
 from pyroflows.transform_module import Compose, Conditioned, TransformModule
 from pyroflows.transforms import Elementwise
 from pyroflows.univariate import SinhArcsinh, TailTransform
+from pyroflows.univariate.tails import side, stretch
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -147,8 +148,16 @@ class LocScaleBase(Base):
 
 
 class _HeavyTails(TailTransform):
+    """Weights are positive, which is half of the work."""
+
     def _weight(self, raw: Tensor) -> Tensor:
         return self.max_weight * raw.sigmoid()
+
+    def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return stretch(x, True, self._weight(side(x, params)))
+
+    def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return stretch(y, False, self._weight(side(y, params)))
 
 
 class FlexibleBase(Base):

@@ -23,8 +23,9 @@ from numpyro_flows import flows, serialization
 from numpyro_flows.distributions import Base, FlowDistribution, standard_base
 from numpyro_flows.encoders import StandardizedEncoder
 from numpyro_flows.log_density import LogDensity, check_finite, check_latents, prototype_trace
-from numpyro_flows.noncentering import Noncentering, noncentering_of
+from numpyro_flows.noncentering import Noncentering, inverse, noncentering_of
 from numpyro_flows.prior_predictive import PriorPredictive, Simulations
+from numpyro_flows.programs import Programs
 from numpyro_flows.transform_module import Compose, Conditioned, TransformModule, flow_module, parameters
 from numpyro_flows.transforms import Elementwise, ElementwiseAffine, TriangularAffine
 from numpyro_flows.univariate import Affine
@@ -100,6 +101,8 @@ class AutoFlow(AutoContinuous):
         self.learned_base: Base | None = None
         self.standardized_encoder: StandardizedEncoder | None = None
         self._num_pilots = _NUM_PILOTS
+        self._programs = Programs()
+        self._held: bool | None = None  # whether the model's arguments are a part of programs, once it is known
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         owner = type(self).__name__
@@ -129,9 +132,13 @@ class AutoFlow(AutoContinuous):
                 context_dim = self._encode(None, args, kwargs).shape[-1]
                 conditional = partial(conditional_flow, self.flow, context_dim=context_dim, full_rank=self.full_rank)
                 whole = [_built(conditional, self.latent_dim, key=flow_key)]
-            layer = noncentering_of(self._log_density(args, kwargs), self._init_latent) if self.noncentered else None
+            layer = None
+            start, density = self._init_latent, self._log_density(args, kwargs)
+            if self.noncentered:
+                layer = noncentering_of(density, start, self._programs)
+            if layer is not None:
+                start = self._programs(inverse, layer.with_density(None), density, start)[0]
             coordinates = Compose([] if layer is None else [layer])
-            start = eqx.filter_jit(coordinates.inverse_and_log_det)(self._init_latent)[0]
             whole = _cast(whole, dtype)
             self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates])
             if self.base is not None:
@@ -191,7 +198,16 @@ class AutoFlow(AutoContinuous):
         return self._log_density(args, kwargs)
 
     def _log_density(self, args: tuple, kwargs: dict) -> LogDensity:
-        return LogDensity(self.model, args, kwargs, self.latent_dim, self._unpack_latent)
+        if self._held is None:
+            self._held = not LogDensity(self.model, args, kwargs, self.latent_shapes).takes_inputs()
+        return LogDensity(self.model, args, kwargs, self.latent_shapes, held=self._held)
+
+    @property
+    def latent_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Shapes of the sites' unconstrained values, in the order of the latent vector."""
+        shapes: list[tuple[str, tuple[int, ...]]] = []
+        jax.eval_shape(lambda u: shapes.extend((n, v.shape) for n, v in self._unpack_latent(u).items()), self.init_loc)
+        return shapes
 
     def get_base_dist(self, params: dict[str, Any] | None = None) -> dist.Distribution:
         """The flow's base ``(latent_dim,)``: standard normal, Student-t of ``base_df`` degrees of freedom, or learned.
@@ -268,7 +284,7 @@ class AutoFlow(AutoContinuous):
             _, args, kwargs = self._prototype_call
         u = self.get_posterior(params, *args, **kwargs).sample(rng_key, sample_shape)
         model = handlers.substitute(self.model, data={n: v for n, v in params.items() if n in self.prototype_trace})  # type: ignore[attr-defined]
-        density = LogDensity(model, args, kwargs, self.latent_dim, self._unpack_latent)
+        density = LogDensity(model, args, kwargs, self.latent_shapes)
         draws = jax.lax.map(density.constrain, u.reshape(-1, self.latent_dim))
         return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
 

@@ -4,6 +4,7 @@ normalizing flows; Bailey 1994, Polar generation of random variates with the t-d
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -44,31 +45,43 @@ class TailTransform(Univariate):
         return soft_clip(raw, self.max_weight)
 
     def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:
-        return _stretch(x, self._weight(_side(x, params)))
+        return stretch(x, *_sign_and_size(self._weight(side(x, params))))
 
     def inverse_and_log_det(self, y: Array, params: Array) -> tuple[Array, Array]:
-        return _stretch(y, -self._weight(_side(y, params)))
+        return stretch(y, *_sign_and_size(-self._weight(side(y, params))))
 
 
-def _side(x: Array, params: Array) -> Array:
+def side(x: Array, params: Array) -> Array:
     """The parameter of the side of zero on which ``x`` lies."""
     return jnp.where(x < 0, params[..., 0, :], params[..., 1, :])
 
 
-def _stretch(x: Array, weight: Array) -> tuple[Array, Array]:
-    """The map of a weight of either sign, and its log-slope. The inverse of one weight is the map of its negative."""
+def _sign_and_size(weight: Array) -> tuple[Array, Array]:
     heavy = weight >= 0
-    size = jnp.where(heavy, weight, -weight)
+    return heavy, jnp.where(heavy, weight, -weight)
+
+
+def stretch(x: Array, heavy: Array | bool, size: Array) -> tuple[Array, Array]:
+    """The map of a weight of that size and a sign, and its log-slope. The opposite sign gives the inverse.
+
+    :param heavy: whether the weight is positive; where that is known for all, only half of the work is done.
+    """
     # with w = size x^2 the heavy map is x exp(f(w)), of slope exp(w - f(w)); the light one has w = log(1 + size x^2)
     # and the opposite exponents
     square = size * x * x
-    most = jnp.where(heavy, LIMIT, math.expm1(LIMIT)).astype(x.dtype)
+    most = _either(heavy, LIMIT, math.expm1(LIMIT))
     u = x * jnp.sqrt(most / jnp.maximum(square, most))  # where x lies beyond the limit, the point at the limit
     square = jnp.minimum(square, most)
-    w = jnp.where(heavy, square, jnp.log1p(square))
+    w = _either(heavy, square, jnp.log1p(square))
     f = _half_log_mean_exp(w)
-    f, log_slope = jnp.where(heavy, f, -f), jnp.where(heavy, w - f, f - w)
+    f, log_slope = _either(heavy, f, -f), _either(heavy, w - f, f - w)
     return u * jnp.exp(f) + (x - u) * jnp.exp(log_slope), log_slope
+
+
+def _either(heavy: Array | bool, one: Any, other: Any) -> Any:
+    if isinstance(heavy, bool):
+        return one if heavy else other
+    return jnp.where(heavy, one, other)
 
 
 def _half_log_mean_exp(w: Array) -> Array:

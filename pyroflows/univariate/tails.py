@@ -45,31 +45,43 @@ class TailTransform(Univariate):
         return soft_clip(raw, self.max_weight)
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return _stretch(x, self._weight(_side(x, params)))
+        return stretch(x, *_sign_and_size(self._weight(side(x, params))))
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return _stretch(y, -self._weight(_side(y, params)))
+        return stretch(y, *_sign_and_size(-self._weight(side(y, params))))
 
 
-def _side(x: Tensor, params: Tensor) -> Tensor:
+def side(x: Tensor, params: Tensor) -> Tensor:
     """The parameter of the side of zero on which ``x`` lies."""
     return torch.where(x < 0, params[..., 0, :], params[..., 1, :])
 
 
-def _stretch(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The map of a weight of either sign, and its log-slope. The inverse of one weight is the map of its negative."""
+def _sign_and_size(weight: Tensor) -> tuple[Tensor, Tensor]:
     heavy = weight >= 0
-    size = torch.where(heavy, weight, -weight)
+    return heavy, torch.where(heavy, weight, -weight)
+
+
+def stretch(x: Tensor, heavy: Tensor | bool, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The map of a weight of that size and a sign, and its log-slope. The opposite sign gives the inverse.
+
+    :param heavy: whether the weight is positive; where that is known for all, only half of the work is done.
+    """
     # with w = size x^2 the heavy map is x exp(f(w)), of slope exp(w - f(w)); the light one has w = log(1 + size x^2)
     # and the opposite exponents
     square = size * x * x
-    most = torch.where(heavy, x.new_full((), LIMIT), x.new_full((), math.expm1(LIMIT)))
+    most = _either(heavy, x.new_full((), LIMIT), x.new_full((), math.expm1(LIMIT)))
     u = x * (most / torch.maximum(square, most)).sqrt()  # where x lies beyond the limit, the point at the limit
     square = torch.minimum(square, most)
-    w = torch.where(heavy, square, square.log1p())
+    w = square if heavy is True else _either(heavy, square, square.log1p())
     f = _half_log_mean_exp(w)
-    f, log_slope = torch.where(heavy, f, -f), torch.where(heavy, w - f, f - w)
+    f, log_slope = _either(heavy, f, -f), _either(heavy, w - f, f - w)
     return torch.addcmul(u * f.exp(), x - u, log_slope.exp()), log_slope
+
+
+def _either(heavy: Tensor | bool, one: Tensor, other: Tensor) -> Tensor:
+    if isinstance(heavy, bool):
+        return one if heavy else other
+    return torch.where(heavy, one, other)
 
 
 def _half_log_mean_exp(w: Tensor) -> Tensor:
