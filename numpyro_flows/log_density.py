@@ -88,7 +88,8 @@ class LogDensity(eqx.Module):
 
         try:
             hash(tuple(jax.tree.leaves(rest)))
-            jax.eval_shape(evaluate, inputs, jax.ShapeDtypeStruct((self.dim,), jnp.result_type(float)))
+            with handlers.block():  # it may be a guide's first call, within handlers of its own
+                jax.eval_shape(evaluate, inputs, jax.ShapeDtypeStruct((self.dim,), jnp.result_type(float)))
         except Exception:  # whatever a model does that needs the numbers
             return False
         return True
