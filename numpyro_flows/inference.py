@@ -48,6 +48,7 @@ _NUM_STEPS = 5000
 _GAP_POOR = 0.02  # nats of KL divergence, above which a fit goes on
 _GAP_NEAR = 0.1  # above which more steps will not do: the flow is not rich enough
 _GAP_HOPELESS = 0.15  # before annealing, which would spend half of the steps on what a richer flow is needed for
+_HOPELESS_FROM = 1000  # steps, before which the ELBO's rise does not foretell where it ends
 _K_TAILS = 0.5  # of Pareto k, below which a poor fit goes on without the forward KL divergence, which costs ELBO
 RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the default one turns to
 
@@ -64,14 +65,16 @@ class FlowVI:
        of 250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
     3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the forward KL
        divergence added to the loss, which makes the tails wide enough for importance weights. Left out where the KL
-       divergence is above 0.15 still, and phase 5 may take as long as it needs.
+       divergence is above 0.15 still, and phase 5 may take as long as it needs; and phase 2 ends, from 1,000 steps on,
+       once the KL divergence would stay above it were the ELBO to rise on as it last did.
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
        there are modes which the guide misses; its own draws cannot. If there are, and the base is the default, the
        fit is made once more with a ``MixtureBase`` that starts on all of them, and the better one kept.
     5. *Escalation*, where the fit is still poor (by Pareto k, the gap between ELBO and importance-sampled evidence, or
        the chains of ``FlowPosterior.departure``): a quarter as many steps again from where it stands, with twice the
        draws, where that may do (the gap is below 0.1), else a fit of the next flow of ``richer``, until one is good or
-       none is left. The best is kept; ``history.tried`` tells of all.
+       none is left. The last one goes on where the steps could make it good, as far as the ELBO's rise over the last
+       quarter of them tells. The best is kept; ``history.tried`` tells of all.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
     two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
@@ -191,7 +194,7 @@ class FlowVI:
             keys = iter(jax.random.split(jax.random.fold_in(fit_key, 1), 1 + 2 * len(self.richer)))
             richer, went_on = list(self.richer), False
             while self.escalate and is_poor(posterior, budget) and budget.allows_more():
-                if not went_on and (not richer or is_near(posterior)):
+                if not went_on and (is_near(posterior) if richer else may_mend(posterior, self.num_steps // 4)):
                     more, went_on = "more steps", True
                     fit = partial(self._go_on, posterior, next(keys), draw_key, budget)
                 elif richer:
@@ -577,7 +580,8 @@ class Schedule:
     :param learning_rate: the first step size.
     :param annealing: whether to begin with the second part.
     :param deadline: by ``time.perf_counter``. The second part begins when a third of the time until then is over.
-    :param hopeless: approximate KL divergence above which there is no second part.
+    :param hopeless: approximate KL divergence above which there is no second part, and the first one ends as soon as
+        the ELBO rises too slowly to bring it below.
     """
 
     def __init__(
@@ -614,13 +618,13 @@ class Schedule:
         if self._anneal_from is None:
             if done and done % _WINDOW == 0:
                 self.stationary = is_stationary(trace)
+            if done and self._is_hopeless(trace, divergence):
+                self.finished = True
+                return None
             nearly_exact = np.nanmean(divergence[-_WINDOW:]) < _NEARLY_EXACT if done else False
             hurried = done > 0 and elapsed >= allowed / 3
             if (self.stationary and nearly_exact) or 2 * done >= self.num_steps or hurried:
                 self.late = hurried and 2 * done < self.num_steps and not (self.stationary and nearly_exact)
-                self.finished = bool(np.nanmedian(divergence[-_WINDOW:]) > self.hopeless)
-                if self.finished:
-                    return None
                 self._anneal_from = done
                 self._anneal_steps = min(max(done, 2 * _WINDOW), self.num_steps - done)
         if self._anneal_from is None:
@@ -630,6 +634,20 @@ class Schedule:
         if self.finished:
             return None
         return 0.5 * self.learning_rate * (1 + np.cos(np.pi * steps / self._anneal_steps))
+
+    def _is_hopeless(self, trace: list[float], divergence: list[float]) -> bool:
+        """Whether the KL divergence is too large where the first part ends, or will be by the ELBO's last rise.
+
+        The ELBO rises ever slower, so that its last rise (and two standard errors) bounds those of the windows to come.
+        """
+        done, recent = len(trace), float(np.nanmedian(divergence[-_WINDOW:]))
+        windows_left = max(self.num_steps / 2 - done, 0) / _WINDOW
+        if windows_left:
+            if done < _HOPELESS_FROM:
+                return False
+            rise, error = last_rise(trace)
+            recent -= windows_left * max(rise + 2 * error, 0.0)
+        return recent > self.hopeless
 
 
 def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
@@ -647,6 +665,16 @@ def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
 def is_near(posterior: FlowPosterior) -> bool:
     """Whether a poor fit is one that more steps could mend."""
     return posterior.pareto_k < PARETO_K_GOOD and posterior._log_evidence().value - posterior.elbo.value < _GAP_NEAR
+
+
+def may_mend(posterior: FlowPosterior, num_steps: int) -> bool:
+    """Whether so many steps more could make a poor fit good: they raise the ELBO by less than as many did last."""
+    trace, window = posterior.history.elbo, min(num_steps, _WINDOW)
+    if not posterior.pareto_k < PARETO_K_GOOD or len(trace) < num_steps + window or not window:
+        return True  # nothing foretells it
+    last, before = trace[-window:], trace[-num_steps - window :][:window]
+    gap = posterior._log_evidence().value - posterior.elbo.value
+    return bool(gap - (np.nanmean(last) - np.nanmean(before)) < _GAP_POOR)
 
 
 def is_better(found: FlowPosterior, than: FlowPosterior) -> bool:
@@ -676,9 +704,15 @@ def is_stationary(trace: list[float]) -> bool:
     """Whether the mean ELBO of the last window exceeds that of the one before by no more than two standard errors."""
     if len(trace) < 2 * _WINDOW:
         return False
+    rise, error = last_rise(trace)
+    return rise < 2 * error
+
+
+def last_rise(trace: list[float]) -> tuple[float, float]:
+    """By how much the mean ELBO of the last window exceeds that of the one before, and its standard error."""
     windows = np.asarray(trace[-2 * _WINDOW :]).reshape(2, _WINDOW)
     before, after = np.nanmean(windows, 1)
-    return bool(after - before < 2 * np.sqrt((np.nanvar(windows, 1) / _WINDOW).sum()))
+    return float(after - before), float(np.sqrt((np.nanvar(windows, 1) / _WINDOW).sum()))
 
 
 def check_options(

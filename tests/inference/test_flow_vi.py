@@ -304,6 +304,16 @@ def test_a_hopeless_fit_is_not_annealed(fitter, monkeypatch):
         schedule = module.Schedule(100, 1e-3, hopeless=0.15)
         chunk = schedule.next_chunk([0.0] * 50, [divergence] * 50)
         assert (None if chunk is None else len(chunk)) == steps and schedule.finished == (steps is None)
+    for divergence, rise, done, ends in (  # by 250 steps, of which ten make the first part
+        (0.3, 0.01, 1000, True),
+        (0.3, 0.03, 1000, False),
+        (0.3, -0.01, 1000, True),
+        (0.3, 0.01, 750, False),
+        (0.1, 0.0, 1000, False),
+    ):
+        schedule = module.Schedule(5000, 1e-3, hopeless=0.15)
+        chunk = schedule.next_chunk([rise * (n // 250) for n in range(done)], [divergence] * done)
+        assert (chunk is None) == schedule.finished == ends
     assert module.Budget().schedule(100, 1, 1e-3, hopeless=0.15).hopeless == 0.15
     assert module.Budget(max_time=1e3).schedule(100, 1, 1e-3, hopeless=0.15).hopeless == np.inf
     monkeypatch.setattr(module, "_GAP_HOPELESS", 0.01)
