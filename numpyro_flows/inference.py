@@ -141,6 +141,7 @@ class FlowVI:
         self.num_starts, self.init_loc_fn, self.progress_bar = num_starts, init_loc_fn, progress_bar
         self._programs = Programs()  # of all its runs
         self._held: bool | None = None  # see AutoFlow
+        self.compiles_anew = False  # for every data set, as the model looks at its values
 
     def run(self, rng_key: Array, *args: Any, **kwargs: Any) -> FlowPosterior:
         """Fits the model given its arguments. Ctrl-C ends the fit early and keeps what it has reached.
@@ -245,6 +246,7 @@ class FlowVI:
         if not guide._held and not self._agrees(guide, guide.log_density(*args, **kwargs)):
             self._held = True
             return self._guide(base_df, base, key, args, kwargs, flow)
+        self.compiles_anew = bool(guide._held)
         learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
         if learned:
             raise ValueError(

@@ -163,7 +163,10 @@ class Jax:
         key = case, dim, context, seed, dtype
         if anew or key not in self._built:
             flow = case.make(
-                self.pkg, dim, key=self.jax.random.key(seed, impl="rbg"), **({"context_dim": CONTEXT_DIM} if context else {})
+                self.pkg,
+                dim,
+                key=self.jax.random.key(seed, impl="rbg"),
+                **({"context_dim": CONTEXT_DIM} if context else {}),
             )
             self._built[key] = self.jax.tree.map(lambda a: a.astype(dtype) if self.eqx.is_inexact_array(a) else a, flow)
         return self._built[key]

@@ -65,7 +65,7 @@ VARIATIONS = [
 LAYERS = [case.name for case in CASES if not case.deep and case.name not in VARIATIONS]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ALL)
 def test_starts_at_the_identity(backend, case):
     flow, x = backend.build(case, case.dim), case.points(case.dim)
     y, log_det = backend.run(flow, x)

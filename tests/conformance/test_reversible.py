@@ -48,7 +48,7 @@ def gradients(backend, flow, x, context, inverse):
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("nsf", "maf"))) for n in CASES])
 def test_gradients_are_those_of_the_plain_chain(backend, name, inverse):
     flow = trained(backend, name, context=True)
     rng = np.random.default_rng(0)

@@ -366,7 +366,7 @@ def test_interruption_keeps_what_is_done(lab):
 class FakeVI:
     """Stands for FlowVI: its options, and what it does with Ctrl-C."""
 
-    interrupted_at, runs = None, 0
+    interrupted_at, runs, compiles_anew = None, 0, True
 
     def __init__(self, model, **options):
         self.model, self.options = model, options
@@ -375,7 +375,9 @@ class FakeVI:
         assert self.options == {"progress_bar": False, "num_steps": 7}
         FakeVI.runs += 1
         history = types.SimpleNamespace(interrupted=FakeVI.runs == FakeVI.interrupted_at)
-        mean, sd = posterior_of_conjugate(self.model)
+        # in jax one FlowVI serves all data sets, which are an argument of its model
+        given = [types.SimpleNamespace(data=argument) for argument in args if isinstance(argument, dict)]
+        mean, sd = posterior_of_conjugate(*given or [self.model])
 
         def sample(*key_and_shape):
             return {"theta": mean + sd * np.random.default_rng(0).standard_normal(key_and_shape[-1])}

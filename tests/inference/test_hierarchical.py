@@ -436,7 +436,7 @@ def slopes_posterior(x, y, covariance):
     return mean, precision**-0.5, evidence, element
 
 
-@pytest.mark.parametrize("vector", [False, True])
+@pytest.mark.parametrize("vector", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_correlated_elements(backend, vector):
     """Exact for every draw where likelihoods are linear and normal, whatever the subsample; without bias elsewhere."""
     x, y = slopes_data()

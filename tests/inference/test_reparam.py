@@ -9,7 +9,7 @@ from scipy import stats
 from scipy.special import expit
 
 from tests import backends
-from tests.registry import BY_NAME, FLOWS
+from tests.registry import BY_NAME, FLOWS, param
 
 DATA = np.random.default_rng(0).normal(1.0, 1.0, 20)
 # the unconstrained shapes of the models' latents, in the models' order
@@ -412,7 +412,10 @@ def test_tails_that_do_not_reach_are_refused(eco, tails):
     assert "z_base" in eco.trace(eco.pkg.FlowReparam(f, check_tails=False).reparam(eco.models.student))
 
 
-@pytest.mark.parametrize("case", FLOWS, ids=lambda case: case.name)
+OF_EVERY_KIND = ("realnvp", "nsf_ar", "ttf", "ncsf", "bnaf", "planar", "residual")
+
+
+@pytest.mark.parametrize("case", [param(case, slow=case.name not in OF_EVERY_KIND) for case in FLOWS])
 def test_tails_of_the_flows(eco, case):
     """All but the flow of angles and, where its tails are lighter than the normal's, the tail map's."""
     dim, check = case.dim, importlib.import_module(f"{eco.pkg.__name__}.reparam").check_tails

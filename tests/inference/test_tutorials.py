@@ -15,7 +15,7 @@ def test_eight_schools(backend, tmp_path):
     pytest.importorskip(backend)
     path = [str(TUTORIALS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     out = subprocess.run(
-        [sys.executable, str(TUTORIALS / "eight_schools.py"), "--backend", backend, "--num-steps", "1000"],
+        [sys.executable, str(TUTORIALS / "eight_schools.py"), "--backend", backend, "--num-steps", "500"],
         cwd=tmp_path, capture_output=True, text=True, timeout=900,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

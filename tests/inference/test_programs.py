@@ -1,0 +1,84 @@
+"""FlowVI in NumPyro is compiled once for all data sets of a shape, where the model lets it."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+numpyro = pytest.importorskip("numpyro")
+jax = pytest.importorskip("jax")
+dist = numpyro.distributions
+numpyro_flows = pytest.importorskip("numpyro_flows")
+programs = pytest.importorskip("numpyro_flows.programs")
+
+QUICK = {"num_steps": 200, "num_particles": 64, "num_starts": 1, "progress_bar": False}
+N = 12
+DATA = np.random.default_rng(0).normal(1.5, 1.0, (2, N))
+
+
+def model(x):
+    theta = numpyro.sample("theta", dist.Normal(0.0, 2.0))
+    with numpyro.plate("rows", N):
+        numpyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+
+def evidence(x, loc=0.0, scale=1.0):
+    return stats.multivariate_normal.logpdf(x, np.full(N, loc), scale**2 * np.eye(N) + 4.0)
+
+
+def fit(vi, x):
+    return vi.run(jax.random.key(0), x).log_evidence().value
+
+
+def test_other_data_compile_nothing():
+    vi = numpyro_flows.FlowVI(model, **QUICK)
+    assert fit(vi, DATA[0]) == pytest.approx(evidence(DATA[0]), abs=0.02)
+    sizes = {name: run._cache_size() for name, run in vi._programs._compiled.items()}
+    for x in (DATA[1], -DATA[1]):
+        assert fit(vi, x) == pytest.approx(evidence(x), abs=0.02)
+    assert {name: run._cache_size() for name, run in vi._programs._compiled.items()} == sizes
+    assert len(sizes) > 5 and not vi.compiles_anew
+
+
+def test_a_model_may_look_at_its_data():
+    def looks(x):
+        theta = numpyro.sample("theta", dist.Normal(3.0 if x.mean() > 0 else -3.0, 2.0))
+        with numpyro.plate("rows", N):
+            numpyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    vi = numpyro_flows.FlowVI(looks, **QUICK)
+    for x, loc in ((DATA[0], 3.0), (-DATA[0], -3.0)):
+        assert fit(vi, x) == pytest.approx(evidence(x, loc), abs=0.02)
+    assert vi.compiles_anew
+
+
+def test_a_model_that_is_another_within_a_program():
+    def differs(x):
+        theta = numpyro.sample("theta", dist.Normal(0.0, 2.0))
+        with numpyro.plate("rows", N):
+            numpyro.sample("x", dist.Normal(theta, 2.0 if isinstance(x, np.ndarray) else 1.0), obs=x)
+
+    vi = numpyro_flows.FlowVI(differs, **QUICK)
+    assert fit(vi, DATA[0]) == pytest.approx(evidence(DATA[0], scale=2.0), abs=0.02)
+    assert vi.compiles_anew
+
+
+def test_static_arguments_are_told_apart_by_type():
+    run = programs.Programs()
+
+    def halved(x, n):
+        return x / 2 if n is True else x * n
+
+    x = np.ones(2)
+    np.testing.assert_array_equal(run(halved, x, 1), x)
+    np.testing.assert_array_equal(run(halved, x, True), x / 2)
+
+
+def test_quick_keys():
+    typed, raw = jax.random.key(3), jax.random.PRNGKey(3)
+    a, b = (programs.quick_key(key) for key in (typed, raw))
+    assert str(jax.random.key_impl(a)) == "rbg" and (jax.random.key_data(a) == jax.random.key_data(b)).all()
+    assert programs.quick_key(a) is a
+    draws = np.asarray(jax.random.normal(a, (4000,)))
+    assert abs(draws.mean()) < 4 / math.sqrt(4000) and abs(draws.std() - 1) < 0.05
