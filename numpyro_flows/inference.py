@@ -80,6 +80,9 @@ class FlowVI:
     two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
     finite are skipped and counted.
 
+    One instance serves many data sets: what a run compiles, the next ones use, if the data are arguments of the same
+    shapes and the model does not look at their values.
+
     :param model: NumPyro model with continuous latents.
     :param flow: factory ``flow(dim, key=key) -> TransformModule``.
     :param num_steps: most gradient steps of phases 2 and 3 together: 5,000 unless given.

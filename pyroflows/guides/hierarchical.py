@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from tqdm import tqdm
 
 from pyroflows import flows
-from pyroflows.distributions import standard_base
 from pyroflows.guides.auto_flow import AutoFlow
-from pyroflows.log_density import check_finite
-from pyroflows.noncentering import LOCATION_SCALE, WRAPPERS, unwrapped
+from pyroflows.guides.guide_run import Done, GroupFlow, GuideRun, Subsamples, pseudo_observations
+from pyroflows.guides.plates import (
+    Group,
+    check_trace,
+    differ,
+    first_value,
+    groups_of,
+    is_latent,
+    location_and_scale,
+    subsamples,
+)
 from pyroflows.transform_module import TransformModule
 
 LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
@@ -126,14 +128,14 @@ class AutoHierarchicalFlow(AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         seed = int(torch.randint(2**31, ()))
         trace = self._run_model(seed, args, kwargs, self._initial_value)
-        _check_trace(trace)
-        groups = _groups(trace)
+        check_trace(trace)
+        groups = groups_of(trace)
         self._check_keys(groups)
         priors = partial(self._priors, seed, args, kwargs, trace)
         here = priors(set()) if self.noncentered else {}
         there, after = (priors(set(trace.nodes)), priors(set(), last=True)) if self.noncentered else ({}, {})
         # of location-scale form, and depending on other continuous latents, and on no discrete
-        informed = {x for x in here if _differ(here, there, x) and not _differ(here, after, x, missing=True)}
+        informed = {x for x in here if differ(here, there, x) and not differ(here, after, x, missing=True)}
         modules = nn.ModuleDict()
         for group in groups.values():
             group.informed = informed & set(group.sites)
@@ -153,7 +155,7 @@ class AutoHierarchicalFlow(AutoGuide):
     ) -> poutine.Trace:
         with poutine.block(), torch.set_grad_enabled(grad), pyro.validation_enabled(False), torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            with _Subsamples(indices or {}):
+            with Subsamples(indices or {}):
                 return poutine.trace(InitMessenger(value)(self.model)).get_trace(*args, **kwargs)
 
     def _initial_value(self, site: dict) -> Tensor:
@@ -168,7 +170,7 @@ class AutoHierarchicalFlow(AutoGuide):
         """
         generator, values = torch.Generator().manual_seed(0), {}
         for name, site in trace.nodes.items():
-            if _is_latent(site) and not site["fn"].support.is_discrete:
+            if is_latent(site) and not site["fn"].support.is_discrete:
                 u = biject_to(site["fn"].support).inv(site["value"])
                 values[name] = u + (name in moved) * 0.1 * torch.randn(u.shape, generator=generator).to(u)
 
@@ -190,10 +192,10 @@ class AutoHierarchicalFlow(AutoGuide):
             return False
         if len(group.sites) == 1 or not group.informed:
             return True
-        latent = [name for name, site in trace.nodes.items() if _is_latent(site)]
+        latent = [name for name, site in trace.nodes.items() if is_latent(site)]
         late = set(latent[min(latent.index(name) for name in group.sites) :])
         there = priors(late)
-        bound = [name for name in group.sites if name in group.informed and _differ(here, there, name)]
+        bound = [name for name in group.sites if name in group.informed and differ(here, there, name)]
         if bound and self.correlated:
             raise ValueError(
                 f"AutoHierarchicalFlow: correlated=True needs the priors of {list(group.sites)} before any of them is "
@@ -268,7 +270,7 @@ class AutoHierarchicalFlow(AutoGuide):
         """
         nodes = trace.nodes
         inner = any(group.label in other.parents for other in groups.values())
-        if inner or any(_is_latent(site) and site["fn"].support.is_discrete for site in nodes.values()):
+        if inner or any(is_latent(site) and site["fn"].support.is_discrete for site in nodes.values()):
             return None
         here = {name: torch.as_tensor(nodes[name]["value"]) for name in group.plates}
         present = tuple(len(index) for index in here.values())
@@ -300,7 +302,7 @@ class AutoHierarchicalFlow(AutoGuide):
                 rows = [torch.autograd.grad(each, x, retain_graph=True)[0] for each in sums]
             gradient = gradient.detach()
             _, prior = group.prior({name: run.nodes[name]["fn"] for name in group.sites}, start)
-            found = _pseudo_observations(start, gradient, -torch.stack(rows, -2), prior.detach(), group.joint)
+            found = pseudo_observations(start, gradient, -torch.stack(rows, -2), prior.detach(), group.joint)
             usual = start, torch.full_like(start, math.log(self._init_scale)), torch.zeros_like(found[2])
             finite = torch.cat(found, -1).isfinite().all(-1, keepdim=True)
             pairs = zip(found, usual, strict=True)
@@ -375,14 +377,14 @@ class AutoHierarchicalFlow(AutoGuide):
         modules = self._modules["group_flows"]
         if not pyro.settings.get("module_local_params"):
             AutoFlow._register(self, "group_flows", modules)  # type: ignore[arg-type]
-        run = _GuideRun(self, modules, args, kwargs)  # type: ignore[arg-type]
+        run = GuideRun(self, modules, args, kwargs)  # type: ignore[arg-type]
         for group in self.groups.values():
             if group.joint and group.informed and len(group.sites) > 1:
                 run.ahead = group
-                with contextlib.suppress(_Done), run:
+                with contextlib.suppress(Done), run:
                     self.model(*args, **kwargs)
         run.ahead = None
-        with contextlib.suppress(_Done), run:
+        with contextlib.suppress(Done), run:
             self.model(*args, **kwargs)
         missing = [name for group in self.groups.values() for name in group.sites if name not in run.values]
         if missing:
@@ -435,489 +437,6 @@ class AutoHierarchicalFlow(AutoGuide):
         # unlike the base class's, leaves this guide as it is; the copied parameters are free of Pyro's weak references
         trace = None if self.prototype_trace is None else poutine.Trace()
         return {**self.__dict__, "master": None, "prototype_trace": trace, "_modules": copy.deepcopy(self._modules)}
-
-
-class GroupFlow(nn.Module):
-    """What is learned of one group of latents: its flow, location and scale, and its encoder.
-
-    :param flow: flow of size ``dim``, with a context unless it is the global one.
-    :param loc: ``(dim,)``, or ``(*plate_sizes, dim)`` where elements have their own.
-    :param log_scale: as ``loc``.
-    :param tril: ``(dim (dim - 1) / 2,)``, likewise: what stands below the diagonal of ``L``, row by row, where an
-        element's latents may be correlated.
-    :param encoder: encoder to ``(..., c)``, if any.
-    :param head: ``(2 dim, c)``, or as many rows more as ``tril`` has numbers: what the encoding adds to location,
-        log-scale and ``tril``.
-    """
-
-    def __init__(
-        self,
-        flow: TransformModule,
-        loc: Tensor,
-        log_scale: Tensor,
-        tril: Tensor | None,
-        encoder: Callable | None,
-        head: Tensor | None,
-    ):
-        super().__init__()
-        self.flow, self.encoder = flow, encoder
-        self.loc, self.log_scale = nn.Parameter(loc), nn.Parameter(log_scale)
-        self.tril = None if tril is None else nn.Parameter(tril)
-        self.head = None if head is None else nn.Parameter(head)
-
-
-@dataclasses.dataclass
-class Site:
-    """A latent site: the shape of one element's unconstrained value, and the number of axes of the site's."""
-
-    name: str
-    event: tuple[int, ...]
-    dim: int
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.event)
-
-
-@dataclasses.dataclass
-class Group:
-    """The latents that lie in the same plates."""
-
-    plates: dict[str, int]  # plate -> its dimension, outermost first
-    sizes: tuple[int, ...]  # of the full plates
-    sites: dict[str, Site] = dataclasses.field(default_factory=dict)
-    parents: tuple[str, ...] = ()
-    informed: set[str] = dataclasses.field(default_factory=set)
-    joint: bool = False  # an element's latents have a full precision matrix
-
-    @property
-    def label(self) -> str:
-        return "_".join(self.plates).replace(".", "_") or "global"  # a module's name has no dots
-
-    @property
-    def dim(self) -> int:
-        return sum(site.size for site in self.sites.values())
-
-    def batch_shape(self, indices: dict[str, Tensor]) -> tuple[int, ...]:
-        shape = [1] * max((-dim for dim in self.plates.values()), default=0)
-        for name, dim in self.plates.items():
-            shape[dim] = len(indices[name])
-        return tuple(shape)
-
-    def flat_mean(self, site: Site, trace: poutine.Trace) -> Tensor:
-        """The first unconstrained value of a site as ``(size,)``, the mean over elements."""
-        node = trace.nodes[site.name]
-        u = biject_to(node["fn"].support).inv(node["value"])
-        return u.reshape(-1, site.size).mean(0)
-
-    def split(self, x: Tensor) -> dict[str, Tensor]:
-        """Vectors ``(*batch, dim)`` as unconstrained values of the sites, ``(*batch, *event)``."""
-        return {name: part.reshape((*x.shape[:-1], *self.sites[name].event)) for name, part in self.pieces(x).items()}
-
-    def pieces(self, x: Tensor) -> dict[str, Tensor]:
-        """Vectors ``(*batch, dim)`` as those of the sites, ``(*batch, size)``."""
-        return dict(zip(self.sites, x.split([site.size for site in self.sites.values()], -1), strict=True))
-
-    def prior(self, priors: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Location ``(*batch, dim)`` and precision ``(*batch, dim, dim)`` of the priors; zeros for those not used."""
-        batch, end = like.shape[:-1], 0
-        locs, precision = [], like.new_zeros(*like.shape, self.dim)
-        for name, part in self.split(like).items():
-            start, end = end, end + self.sites[name].size
-            if name not in self.informed:
-                locs.append(like.new_zeros(*batch, end - start))
-                continue
-            loc, scale = (t.reshape(*batch, end - start) for t in location_and_scale(priors[name], part))  # type: ignore[union-attr]
-            block, fn = scale.square().reciprocal().diag_embed(), unwrapped(priors[name])
-            if isinstance(fn, torch.distributions.MultivariateNormal) and part.shape[-1:] == (end - start,):
-                block = fn.precision_matrix.expand(*part.shape, end - start).reshape(block.shape)
-            locs.append(loc)
-            precision[..., start:end, start:end] = block
-        return torch.cat(locs, -1), precision
-
-
-class _Subsamples(Messenger):
-    """Gives plates the indices of their subsamples."""
-
-    def __init__(self, indices: dict[str, Tensor]):
-        super().__init__()
-        self.indices = indices
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["name"] in self.indices:
-            msg["value"], msg["done"] = self.indices[msg["name"]], True
-
-
-class _Done(Exception):
-    """Every latent is drawn: what the model does from here on, its likelihood, is not needed."""
-
-
-class _GuideRun(Messenger):
-    """Runs the model with the guide's draws at its latent sites; its plates, masks and scales stay in force."""
-
-    def __init__(self, guide: AutoHierarchicalFlow, modules: nn.ModuleDict, args: tuple, kwargs: dict):
-        super().__init__()
-        self.guide, self.modules, self.call = guide, modules, (args, kwargs)
-        self.group_of = {name: group for group in guide.groups.values() for name in group.sites}
-        self.noise_sites = {f"_{guide._pyro_name}_{label}_noise": label for label in guide.groups}
-        self.indices: dict[str, Tensor] = {}
-        self.noise: dict[str, Tensor] = {}  # what the flows give, by group: the contexts of others
-        self.parts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # y, loc and log-scale of every site of a group drawn
-        self.log_q: dict[str, Tensor] = {}  # of a group's flow, which its last site takes
-        self.encodings: dict[str, Tensor] = {}
-        self.standard: dict[str, tuple[Tensor, Tensor]] = {}
-        self.values: dict[str, Tensor] = {}
-        self.late: set[str] = set()  # sites of a group drawn whose own messages are still to come
-        self.drawn: dict[str, tuple[Tensor, Any]] = {}  # value and distribution of the sites
-        self.placed: dict[str, tuple[Tensor, Tensor]] = {}  # unconstrained value and log-scale of sites placed together
-        self.ahead: Group | None = None  # whose priors this run of the model is to find
-        self.priors: dict[str, Any] = {}
-        if "global" in guide.groups:
-            self._draw(guide.groups["global"])
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if name in self.noise_sites:
-            return
-        if site_is_subsample(msg):
-            msg["stop"] = msg["stop"] or self.ahead is not None
-            if name in self.indices:  # of the run ahead
-                msg["value"], msg["done"] = self.indices[name], True
-            return
-        if name not in self.group_of or msg["is_observed"]:
-            msg["stop"] = True  # observed, or left to the model
-            if msg["value"] is None:
-                if not msg["fn"].support.is_discrete:
-                    raise ValueError(
-                        f"AutoHierarchicalFlow: latent site {name!r} was not there when the guide was set up. "
-                        "The guide needs a model of fixed structure."
-                    )
-                msg["value"], msg["done"] = first_value(msg), True
-            return
-        msg["done"] = True
-        group, ahead = self.group_of[name], self.ahead
-        if ahead is not None:
-            msg["stop"] = True
-            if name not in self.drawn and (group is ahead or not self.priors.keys().isdisjoint(ahead.sites)):
-                bijection = biject_to(msg["fn"].support)  # a stand-in, on which none of these priors depend
-                loc: Tensor = self.modules[group.label].loc  # type: ignore[assignment]
-                msg["value"] = bijection(loc.new_zeros(bijection.inverse_shape(msg["fn"].shape())))
-                if group is ahead:
-                    self.priors[name] = msg["fn"]
-                return
-        if name not in self.drawn:
-            if group.label not in self.noise:
-                self.priors.setdefault(name, msg["fn"])
-                self._draw(group)
-            self.drawn[name] = self._site(group, name, msg["fn"])
-        msg["value"], msg["fn"] = self.drawn[name]
-        if ahead is None:
-            self.values[name] = msg["value"]
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            self._check_plate(msg["name"], msg["fn"].size)
-            indices = torch.as_tensor(msg["value"])
-            if not torch.equal(indices, self.indices.setdefault(msg["name"], indices)):
-                raise ValueError(
-                    f"AutoHierarchicalFlow: the subsample of plate {msg['name']!r} is given by a handler around the "
-                    "guide, which its run ahead for the priors does not see. Give it to pyro.plate(subsample=), or set "
-                    "correlated=False."
-                )
-        elif self.priors.keys() >= self.ahead.sites.keys() if self.ahead else len(self.values) == len(self.group_of):
-            raise _Done
-
-    def _check_plate(self, name: str, size: int) -> None:
-        for group in self.guide.groups.values():
-            if name not in group.plates or self.modules[group.label].loc.dim() == 1:  # type: ignore[operator]
-                continue
-            expected = group.sizes[list(group.plates).index(name)]
-            if size != expected:
-                raise ValueError(
-                    f"AutoHierarchicalFlow: plate {name!r} has size {size}, but it had {expected} when the guide was "
-                    "set up, and its elements have parameters of their own. Keep the size (subsample_size= may "
-                    "change), make a new guide, or use amortise=."
-                )
-
-    def _draw(self, group: Group) -> None:
-        """Draws the joint vectors of a group, and their log-density."""
-        module: GroupFlow = self.modules[group.label]  # type: ignore[assignment]
-        loc: Tensor = module.loc
-        log_scale: Tensor = module.log_scale
-        tril: Tensor | None = module.tril
-        base = standard_base(group.dim, like=loc.detach())
-        # the noise's own density is part of that of the flow: the site only makes it follow plates of particles
-        name = f"_{self.guide._pyro_name}_{group.label}_noise"
-        x = pyro.sample(name, base.mask(False), infer={"is_auxiliary": True})
-        contexts = [self.noise[parent] for parent in group.parents]
-        if loc.dim() > 1:
-            index = tuple(self.indices[name].reshape([-1] + [1] * (-dim - 1)) for name, dim in group.plates.items())
-            loc, log_scale, tril = loc[index], log_scale[index], None if tril is None else tril[index]
-        if module.encoder is not None:
-            encoding = self.guide._encode(group, module.encoder, self.indices, *self.call)
-            self.encodings[group.label] = encoding
-            contexts.append(encoding)
-            assert module.head is not None
-            sizes = [group.dim, group.dim, len(module.head) - 2 * group.dim]
-            shift, log_factor, skew = (encoding @ module.head.T).split(sizes, -1)
-            loc, log_scale, tril = loc + shift, log_scale + log_factor, None if tril is None else tril + skew
-        y, log_det = module.flow.forward_and_log_det(x, _joined(contexts, x.shape[:-1]))
-        self.noise[group.label], self.log_q[group.label] = y, base.log_prob(x) - log_det
-        self.late.update(group.sites)
-        if tril is not None:
-            self._place(group, y, loc, log_scale, tril)
-            return
-        ys, locs, log_scales = (group.split(t) for t in (y, loc, log_scale))
-        for name in group.sites:
-            self.parts[name] = ys[name], locs[name], log_scales[name]
-            if self.guide.path_gradient and name not in group.informed:
-                u = locs[name] + log_scales[name].exp() * ys[name]
-                self._standardise(group, name, u, locs[name], log_scales[name])
-
-    def _place(self, group: Group, y: Tensor, loc: Tensor, log_scale: Tensor, tril: Tensor) -> None:
-        """Puts the latents of a group's elements where their priors and pseudo-observations together have them."""
-        prior = group.prior(self.priors, y)
-        centre, factor = _posterior(loc, log_scale, tril, *prior)
-        u = centre + torch.linalg.solve_triangular(factor.mT, y[..., None], upper=True)[..., 0]
-        us, log_ss = group.split(u), group.split(-factor.diagonal(0, -2, -1).log())
-        self.placed.update((name, (us[name], log_ss[name])) for name in group.sites)
-        if self.guide.path_gradient:
-            centre, factor = _posterior(loc, log_scale, tril, *(t.detach() for t in prior))
-            y = (factor.mT @ (u.detach() - centre)[..., None])[..., 0]
-            ys, log_ss = group.pieces(y), group.pieces(-factor.diagonal(0, -2, -1).log())
-            self.standard.update((name, (ys[name], log_ss[name])) for name in group.sites)
-
-    def _site(self, group: Group, name: str, fn: Any) -> tuple[Tensor, Any]:
-        """Value of a site, and its distribution in the guide: a point that carries the log-density."""
-        u, log_s = self.placed[name] if group.joint else self._alone(group, name, fn)
-        self.late.remove(name)
-        bijection = biject_to(fn.support)
-        value = bijection(u)
-        log_det = bijection.log_abs_det_jacobian(u, value)
-        log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
-        log_q = -log_det - sum_rightmost(log_s, len(group.sites[name].event))
-        if self.late.isdisjoint(group.sites):  # the last site takes the flow's part
-            log_q = log_q + self.log_q[group.label]
-            if self.guide.path_gradient:
-                log_q = log_q - self._score(group)
-        delta = dist.Delta(value, log_q, event_dim=fn.event_dim)
-        mask = mask_of(fn)
-        return value, delta if mask is None else delta.mask(mask)
-
-    def _alone(self, group: Group, name: str, fn: Any) -> tuple[Tensor, Tensor]:
-        """Unconstrained value of a site by its own prior and pseudo-observation, and its log-scale."""
-        y, loc, log_scale = self.parts[name]
-        if name not in group.informed:
-            return loc + log_scale.exp() * y, log_scale.expand(y.shape)
-        prior_loc, prior_scale = location_and_scale(fn, y)  # type: ignore[misc]
-        centre, log_s = _with_prior(loc, log_scale, prior_loc, prior_scale)
-        u = centre + log_s.exp() * y
-        if self.guide.path_gradient:
-            fixed = _with_prior(loc, log_scale, prior_loc.detach(), prior_scale.detach())
-            self._standardise(group, name, u, *fixed)
-        return u, log_s
-
-    # -- the path gradient: the log-density's gradient by the parameters, at fixed values, is taken off ------------
-    def _standardise(self, group: Group, name: str, u: Tensor, centre: Tensor, log_s: Tensor) -> None:
-        """What the flow would have to give for ``u``, held fixed; and the log-scales; both ``(*batch, size)``."""
-        y, size = (u.detach() - centre) * (-log_s).exp(), group.sites[name].size
-        batch = self.noise[group.label].shape[:-1]
-        self.standard[name] = y.reshape(*batch, size), log_s.expand(y.shape).reshape(*batch, size)
-
-    def _score(self, group: Group) -> Tensor:
-        """Zeros ``(*batch)`` with the gradient of the group's log-density by the parameters, the values held fixed."""
-        module: GroupFlow = self.modules[group.label]  # type: ignore[assignment]
-        contexts = [self._standard_of(self.guide.groups[parent], group) for parent in group.parents]
-        if group.label in self.encodings:
-            contexts.append(self.encodings[group.label])
-        y = self._standard_of(group, group)
-        x, log_det = module.flow.inverse_and_log_det(y, _joined(contexts, y.shape[:-1]))
-        log_scales = torch.cat([self.standard[name][1] for name in group.sites], -1)
-        log_q = standard_base(group.dim, like=y.detach()).log_prob(x) + log_det - log_scales.sum(-1)
-        return log_q - log_q.detach()
-
-    def _standard_of(self, group: Group, inner: Group) -> Tensor:
-        late = [name for name in group.sites if name not in self.standard]
-        if late:
-            raise ValueError(
-                f"AutoHierarchicalFlow: path_gradient=True needs the latents of {group.label!r} before those of "
-                f"{inner.label!r}, but site(s) {late} come later. Move them up in the model, or set it to False."
-            )
-        return torch.cat([self.standard[name][0] for name in group.sites], -1)
-
-
-def _joined(contexts: list[Tensor], batch: torch.Size) -> Tensor | None:
-    """One context ``(*batch, c)``, or none."""
-    if not contexts:
-        return None
-    return torch.cat([c.expand(*batch, c.shape[-1]) for c in contexts], -1)
-
-
-def _with_prior(loc: Tensor, log_scale: Tensor, prior_loc: Tensor, prior_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre and log-scale of a latent with its prior and pseudo-observation."""
-    log_s = -0.5 * torch.logaddexp(-2 * log_scale, -2 * prior_scale.log())
-    return prior_loc + (2 * (log_s - log_scale)).exp() * (loc - prior_loc), log_s
-
-
-def _posterior(
-    loc: Tensor, log_scale: Tensor, tril: Tensor, prior_loc: Tensor, precision: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Centre of an element's latents and the lower Cholesky factor of their precision matrix."""
-    dim = loc.shape[-1]
-    rows, columns = torch.tril_indices(dim, dim, -1, device=tril.device)
-    factor = torch.eye(dim, dtype=tril.dtype, device=tril.device).repeat(*tril.shape[:-1], 1, 1)
-    factor[..., rows, columns] = tril
-    factor = (-log_scale).exp()[..., None] * factor
-    observed = factor.mT @ factor
-    cholesky, failed = torch.linalg.cholesky_ex(precision + observed)
-    cholesky = torch.where((failed > 0)[..., None, None], math.nan, cholesky)  # as where a log-density is not finite
-    pull = torch.cholesky_solve(observed @ (loc - prior_loc)[..., None], cholesky)
-    return prior_loc + pull[..., 0], cholesky
-
-
-def _pseudo_observations(
-    x: Tensor, gradient: Tensor, curvature: Tensor, prior: Tensor, joint: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Location, log-scale and what stands below the diagonal where ``x`` has a likelihood's gradient and curvature.
-
-    Where it is flat or convex, a hundredth of the prior's precision.
-    """
-    if not joint:
-        curvature = curvature.diagonal(0, -2, -1).diag_embed()
-    curvature = curvature.nan_to_num()
-    values, vectors = torch.linalg.eigh(0.5 * (curvature + curvature.mT))
-    least = 1e-2 * prior.diagonal(0, -2, -1).mean(-1) + 1e-3 * values.abs().amax(-1) + 1e-6
-    values = torch.maximum(values, least[..., None])
-    far = 10 / values.sqrt()  # no further, in standard deviations
-    step = ((vectors.mT @ gradient[..., None])[..., 0] / values).clamp(-far, far)
-    loc = x + (vectors @ step[..., None])[..., 0]
-    precision = (vectors * values[..., None, :]) @ vectors.mT
-    factor = torch.linalg.cholesky_ex(precision.flip(-2, -1))[0].flip(-2, -1).mT  # lower, W^T W
-    diagonal = factor.diagonal(0, -2, -1)
-    rows, columns = torch.tril_indices(x.shape[-1], x.shape[-1], -1, device=x.device)
-    return loc, -diagonal.log(), (factor / diagonal[..., None])[..., rows, columns]
-
-
-def subsamples(here: dict[str, Tensor], sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
-    """Indices that together hold all elements of the plates, as many at a time as in ``here``."""
-    each = []
-    for index, size in zip(here.values(), sizes, strict=True):
-        starts = [min(start, size - len(index)) for start in range(0, size, len(index))]
-        each.append([torch.arange(start, start + len(index), device=index.device) for start in starts])
-    return [dict(zip(here, some, strict=True)) for some in itertools.product(*each)]
-
-
-def _differ(some: dict[str, Any], others: dict[str, Any], name: str, missing: bool = False) -> bool:
-    """Whether a site's prior is another one; ``missing`` where one is none, or not of location-scale form."""
-    one, other = some.get(name), others.get(name)
-    if one is None or other is None:
-        return missing
-    return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-# -- reading a model -----------------------------------------------------------------------------------------------
-def _is_latent(site: dict) -> bool:
-    return (
-        site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-        and not site["infer"].get("is_auxiliary", False)
-    )
-
-
-def first_value(site: Any, last: bool = False) -> Tensor:
-    """The first (or last) value of a discrete site's support."""
-    fn = site["fn"]
-    return fn.enumerate_support(expand=False)[-1 if last else 0].expand(fn.shape())
-
-
-def location_and_scale(fn: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Location and scale of an unconstrained value; ``None`` unless the distribution is of that form."""
-    fn = unwrapped(fn)
-    if isinstance(fn, torch.distributions.MultivariateNormal):
-        loc, scale = fn.loc, fn.scale_tril.square().sum(-1).sqrt()
-    elif isinstance(fn, LOCATION_SCALE):
-        loc, scale = fn.loc, fn.scale
-    else:
-        return None
-    shape = torch.broadcast_shapes(loc.shape, like.shape)
-    return loc.expand(shape), scale.expand(shape)
-
-
-def mask_of(fn: Any) -> Any:
-    """The mask that a distribution itself carries; that of handlers stands at the site."""
-    mask = None
-    while isinstance(fn, WRAPPERS):
-        if isinstance(fn, dist.MaskedDistribution):
-            mask = fn._mask if mask is None else mask & fn._mask
-        fn = fn.base_dist
-    return mask
-
-
-def _frames(site: dict) -> list:
-    """The plates of a site, outermost first, without those that are iterated."""
-    return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda frame: frame.dim)
-
-
-def _groups(trace: poutine.Trace) -> dict[str, Group]:
-    """The groups of latents by their labels, in the order of the model."""
-    groups: dict[str, Group] = {}
-    for name, site in trace.nodes.items():
-        if not _is_latent(site) or site["fn"].support.is_discrete:
-            continue
-        frames = _frames(site)
-        group = Group({f.name: f.dim for f in frames}, tuple(f.full_size or f.size for f in frames))
-        known = groups.setdefault(group.label, group)
-        if known.plates != group.plates:
-            raise ValueError(
-                f"AutoHierarchicalFlow: the plates {list(known.plates)} and {list(group.plates)} make one name, "
-                f"{group.label!r}. Rename one of them."
-            )
-        group = known
-        batch = site["fn"].batch_shape
-        outside = [size for dim, size in enumerate(batch, -len(batch)) if size > 1 and dim not in group.plates.values()]
-        if outside:
-            raise ValueError(
-                f"AutoHierarchicalFlow: site {name!r} has batch shape {tuple(batch)}, of which plates explain only the "
-                f"dimension(s) {list(group.plates.values())}. Put the rest into a plate, or declare it by .to_event()."
-            )
-        shape = biject_to(site["fn"].support).inv(site["value"]).shape
-        group.sites[name] = Site(name, tuple(shape[len(batch) :]), site["value"].dim())
-    order = sorted(groups, key=lambda label: label != "global")
-    groups = {label: groups[label] for label in order}
-    for n, label in enumerate(order):
-        group = groups[label]
-        group.parents = tuple(other for other in order[:n] if set(groups[other].plates) < set(group.plates))
-    return groups
-
-
-def _check_trace(trace: poutine.Trace) -> None:
-    latent = {name: site for name, site in trace.nodes.items() if _is_latent(site)}
-    discrete = [
-        name for name, site in latent.items() if site["fn"].support.is_discrete and not site["infer"].get("enumerate")
-    ]
-    if discrete:
-        raise ValueError(
-            f"AutoHierarchicalFlow: site(s) {discrete} are discrete and not enumerated, but a flow is a density of "
-            "continuous variables. Wrap the model in pyro.infer.config_enumerate and train with TraceEnum_ELBO, or sum "
-            "them out of the model (as a mixture)."
-        )
-    continuous = {name: site for name, site in latent.items() if not site["fn"].support.is_discrete}
-    if not continuous:
-        raise ValueError("AutoHierarchicalFlow: the model has no continuous latent sites: there is nothing to infer.")
-    if not any(_frames(site) for site in continuous.values()):
-        raise ValueError(
-            "AutoHierarchicalFlow: no latent of the model lies in a plate, so there are no local latents. Use "
-            "AutoFlow, or put the latents that belong to elements into pyro.plate (as a context)."
-        )
-    for name, site in continuous.items():
-        for frame in site["cond_indep_stack"]:
-            if not frame.vectorized and frame.full_size not in (None, frame.size):
-                raise ValueError(
-                    f"AutoHierarchicalFlow: site {name!r} lies in plate {frame.name!r}, which is iterated and "
-                    "subsampled. Enter it as a context, 'with pyro.plate(...)'."
-                )
-    check_finite(trace, "AutoHierarchicalFlow")
 
 
 def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any, init_scale: Any) -> None:
