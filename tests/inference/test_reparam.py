@@ -174,7 +174,7 @@ def test_density_is_that_of_the_model_times_the_jacobian(eco, model, no_warnings
 
 
 def test_density_where_a_support_depends_on_another_site(eco):
-    f = flow(eco, 2)
+    f = flow(eco, 2, sd=0.3)
     neutra, z = eco.pkg.FlowReparam(f), np.array([0.4, -1.2])
     u, log_det = eco.flows.run(f, z)
     expected = np.log(expit(u) * expit(-u)).sum() + log_det  # a = 2 expit(u), b = a expit(u): both uniform

@@ -115,7 +115,8 @@ ROOMS = [
 # where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters, and
 # their methods take the model's arguments, and training is in place; jax differentiates a function of one draw, where
 # torch has batched methods; torch asks on the host whether a search may end, where jax has a loop of its own; torch's
-# vmap has to be helped; jax has weights drawn together, for every draw is compiled, and rounds matrix products on GPUs
+# vmap has to be helped; jax has weights drawn together, for every draw is compiled, and rounds matrix products on GPUs;
+# what jax compiles for all data sets is a function of a non-centring without the model's arguments, and of these
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
     "first_weights",
@@ -134,6 +135,13 @@ OWN = {
     "update",
     "ByGammas",
     "AmortisedFlowVI.infer_many",
+    "forward",
+    "hessian",
+    "inverse",
+    "log_densities",
+    "noncentering_of",
+    "value_and_grad",
+    "with_density",
     "FlowPosterior.__init__",
     "LogDensity.__init__",
     "LogDensity.hessian",
