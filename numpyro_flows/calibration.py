@@ -29,6 +29,7 @@ from numpyro_flows import _arviz
 from numpyro_flows.inference import FlowVI, _numpy_rng, _numpy_seed
 from numpyro_flows.log_density import check_latents
 from numpyro_flows.posterior import Estimate
+from numpyro_flows.transform_module import _typed_key
 
 LOG_LIKELIHOOD = "log_likelihood"
 _OWNER = "simulation_based_calibration"
@@ -110,8 +111,7 @@ def simulation_based_calibration(
     _check_arguments(num_simulations, num_draws, num_workers, infer)
     if not hasattr(rng_key, "dtype"):
         raise ValueError(f"{_OWNER}: rng_key must be a key of jax.random and comes first, but got {rng_key!r}.")
-    if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
-        rng_key = jax.random.wrap_key_data(rng_key)
+    rng_key = _typed_key(rng_key)
     simulator = _Simulator(model, args, kwargs or {}, infer, num_draws, var_names, str(jax.random.key_impl(rng_key)))
     check_key, key = jax.random.split(rng_key)
     simulator.check(check_key)

@@ -156,6 +156,11 @@ class FlowVI:
         setup_key, start_key, fit_key, draw_key, probe_key = jax.random.split(quick_key(rng_key), 5)
         guide = self._guide(self.base_df, self.base, setup_key, args, kwargs)
         log_density = guide.log_density(*args, **kwargs)
+        if not guide._held and not self._agrees(guide, log_density):
+            self._held = True
+            guide = self._guide(self.base_df, self.base, setup_key, args, kwargs)
+            log_density = guide.log_density(*args, **kwargs)
+        self.compiles_anew = bool(guide._held)
         target, start = self._find_start(guide, log_density, start_key)
         budget.gradients += start.gradients
         hopeless = _GAP_HOPELESS if self.escalate and self.richer else np.inf
@@ -246,10 +251,6 @@ class FlowVI:
         guide._programs, guide._held = self._programs, self._held
         with handlers.seed(rng_seed=key):
             guide._setup_prototype(*args, **kwargs)
-        if not guide._held and not self._agrees(guide, guide.log_density(*args, **kwargs)):
-            self._held = True
-            return self._guide(base_df, base, key, args, kwargs, flow)
-        self.compiles_anew = bool(guide._held)
         learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
         if learned:
             raise ValueError(

@@ -18,7 +18,7 @@ from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
-from numpyro_flows.programs import Held
+from numpyro_flows.programs import Held, is_array
 
 
 class LogDensity(eqx.Module):
@@ -80,7 +80,7 @@ class LogDensity(eqx.Module):
 
     def takes_inputs(self) -> bool:
         """Whether the model runs, and its arguments can be told apart, where their arrays are not known."""
-        inputs, rest = eqx.partition((self.args, self.kwargs), lambda leaf: isinstance(leaf, (Array, np.ndarray)))
+        inputs, rest = eqx.partition((self.args, self.kwargs), is_array)
 
         def evaluate(inputs: Any, u: Array) -> Array:
             args, kwargs = eqx.combine(inputs, rest)

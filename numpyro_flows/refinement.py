@@ -87,15 +87,11 @@ class BaseSpace(eqx.Module):
         return Scored(u, log_model, log_base - log_det, z, log_base)
 
 
-def _scored(space: BaseSpace, z: Array) -> Scored:
-    return space.score(z)
-
-
 def _starts(space: BaseSpace, programs: Programs, rng_key: Array, n: int) -> Array:
     """Starts of chains ``(n, dim)``: draws of the guide, resampled by Pareto-smoothed importance weights."""
     draw_key, choice_key = jax.random.split(rng_key)
     z = space.base.sample(draw_key, (_NUM_STARTS,))
-    scored = programs(_scored, space, z)
+    scored = programs(BaseSpace.score, space, z)
     weights = np.exp(_arviz.psis(np.asarray(scored.log_model - scored.log_guide, float))[0])
     return z[jax.random.choice(choice_key, _NUM_STARTS, (n,), p=jnp.asarray(weights / weights.sum()))]
 
@@ -378,7 +374,7 @@ def refine(
                 run = _nuts(space, run_key, starts, num_warmup, num_samples, bar, options)
         if not run.z.shape[1]:
             raise KeyboardInterrupt("refine: interrupted during warm-up, before the first draw.")
-        flat = programs(_scored, space, jnp.asarray(run.z.reshape(-1, space.dim), space.dtype))
+        flat = programs(BaseSpace.score, space, jnp.asarray(run.z.reshape(-1, space.dim), space.dtype))
         scored = jax.tree.map(lambda x: x.reshape(*run.z.shape[:2], *x.shape[1:]), flat)
     run = run._replace(gradients={**before, **run.gradients})
     return RefinedPosterior(posterior, method, scored, run, time.perf_counter() - begin)
@@ -400,13 +396,7 @@ class _Chain(NamedTuple):
 
 
 def _flow_mh(
-    space: BaseSpace,
-    programs: Programs,
-    rng_key: Array,
-    z: Array,
-    num_warmup: int,
-    num_samples: int,
-    bar: tqdm,
+    space: BaseSpace, programs: Programs, rng_key: Array, z: Array, num_warmup: int, num_samples: int, bar: tqdm
 ) -> Run:
     """Independence Metropolis-Hastings with the guide as proposal, each followed by a step of MALA.
 

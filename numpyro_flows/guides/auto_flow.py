@@ -132,12 +132,12 @@ class AutoFlow(AutoContinuous):
                 context_dim = self._encode(None, args, kwargs).shape[-1]
                 conditional = partial(conditional_flow, self.flow, context_dim=context_dim, full_rank=self.full_rank)
                 whole = [_built(conditional, self.latent_dim, key=flow_key)]
-            layer = None
-            start, density = self._init_latent, self._log_density(args, kwargs)
+            start, layer = self._init_latent, None
             if self.noncentered:
+                density = self._log_density(args, kwargs)
                 layer = noncentering_of(density, start, self._programs)
-            if layer is not None:
-                start = self._programs(inverse, layer.with_density(None), density, start)[0]
+                if layer is not None:
+                    start = self._programs(inverse, layer.with_density(None), density, start)[0]
             coordinates = Compose([] if layer is None else [layer])
             whole = _cast(whole, dtype)
             self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates])

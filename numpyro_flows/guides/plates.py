@@ -123,6 +123,7 @@ def differ(some: dict[str, Any], others: dict[str, Any], name: str, missing: boo
 
 
 def is_latent(site: dict[str, Any]) -> bool:
+    """Whether a site of a trace is for the guide to draw, or to leave to enumeration."""
     return site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
 
 
@@ -185,6 +186,7 @@ def groups_of(trace: dict[str, Any]) -> dict[str, Group]:
 
 
 def check_trace(trace: dict[str, Any]) -> None:
+    """Raises a ``ValueError`` where a guide that follows the plates cannot serve the traced model."""
     if any(isinstance(site["value"], jax.core.Tracer) for site in trace.values() if site["type"] == "sample"):
         raise ValueError(
             "AutoHierarchicalFlow: the guide's first call, which reads the model's structure, is inside jax.jit or "

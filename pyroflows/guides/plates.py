@@ -106,6 +106,7 @@ def differ(some: dict[str, Any], others: dict[str, Any], name: str, missing: boo
 
 
 def is_latent(site: dict) -> bool:
+    """Whether a site of a trace is for the guide to draw, or to leave to enumeration."""
     return (
         site["type"] == "sample"
         and not site["is_observed"]
@@ -181,6 +182,7 @@ def groups_of(trace: poutine.Trace) -> dict[str, Group]:
 
 
 def check_trace(trace: poutine.Trace) -> None:
+    """Raises a ``ValueError`` where a guide that follows the plates cannot serve the traced model."""
     latent = {name: site for name, site in trace.nodes.items() if is_latent(site)}
     discrete = [
         name for name, site in latent.items() if site["fn"].support.is_discrete and not site["infer"].get("enumerate")

@@ -82,3 +82,17 @@ def test_quick_keys():
     assert programs.quick_key(a) is a
     draws = np.asarray(jax.random.normal(a, (4000,)))
     assert abs(draws.mean()) < 4 / math.sqrt(4000) and abs(draws.std() - 1) < 0.05
+
+
+def test_posteriors_of_one_amortised_guide_share_them():
+    def summary(x):
+        return jax.numpy.stack([x.mean(-1), x.std(-1)], -1)
+
+    vi = numpyro_flows.AmortisedFlowVI(model, encoder=summary, num_steps=50, progress_bar=False)
+    vi.fit(jax.random.key(0), DATA[0])
+    sizes = []
+    for x in DATA:
+        posterior = vi.run(jax.random.key(1), x)
+        assert np.isfinite(posterior.elbo.value)
+        sizes.append([run._cache_size() for run in posterior._programs._compiled.values()])
+    assert sizes[0] == sizes[1] and sizes[0]
