@@ -48,6 +48,7 @@ _NUM_STEPS = 5000
 _GAP_POOR = 0.02  # nats of KL divergence, above which a fit goes on
 _GAP_NEAR = 0.1  # above which more steps will not do: the flow is not rich enough
 _GAP_HOPELESS = 0.15  # before annealing, which would spend half of the steps on what a richer flow is needed for
+_RICHER_STEPS, _RICHER_RATE = 0.6, 2.0  # of a fit with a richer flow, in those of the first: as good, in less time
 _HOPELESS_FROM = 1000  # steps, before which the ELBO's rise does not foretell where it ends
 _K_TAILS = 0.5  # of Pareto k, below which a poor fit goes on without the forward KL divergence, which costs ELBO
 RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the default one turns to
@@ -72,9 +73,9 @@ class FlowVI:
        fit is made once more with a ``MixtureBase`` that starts on all of them, and the better one kept.
     5. *Escalation*, where the fit is still poor (by Pareto k, the gap between ELBO and importance-sampled evidence, or
        the chains of ``FlowPosterior.departure``): a quarter as many steps again from where it stands, with twice the
-       draws, where that may do (the gap is below 0.1), else a fit of the next flow of ``richer``, until one is good or
-       none is left. The last one goes on where the steps could make it good, as far as the ELBO's rise over the last
-       quarter of them tells. The best is kept; ``history.tried`` tells of all.
+       draws, where that may do (the gap is below 0.1), else a fit of the next flow of ``richer`` (three fifths as many
+       steps of twice the size), until one is good or none is left. The last one goes on where the steps could make it
+       good, as far as the ELBO's rise over as many before tells. The best is kept; ``history.tried`` tells of all.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
     two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
@@ -174,12 +175,13 @@ class FlowVI:
             return posterior
         base, tried = self.base, [_account(_name(self.flow), posterior)]
 
-        def anew(flow: Callable, key: Array) -> FlowPosterior:
+        def anew(flow: Callable, key: Array, richer: bool = False) -> FlowPosterior:
             other = self._guide(None if base is not self.base else self.base_df, base, setup_key, args, kwargs, flow)
             if guide.noncentering is not None:
                 other.set_noncentering(guide.noncentering)
             tails = not posterior.pareto_k < _K_TAILS
-            found = self._fit(other, log_density, start._replace(modes=modes), key, draw_key, budget, tails)
+            begin = start._replace(modes=modes)
+            found = self._fit(other, log_density, begin, key, draw_key, budget, tails, richer=richer)
             if not found.history.interrupted:
                 self._look_elsewhere(found, target, start, probe_key, budget)
             return found
@@ -208,7 +210,7 @@ class FlowVI:
                     fit = partial(self._go_on, posterior, next(keys), draw_key, budget)
                 elif richer:
                     flow = richer.pop(0)
-                    more, fit = _name(flow), partial(anew, flow, next(keys))
+                    more, fit = _name(flow), partial(anew, flow, next(keys), richer=True)
                 else:
                     break
                 before, posterior = posterior, attempt(more, fit)
@@ -276,6 +278,7 @@ class FlowVI:
         budget: Budget,
         tails: bool = True,
         hopeless: float = np.inf,
+        richer: bool = False,
     ) -> FlowPosterior:
         """Trains the guide from ``start``."""
         loc, scale_tril = start.loc, start.scale_tril
@@ -283,7 +286,10 @@ class FlowVI:
             loc, scale_tril, *modes = gaussian_around(start.modes)
             guide.learned_base = guide.learned_base.at_modes(*(jnp.asarray(a, guide.init_loc.dtype) for a in modes))
         guide.start_at(jnp.asarray(loc), jnp.asarray(scale_tril))
-        schedule = budget.schedule(self.num_steps, self.num_particles, self.learning_rate, hopeless=hopeless)
+        steps, rate = self.num_steps, self.learning_rate
+        if richer:
+            steps, rate = max(round(_RICHER_STEPS * steps), 1), _RICHER_RATE * rate
+        schedule = budget.schedule(steps, self.num_particles, rate, hopeless=hopeless)
         fit = self._ascend(guide, log_density, fit_key, schedule, tails=tails)
         return self._posterior(guide, log_density, fit, schedule, draw_key, budget, self.num_particles)
 

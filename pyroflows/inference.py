@@ -45,6 +45,7 @@ _NUM_STEPS = 5000
 _GAP_POOR = 0.02  # nats of KL divergence, above which a fit goes on
 _GAP_NEAR = 0.1  # above which more steps will not do: the flow is not rich enough
 _GAP_HOPELESS = 0.15  # before annealing, which would spend half of the steps on what a richer flow is needed for
+_RICHER_STEPS, _RICHER_RATE = 0.6, 2.0  # of a fit with a richer flow, in those of the first: as good, in less time
 _HOPELESS_FROM = 1000  # steps, before which the ELBO's rise does not foretell where it ends
 _K_TAILS = 0.5  # of Pareto k, below which a poor fit goes on without the forward KL divergence, which costs ELBO
 RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the default one turns to
@@ -69,9 +70,9 @@ class FlowVI:
        fit is made once more with a ``MixtureBase`` that starts on all of them, and the better one kept.
     5. *Escalation*, where the fit is still poor (by Pareto k, the gap between ELBO and importance-sampled evidence, or
        the chains of ``FlowPosterior.departure``): a quarter as many steps again from where it stands, with twice the
-       draws, where that may do (the gap is below 0.1), else a fit of the next flow of ``richer``, until one is good or
-       none is left. The last one goes on where the steps could make it good, as far as the ELBO's rise over the last
-       quarter of them tells. The best is kept; ``history.tried`` tells of all.
+       draws, where that may do (the gap is below 0.1), else a fit of the next flow of ``richer`` (three fifths as many
+       steps of twice the size), until one is good or none is left. The last one goes on where the steps could make it
+       good, as far as the ELBO's rise over as many before tells. The best is kept; ``history.tried`` tells of all.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
     two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
@@ -161,12 +162,12 @@ class FlowVI:
             return posterior
         base, tried = self.base, [_account(_name(self.flow), posterior)]
 
-        def anew(flow: Callable) -> FlowPosterior:
+        def anew(flow: Callable, richer: bool = False) -> FlowPosterior:
             other = self._guide(None if base is not self.base else self.base_df, base, args, kwargs, flow)
             if guide.noncentering is not None:
                 other.set_noncentering(guide.noncentering)
             tails = not posterior.pareto_k < _K_TAILS
-            found = self._fit(other, log_density, start._replace(modes=modes), budget, tails)
+            found = self._fit(other, log_density, start._replace(modes=modes), budget, tails, richer=richer)
             if not found.history.interrupted:
                 self._look_elsewhere(found, target, start, budget)
             return found
@@ -194,7 +195,7 @@ class FlowVI:
                     fit = partial(self._go_on, posterior, budget)
                 elif richer:
                     flow = richer.pop(0)
-                    more, fit = _name(flow), partial(anew, flow)
+                    more, fit = _name(flow), partial(anew, flow, richer=True)
                 else:
                     break
                 before, posterior = posterior, attempt(more, fit)
@@ -249,6 +250,7 @@ class FlowVI:
         budget: Budget,
         tails: bool = True,
         hopeless: float = np.inf,
+        richer: bool = False,
     ) -> FlowPosterior:
         """Trains the guide from ``start``."""
         learned, loc, scale_tril = guide._modules.get("learned_base"), start.loc, start.scale_tril
@@ -256,7 +258,10 @@ class FlowVI:
             loc, scale_tril, *modes = gaussian_around(start.modes)
             learned.at_modes(*(torch.as_tensor(a).to(log_density.prototype) for a in modes))  # type: ignore[operator]
         guide.start_at(*(torch.as_tensor(a).to(log_density.prototype) for a in (loc, scale_tril)))
-        schedule = budget.schedule(self.num_steps, self.num_particles, self.learning_rate, hopeless=hopeless)
+        steps, rate = self.num_steps, self.learning_rate
+        if richer:
+            steps, rate = max(round(_RICHER_STEPS * steps), 1), _RICHER_RATE * rate
+        schedule = budget.schedule(steps, self.num_particles, rate, hopeless=hopeless)
         return self._trained(guide, log_density, schedule, budget, self.num_particles, tails)
 
     def _go_on(self, posterior: FlowPosterior, budget: Budget) -> FlowPosterior:
