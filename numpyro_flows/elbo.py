@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array, lax
 
-from numpyro_flows.distributions import Base, distribution_of
+from numpyro_flows.distributions import Base, FlowDistribution, distribution_of
 from numpyro_flows.transform_module import Compose, Repeat, TransformModule
 from numpyro_flows.transforms import Continuous
 
 _LARGEST_WEIGHT = 8.0  # of an importance weight, in means
+
+
+class Terms(NamedTuple):
+    """What an ELBO is the mean of, and what its steps need besides."""
+
+    values: Array  # log p(u) - log q(u), (n,)
+    draws: Array  # u, (n, dim)
+    log_q: Array | None  # log q(u), (n,), whose gradient is that of a density at fixed draws; of the path estimator
 
 
 def elbo_terms(
@@ -23,7 +32,7 @@ def elbo_terms(
     x: Array,
     *,
     path: bool = False,
-) -> tuple[Array, Array]:
+) -> Terms:
     """``log p(u) - log q(u)`` at ``u = transform(x)``; its mean over ``x ~ base`` is the ELBO.
 
     :param transform: the flow from the base to the unconstrained latents.
@@ -32,30 +41,40 @@ def elbo_terms(
     :param x: base draws ``(n, dim)``.
     :param path: holds the parameters fixed in ``log q``, so that the gradient flows through the draws alone: still
         unbiased, and of vanishing variance as ``q`` approaches ``p`` (Roeder et al. 2017, eq. 8, "sticking the
-        landing"). Costs one inverse pass.
-    :returns: the terms ``(n,)`` and the draws ``u`` ``(n, dim)``.
+        landing"). The score of ``q`` goes along with the draws (``forward_and_score``), at a conditioner's gradient a
+        coupling.
     """
-    u, log_det = transform.forward_and_log_det(x)
-    if path:
-        fixed_base = lax.stop_gradient(base) if isinstance(base, Base) else base
-        log_q = _log_prob(lax.stop_gradient(transform), fixed_base, u)
-    else:
-        log_q = distribution_of(base).log_prob(x) - log_det
-    return log_density(u) - log_q, u
+    log_base = distribution_of(base).log_prob(x)
+    if not path:
+        u, log_det = transform.forward_and_log_det(x)
+        return Terms(log_density(u) - log_base + log_det, u, None)
+    u, log_det, score = transform.forward_and_score(x, _score(base, x))
+    log_q = log_base - log_det
+    moved = (score * (u - lax.stop_gradient(u))).sum(-1)  # zero; its gradient is that of log q by way of the draws
+    return Terms(log_density(u) - lax.stop_gradient(log_q) - moved, u, log_q - moved)
 
 
-def forward_kl(transform: TransformModule, base: dist.Distribution | Base, u: Array, log_ratios: Array) -> Array:
+def unfolded(
+    transform: TransformModule, base: dist.Distribution | Base
+) -> tuple[TransformModule, dist.Distribution | Base]:
+    """The same density, by the base of its base and the longer flow where its base is a flow itself."""
+    distribution = distribution_of(base)
+    if not isinstance(distribution, FlowDistribution):
+        return transform, base
+    return Compose([distribution.transform, transform]), distribution.base_dist
+
+
+def forward_kl(log_q: Array, log_ratios: Array) -> Array:
     """A loss whose gradient estimates that of ``KL(p || q)``, by truncated self-normalised importance weights.
 
     The ELBO says little about the tails of ``q``; this says that ``q`` must not be small where ``p`` is not, which is
     what keeps importance weights bounded. No weight counts for more than eight times the mean one (Ionides 2008,
     truncated importance sampling), or single draws would rule the steps. The mean of ``log q``, whose gradient has
-    expectation zero, is a control variate: the gradient vanishes where the weights are equal. Costs one inverse pass.
+    expectation zero, is a control variate: the gradient vanishes where the weights are equal.
 
-    :param u: draws of ``q`` ``(n, dim)``, held fixed.
+    :param log_q: of draws of ``q`` ``(n,)``, held fixed: as ``elbo_terms`` returns it.
     :param log_ratios: ``log p(u) - log q(u)`` ``(n,)``, held fixed.
     """
-    log_q = _log_prob(transform, base, lax.stop_gradient(u))
     weights = jnp.minimum(jax.nn.softmax(lax.stop_gradient(log_ratios)), _LARGEST_WEIGHT / len(log_q))
     return log_q.mean() - (weights * log_q).sum() / weights.sum()
 
@@ -105,6 +124,7 @@ def velocity_of(flow: TransformModule) -> Continuous:
     return flow
 
 
-def _log_prob(transform: TransformModule, base: dist.Distribution | Base, u: Array) -> Array:
-    x, log_det = transform.inverse_and_log_det(u)
-    return distribution_of(base).log_prob(x) + log_det
+def _score(base: dist.Distribution | Base, x: Array) -> Array:
+    """The gradient by ``x`` of the base's log-density, its parameters held fixed."""
+    fixed = distribution_of(lax.stop_gradient(base) if isinstance(base, Base) else base)
+    return jax.grad(lambda x: fixed.log_prob(x).sum())(lax.stop_gradient(x))

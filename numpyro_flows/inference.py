@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from numpyro_flows import flows
 from numpyro_flows.distributions import Base, FlexibleBase, MixtureBase
-from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient
+from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient, unfolded
 from numpyro_flows.evidence import PARETO_K_GOOD
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import check_base
@@ -481,26 +481,19 @@ class _Ascent(eqx.Module):
         u, log_det = with_density(self.outer, self.log_density).forward_and_log_det(z)
         return jax.vmap(self.log_density)(u) + log_det
 
-    def loss(self, params: Any, key: Array) -> tuple[Array, tuple[Array, Array]]:
-        transform, base = self.modules(params)
-        n = self.num_particles
+    def loss(self, params: Any, annealing: Array, key: Array) -> tuple[Array, Array]:
+        (flow, base), n = unfolded(*self.modules(params)), self.num_particles
         x, log_density_of_base = base.draw(key, n) if isinstance(base, Base) else (base.sample(key, (n,)), None)
-        terms, z = elbo_terms(transform, base, self.whitened, x, path=self.path)
-        score = 0.0 if log_density_of_base is None else score_gradient(terms, log_density_of_base)
-        return score - terms.mean(), (terms, z)
+        terms, _, log_q = elbo_terms(flow, base, self.whitened, x, path=self.path)
+        loss = -terms.mean()
+        if log_density_of_base is not None:
+            loss = loss + score_gradient(terms, log_density_of_base)
+        if log_q is not None and self.tails:  # one program for both phases
+            loss = loss + forward_kl(jnp.where(annealing, log_q, lax.stop_gradient(log_q)), terms)
+        return loss, terms
 
     def step(self, annealing: Array, state: tuple, step_size: Array, key: Array) -> tuple[tuple, tuple[Array, Array]]:
-        params = state[0]
-        gradient, (terms, z) = jax.grad(self.loss, has_aux=True)(params, key)
-
-        def divergence(params: Any) -> Array:
-            return forward_kl(*self.modules(params), z, terms)
-
-        def with_divergence() -> Any:
-            return jax.tree.map(jnp.add, gradient, jax.grad(divergence)(params))
-
-        if self.tails:  # one program for both phases; the plain ELBO's steps are all alike
-            gradient = lax.cond(annealing, with_divergence, lambda: gradient)
+        gradient, terms = jax.grad(self.loss, has_aux=True)(state[0], annealing, key)
         return update(state, gradient, step_size), (terms.mean(), 0.5 * terms.var())
 
 

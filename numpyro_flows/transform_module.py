@@ -70,6 +70,19 @@ class TransformModule(_EquinoxPytree, eqx.Module, Transform):
         """Sequential network passes which the forward and the inverse direction take."""
         return 1, 1
 
+    def forward_and_score(self, x: Array, score: Array, context: Array | None = None) -> tuple[Array, Array, Array]:
+        """Returns ``y``, ``log |det dy/dx|`` and what the score of a density becomes at ``y``.
+
+        The score is the gradient of the log-density by its argument, with all parameters held fixed; it carries no
+        gradient itself. What is ``score`` at ``x`` becomes ``J^{-T} (score - grad log |det J|)`` at ``y`` (Vaitl et al.
+        2024, Fast and unified path gradient estimators for normalizing flows, section 3). Costs an inverse pass and
+        its gradient, unless a family knows a shorter way.
+        """
+        y, log_det = self.forward_and_log_det(x, context)
+        fixed, context = lax.stop_gradient((self, context))
+        (_, opposite), pull = jax.vjp(lambda y: fixed.inverse_and_log_det(y, context), lax.stop_gradient(y))
+        return y, log_det, pull((jnp.broadcast_to(score, y.shape), jnp.ones_like(opposite)))[0]
+
     def _fitted(self, x: Array, context: Array | None, inverse: bool, start: bool) -> tuple[Any, Array, Array]:
         """Runs one direction and returns ``(transform, output, log_det)``, the transform with what its normalisation
         layers took from the batch (see ``transforms.normalisation``). A transform that holds others passes it on."""
@@ -211,6 +224,13 @@ class Compose(TransformModule):
             total = total + log_det
         return y, total
 
+    def forward_and_score(self, x: Array, score: Array, context: Array | None = None) -> tuple[Array, Array, Array]:
+        total = jnp.zeros(x.shape[:-1], x.dtype)
+        for layer in self.layers:
+            x, log_det, score = layer.forward_and_score(x, score, context)
+            total = total + log_det
+        return x, total, score
+
     def _fitted(self, x: Array, context: Array | None, inverse: bool, start: bool) -> tuple[Any, Array, Array]:
         total, layers = jnp.zeros(x.shape[:-1], x.dtype), []
         for layer in reversed(self.layers) if inverse else self.layers:
@@ -259,8 +279,7 @@ class Repeat(TransformModule):
                 fitted = eqx.filter(layer, eqx.is_array)
             return (x, total + log_det), fitted
 
-        if context is not None:  # the carry needs its final batch shape from the start
-            x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape[:-1], context.shape[:-1]) + x.shape[-1:])
+        (x,) = with_axes_of(context, x)  # the carry needs its final batch shape from the start
         return lax.scan(step, (x, jnp.zeros(x.shape[:-1], x.dtype)), arrays, reverse=inverse)
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
@@ -269,10 +288,29 @@ class Repeat(TransformModule):
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         return self._scan(y, context, inverse=True)[0]
 
+    def forward_and_score(self, x: Array, score: Array, context: Array | None = None) -> tuple[Array, Array, Array]:
+        arrays, static = eqx.partition(self.layers, eqx.is_array)
+
+        def step(carry, arrays):
+            x, total, score = carry
+            x, log_det, score = eqx.combine(arrays, static).forward_and_score(x, score, context)
+            return (x, total + log_det, score), None
+
+        x, score = with_axes_of(context, x, score)
+        return lax.scan(step, (x, jnp.zeros(x.shape[:-1], x.dtype), score), arrays)[0]
+
     def _fitted(self, x: Array, context: Array | None, inverse: bool, start: bool) -> tuple[Any, Array, Array]:
         (y, log_det), arrays = self._scan(x, context, inverse, start)
         layers = eqx.combine(arrays, eqx.filter(self.layers, eqx.is_array, inverse=True))
         return eqx.tree_at(lambda r: r.layers, self, layers), y, log_det
+
+
+def with_axes_of(context: Array | None, *values: Array) -> tuple[Array, ...]:
+    """Values ``(..., dim)`` with the batch axes which the context gives them."""
+    if context is None:
+        return values
+    axes = context.shape[:-1]
+    return tuple(jnp.broadcast_to(v, jnp.broadcast_shapes(v.shape[:-1], axes) + v.shape[-1:]) for v in values)
 
 
 def flow_module(name: str, transform: _Module) -> _Module:

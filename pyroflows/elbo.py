@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyroflows.distributions import Base, distribution_of
-from pyroflows.transform_module import Compose, TransformModule
+from pyroflows.distributions import Base, FlowDistribution, distribution_of
+from pyroflows.transform_module import Compose, TransformModule, held_fixed
 from pyroflows.transforms import Continuous
 
 _LARGEST_WEIGHT = 8.0  # of an importance weight, in means
+
+
+class Terms(NamedTuple):
+    """What an ELBO is the mean of, and what its steps need besides."""
+
+    values: Tensor  # log p(u) - log q(u), (n,)
+    draws: Tensor  # u, (n, dim)
+    log_q: Tensor | None  # log q(u), (n,), whose gradient is that of a density at fixed draws; of the path estimator
 
 
 def elbo_terms(
@@ -23,7 +31,7 @@ def elbo_terms(
     x: Tensor,
     *,
     path: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Terms:
     """``log p(u) - log q(u)`` at ``u = transform(x)``; its mean over ``x ~ base`` is the ELBO.
 
     :param transform: the flow from the base to the unconstrained latents.
@@ -32,32 +40,41 @@ def elbo_terms(
     :param x: base draws ``(n, dim)``.
     :param path: holds the parameters fixed in ``log q``, so that the gradient flows through the draws alone: still
         unbiased, and of vanishing variance as ``q`` approaches ``p`` (Roeder et al. 2017, eq. 8, "sticking the
-        landing"). Costs one inverse pass.
-    :returns: the terms ``(n,)`` and the draws ``u`` ``(n, dim)``.
+        landing"). The score of ``q`` goes along with the draws (``forward_and_score``), at a conditioner's gradient a
+        coupling.
     """
-    u, log_det = transform.forward_and_log_det(x)
-    if path:
-        with _held_fixed(transform, *([base] if isinstance(base, Base) else [])):
-            log_q = _log_prob(transform, base, u)
-    else:
-        log_q = distribution_of(base).log_prob(x) - log_det
-    return log_density(u) - log_q, u
+    distribution = distribution_of(base)
+    log_base = distribution.log_prob(x)
+    if not path:
+        u, log_det = transform.forward_and_log_det(x)
+        return Terms(log_density(u) - log_base + log_det, u, None)
+    u, log_det, score = transform.forward_and_score(x, _score(base, x))
+    log_q = log_base - log_det
+    moved = (score * (u - u.detach())).sum(-1)  # zero; its gradient is that of log q by way of the draws
+    return Terms(log_density(u) - log_q.detach() - moved, u, log_q - moved)
 
 
-def forward_kl(
-    transform: TransformModule, base: dist.TorchDistribution | Base, u: Tensor, log_ratios: Tensor
-) -> Tensor:
+def unfolded(
+    transform: TransformModule, base: dist.TorchDistribution | Base
+) -> tuple[TransformModule, dist.TorchDistribution | Base]:
+    """The same density, by the base of its base and the longer flow where its base is a flow itself."""
+    distribution = distribution_of(base)
+    if not (isinstance(distribution, FlowDistribution) and isinstance(distribution.transform, TransformModule)):
+        return transform, base
+    return Compose([distribution.transform, transform]), distribution.base_dist
+
+
+def forward_kl(log_q: Tensor, log_ratios: Tensor) -> Tensor:
     """A loss whose gradient estimates that of ``KL(p || q)``, by truncated self-normalised importance weights.
 
     The ELBO says little about the tails of ``q``; this says that ``q`` must not be small where ``p`` is not, which is
     what keeps importance weights bounded. No weight counts for more than eight times the mean one (Ionides 2008,
     truncated importance sampling), or single draws would rule the steps. The mean of ``log q``, whose gradient has
-    expectation zero, is a control variate: the gradient vanishes where the weights are equal. Costs one inverse pass.
+    expectation zero, is a control variate: the gradient vanishes where the weights are equal.
 
-    :param u: draws of ``q`` ``(n, dim)``, held fixed.
+    :param log_q: of draws of ``q`` ``(n,)``, held fixed: as ``elbo_terms`` returns it.
     :param log_ratios: ``log p(u) - log q(u)`` ``(n,)``, held fixed.
     """
-    log_q = _log_prob(transform, base, u.detach())
     weights = torch.softmax(log_ratios.detach(), 0).clamp_max(_LARGEST_WEIGHT / len(log_q))
     return log_q.mean() - (weights * log_q).sum() / weights.sum()
 
@@ -104,19 +121,8 @@ def velocity_of(flow: TransformModule) -> Continuous:
     return flow
 
 
-def _log_prob(transform: TransformModule, base: dist.TorchDistribution | Base, u: Tensor) -> Tensor:
-    x, log_det = transform.inverse_and_log_det(u)
-    return distribution_of(base).log_prob(x) + log_det
-
-
-@contextmanager
-def _held_fixed(*modules: nn.Module) -> Iterator[None]:
-    """Parameters are constants in the graph that is built inside."""
-    trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
+def _score(base: dist.TorchDistribution | Base, x: Tensor) -> Tensor:
+    """The gradient by ``x`` of the base's log-density, its parameters held fixed."""
+    with held_fixed(*([base] if isinstance(base, Base) else [])), torch.enable_grad():
+        point = x.detach().requires_grad_()
+        return torch.autograd.grad(distribution_of(base).log_prob(point).sum(), point)[0]

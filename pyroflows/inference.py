@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pyroflows import flows
 from pyroflows.distributions import Base, FlexibleBase, MixtureBase, distribution_of
-from pyroflows.elbo import elbo_terms, forward_kl, score_gradient
+from pyroflows.elbo import elbo_terms, forward_kl, score_gradient, unfolded
 from pyroflows.evidence import PARETO_K_GOOD
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base
@@ -34,7 +34,7 @@ from pyroflows.initialization import (
 from pyroflows.log_density import LogDensity, prototype_trace
 from pyroflows.noncentering import pulled_back
 from pyroflows.posterior import FlowPosterior, History
-from pyroflows.training import CHUNK, copies, settle, update
+from pyroflows.training import CHUNK, Ascent, copies, settle
 from pyroflows.transform_module import Compose, TransformModule
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
@@ -401,18 +401,19 @@ class FlowVI:
             return density(outer.forward_and_log_det(z)[0]) + scale_log_det
 
         parameters = [*inner.parameters(), *(() if learned is None else learned.parameters())]
-        adam = torch.optim.Adam(parameters, fused=True)
+        flow, base = unfolded(inner, base)
+        ascent = Ascent(parameters)
 
         def step(step_size: float, annealing: bool) -> Tensor:
             """ELBO, approximate KL divergence, and whether the step was skipped."""
-            x, log_density_of_base = (base.sample((n,)), None) if learned is None else learned.draw(n)
-            terms, z = elbo_terms(inner, base, whitened, x, path=use_path)
+            x, log_density_of_base = base.draw(n) if isinstance(base, Base) else (base.sample((n,)), None)
+            terms, _, log_q = elbo_terms(flow, base, whitened, x, path=use_path)
             loss = -terms.mean()
             if log_density_of_base is not None:
                 loss = loss + score_gradient(terms, log_density_of_base)
-            if use_path and annealing and tails:
-                loss = loss + forward_kl(inner, base, z, terms)
-            skip = update(adam, loss, step_size)
+            if log_q is not None and annealing and tails:
+                loss = loss + forward_kl(log_q, terms)
+            skip = ascent.update(loss, step_size)
             terms = terms.detach()
             return torch.stack([terms.mean(), 0.5 * terms.var(correction=0), skip.to(terms)])
 

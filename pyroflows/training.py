@@ -25,18 +25,32 @@ class FitHistory(NamedTuple):
     seconds: float
 
 
-def update(adam: torch.optim.Adam, loss: Tensor, step_size: float) -> Tensor:
-    """Makes a step of a fused Adam on its parameters, and returns whether it was skipped: its gradient not finite."""
-    parameters = adam.param_groups[0]["params"]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    skip = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    adam.param_groups[0]["lr"] = step_size
-    # as gradient scalers do it: Adam skips the step, and nothing waits for a GPU
-    adam.found_inf = skip.float()  # type: ignore[attr-defined]
-    adam.step()
-    return skip
+class Ascent:
+    """Adam on all parameters as one vector, which a step of many small ones would wait for; skips what is not finite.
+
+    :param parameters: what is trained, in place, and changed by nothing else meanwhile.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]):
+        self.parameters = list(parameters)
+        self.vector = torch.cat([p.detach().reshape(-1) for p in self.parameters])
+        parts = self.vector.split([p.numel() for p in self.parameters])
+        self.parts = [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        self.adam = torch.optim.Adam([self.vector], fused=True)
+
+    def update(self, loss: Tensor, step_size: float) -> Tensor:
+        """Makes a step, and returns whether it was skipped: its gradient not finite."""
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        gradient = torch.cat([g.reshape(-1) for g in gradients])
+        skip = ~torch.isfinite(torch.linalg.vector_norm(gradient))
+        self.vector.grad = gradient
+        self.adam.param_groups[0]["lr"] = step_size
+        # as gradient scalers do it: Adam skips the step, and nothing waits for a GPU
+        self.adam.found_inf = skip.float()  # type: ignore[attr-defined]
+        self.adam.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.parts)
+        return skip
 
 
 def copies(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -80,11 +94,11 @@ def train(
     :param begin: when the fit began, by ``time.perf_counter``.
     :raises RuntimeError: if no step had a finite gradient.
     """
-    adam = torch.optim.Adam(parameters, fused=True)
+    ascent = Ascent(parameters)
 
     def step(batch: Any, step_size: float) -> Tensor:
         value = loss(batch)
-        skip = update(adam, value, step_size)
+        skip = ascent.update(value, step_size)
         value = value.detach()
         return torch.stack([value, skip.to(value)])
 

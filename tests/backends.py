@@ -118,6 +118,15 @@ class Torch:
         (h,) = self.torch.autograd.grad((g * self.array(v)).sum(), x, allow_unused=True, materialize_grads=True)
         return self.numpy(g), self.numpy(h)
 
+    def scored(self, flow: Any, x: np.ndarray, score: np.ndarray, context: Any) -> tuple[np.ndarray, ...]:
+        """Value, log-det and score; and what the score was at ``x``, back from there by the definition."""
+        x, context = self.array(x).requires_grad_(), self.array(context)
+        y, log_det, score = flow.forward_and_score(x, self.array(score), context)
+        assert not score.requires_grad
+        value, volume = flow.forward_and_log_det(x, context)
+        (back,) = self.torch.autograd.grad((score * value).sum() + volume.sum(), x)
+        return tuple(map(self.numpy, (y, log_det, score, back)))
+
     def copies(self, flow: Any) -> list[Any]:
         return [copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]
 
@@ -153,6 +162,7 @@ class Jax:
         self._run = self.eqx.filter_jit(_method)
         self._jacobian = self.eqx.filter_jit(self._jacobian_of)
         self._grads = self.eqx.filter_jit(self._grads_of)
+        self._scored = self.eqx.filter_jit(self._scored_of)
         self._built: dict[tuple, Any] = {}
         self._hvp = self.eqx.filter_jit(lambda f, x, v, c, i: self.jax.jvp(self._log_det_gradient(f, c, i), (x,), (v,)))
 
@@ -247,6 +257,20 @@ class Jax:
 
     def log_det_derivatives(self, flow: Any, x: np.ndarray, v: np.ndarray, context: Any, inverse: bool):
         found = self._hvp(flow, self.array(x), self.array(v), self.array(context), inverse)
+        return tuple(np.asarray(part) for part in found)
+
+    def _scored_of(self, flow, x, score, context):
+        y, log_det, score = flow.forward_and_score(x, score, context)
+
+        def given(x):
+            value, volume = flow.forward_and_log_det(x, context)
+            return (score * value).sum() + volume.sum()
+
+        return y, log_det, score, self.jax.grad(given)(x)
+
+    def scored(self, flow: Any, x: np.ndarray, score: np.ndarray, context: Any) -> tuple[np.ndarray, ...]:
+        """Value, log-det and score; and what the score was at ``x``, back from there by the definition."""
+        found = self._scored(flow, self.array(x), self.array(score), self.array(context))
         return tuple(np.asarray(part) for part in found)
 
     def copies(self, flow: Any) -> list[Any]:

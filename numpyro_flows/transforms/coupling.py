@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from numpyro_flows.conditioners import MLP
-from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.transform_module import TransformModule, with_axes_of
 from numpyro_flows.univariate import Univariate
+from numpyro_flows.univariate.base import pushed_score
 
 
 class Coupling(TransformModule):
@@ -81,6 +83,23 @@ class Coupling(TransformModule):
         y1 = jnp.broadcast_to(y1, x2.shape[:-1] + y1.shape[-1:])
         x = jnp.concatenate([y1, x2], -1)
         return x if self.order is None else x[..., np.argsort(self.order)], log_det.sum(-1)
+
+    def forward_and_score(self, x: Array, score: Array, context: Array | None = None) -> tuple[Array, Array, Array]:
+        """By one gradient through the conditioner, as the Jacobian is triangular in blocks."""
+        x, score = with_axes_of(context, x, score)
+        y, log_det = self.forward_and_log_det(x, context)
+        if self.order is not None:
+            x, score = (a[..., np.array(self.order)] for a in (x, score))
+        # the same pass once more, parameters held fixed: what both have in common is compiled to one
+        fixed, x, context = lax.stop_gradient((self, x, context))
+        x1, x2 = x[..., : self.split], x[..., self.split :]
+        score1, score2 = score[..., : self.split], score[..., self.split :]
+        theta, pull_theta = jax.vjp(lambda x1: fixed._params(x1, context), x1)
+        (y2, log_slope), pull = jax.vjp(lambda theta: fixed.univariate.forward_and_log_det(x2, theta), theta)
+        score2 = pushed_score(fixed.univariate, x2, theta, score2)
+        score1 = score1 - pull_theta(pull((score2, jnp.ones_like(log_slope)))[0])[0]
+        score = jnp.concatenate([score2, score1] if self.swap else [score1, score2], -1)
+        return y, log_det, score if self.order is None else score[..., np.argsort(self.order)]
 
 
 def split_by_mask(dim: int, mask: Sequence[bool], split: int | None, swap: bool | None) -> list[int]:

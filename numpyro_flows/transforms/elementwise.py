@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from numpyro_flows.conditioners import MLP
-from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.transform_module import TransformModule, with_axes_of
 from numpyro_flows.univariate import Univariate
+from numpyro_flows.univariate.base import pushed_score
 
 
 class Elementwise(TransformModule):
@@ -60,6 +61,13 @@ class Elementwise(TransformModule):
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         x, log_det = self.univariate.inverse_and_log_det(y, self._params(y, context))
         return x, jnp.broadcast_to(log_det, x.shape).sum(-1)
+
+    def forward_and_score(self, x: Array, score: Array, context: Array | None = None) -> tuple[Array, Array, Array]:
+        x, score = with_axes_of(context, x, score)
+        params = self._params(x, context)
+        y, log_slope = self.univariate.forward_and_log_det(x, params)
+        score = pushed_score(self.univariate, x, params, score)
+        return y, jnp.broadcast_to(log_slope, y.shape).sum(-1), score
 
 
 class ElementwiseAffine(TransformModule):

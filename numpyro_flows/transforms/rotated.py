@@ -52,6 +52,13 @@ class Rotated(TransformModule):
         x, log_det = self.transform.inverse_and_log_det(_product(y, q.T), context)
         return _product(x, q), log_det
 
+    def forward_and_score(self, x: Array, score: Array, context: Array | None = None) -> tuple[Array, Array, Array]:
+        q = self.rotation()
+        fixed = jax.lax.stop_gradient(q)
+        turned = _product(x, q.T), _product(score, fixed.T)
+        y, log_det, score = self.transform.forward_and_score(*turned, context)
+        return _product(y, q), log_det, _product(score, fixed)
+
 
 @full_precision
 def _product(x: Array, matrix: Array) -> Array:

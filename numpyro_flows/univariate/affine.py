@@ -12,6 +12,8 @@ from numpyro_flows.univariate.base import Univariate, soft_clip
 class Additive(Univariate):
     """``y = x + shift``: volume preserving (Dinh et al. 2015, eq. 4). Params: shift."""
 
+    straight = True
+
     @property
     def num_params(self) -> int:
         return 1
@@ -33,6 +35,7 @@ class Affine(Univariate):
     """
 
     max_log_scale: float = eqx.field(static=True, default=3.0)
+    straight = True
 
     @property
     def num_params(self) -> int:

@@ -22,6 +22,7 @@ class Univariate(eqx.Module):
     """
 
     num_features = 1  # of an element, for a conditioner
+    straight = False  # whether the slope is the same at every x
 
     @property
     def num_params(self) -> int:
@@ -39,6 +40,15 @@ class Univariate(eqx.Module):
     def features(self, x: Array) -> Array:
         """What a conditioner sees of ``x``: ``(..., num_features * n)``, laid out as ``(num_features, n)``."""
         return x
+
+
+def pushed_score(univariate: Univariate, x: Array, params: Array, score: Array) -> Array:
+    """What a score at ``x`` becomes at ``y``, elementwise: ``(score - d log_slope / dx) / slope``."""
+    x, params = lax.stop_gradient((x, params))
+    log_slope, pull = jax.vjp(lambda x: univariate.forward_and_log_det(x, params)[1], x)
+    if not univariate.straight:
+        score = score - pull(jnp.ones_like(log_slope))[0]
+    return score * jnp.exp(-log_slope)
 
 
 def soft_clip(x: Array, limit: float) -> Array:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pyroflows.conditioners import MLP
-from pyroflows.transform_module import TransformModule
+from pyroflows.transform_module import TransformModule, differentiable, with_axes_of
 from pyroflows.univariate import Univariate
+from pyroflows.univariate.base import pulled_score, pushed_score
 
 
 class Coupling(TransformModule):
@@ -81,6 +82,28 @@ class Coupling(TransformModule):
             y1 = y1.expand(x2.shape[:-1] + y1.shape[-1:])
         x = torch.cat([y1, x2], -1)
         return x if self.place is None else x.index_select(-1, self.place), log_det.sum(-1)
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """By one gradient through the conditioner, as the Jacobian is triangular in blocks."""
+        x, score = with_axes_of(context, x, score)
+        if self.order is not None:
+            x, score = x.index_select(-1, self.order), score.index_select(-1, self.order)
+        sizes = [self.split, self.dim - self.split]
+        with torch.enable_grad():
+            # views of their own, at which gradients end
+            x1, x2 = (part.view_as(part) for part in differentiable(x).split(sizes, -1))
+            y2, log_slope = self.univariate.forward_and_log_det(x2, self._params(x1, context))
+            score1, score2 = score.split(sizes, -1)
+            score2 = pushed_score(self.univariate, x2, log_slope, score2)
+            if self.split:
+                score1 = score1 - pulled_score(x1, y2, log_slope, score2)
+            y = torch.cat([y2, x1] if self.swap else [x1, y2], -1)
+        score = torch.cat([score2, score1] if self.swap else [score1, score2], -1)
+        if self.place is not None:
+            y, score = y.index_select(-1, self.place), score.index_select(-1, self.place)
+        return y, log_slope.sum(-1), score
 
 
 def split_by_mask(dim: int, mask: Sequence[bool], split: int | None, swap: bool | None) -> list[int]:

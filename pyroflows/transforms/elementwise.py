@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.conditioners import MLP
-from pyroflows.transform_module import TransformModule
+from pyroflows.transform_module import TransformModule, differentiable, with_axes_of
 from pyroflows.univariate import Univariate
+from pyroflows.univariate.base import pushed_score
 
 
 class Elementwise(TransformModule):
@@ -50,6 +51,16 @@ class Elementwise(TransformModule):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_det = self.univariate.inverse_and_log_det(y, self._params(y, context))
         return x, log_det.expand(x.shape).sum(-1)
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, score = with_axes_of(context, x, score)
+        with torch.enable_grad():
+            x = differentiable(x).view_as(x)
+            y, log_slope = self.univariate.forward_and_log_det(x, self._params(x, context))
+            score = pushed_score(self.univariate, x, log_slope, score)
+        return y, log_slope.expand(y.shape).sum(-1), score
 
 
 class ElementwiseAffine(TransformModule):

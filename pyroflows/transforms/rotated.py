@@ -48,3 +48,11 @@ class Rotated(TransformModule):
         q = self.rotation()
         x, log_det = self.transform.inverse_and_log_det(F.linear(y, q), context)
         return F.linear(x, q.mT), log_det
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.rotation()
+        fixed = q.detach()
+        y, log_det, score = self.transform.forward_and_score(F.linear(x, q), F.linear(score, fixed), context)
+        return F.linear(y, q.mT), log_det, F.linear(score, fixed.mT)

@@ -14,6 +14,8 @@ from pyroflows.univariate.base import Univariate, soft_clip
 class Additive(Univariate):
     """``y = x + shift``: volume preserving (Dinh et al. 2015, eq. 4). Params: shift."""
 
+    straight = True
+
     @property
     def num_params(self) -> int:
         return 1
@@ -36,6 +38,7 @@ class Affine(Univariate):
     """
 
     max_log_scale: float = 3.0
+    straight = True
 
     @property
     def num_params(self) -> int:

@@ -20,6 +20,7 @@ class Univariate:
     """
 
     num_features = 1  # of an element, for a conditioner
+    straight = False  # whether the slope is the same at every x
 
     @property
     def num_params(self) -> int:
@@ -37,6 +38,21 @@ class Univariate:
     def features(self, x: Tensor) -> Tensor:
         """What a conditioner sees of ``x``: ``(..., num_features * n)``, laid out as ``(num_features, n)``."""
         return x
+
+
+def pushed_score(univariate: Univariate, x: Tensor, log_slope: Tensor, score: Tensor) -> Tensor:
+    """What a score at ``x`` becomes at ``y``, elementwise: ``(score - d log_slope / dx) / slope``."""
+    if not univariate.straight:
+        score = score - torch.autograd.grad(log_slope.sum(), x, retain_graph=True)[0]
+    return score * (-log_slope.detach()).exp()
+
+
+def pulled_score(x: Tensor, y: Tensor, log_slope: Tensor, score: Tensor) -> Tensor:
+    """The gradient of ``score * y + log_slope`` by ``x``, on which the map's parameters depend."""
+    outputs, weights = [y], [score]
+    if log_slope.requires_grad:
+        outputs, weights = [y, log_slope], [score, torch.ones_like(log_slope)]
+    return torch.autograd.grad(outputs, x, weights, retain_graph=True)[0]
 
 
 def soft_clip(x: Tensor, limit: float) -> Tensor:

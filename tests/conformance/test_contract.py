@@ -151,6 +151,33 @@ def test_second_derivatives_against_finite_differences(backend, case):
         assert (product * w).sum() == pytest.approx((other * v).sum(), rel=1e-8, abs=1e-10)
 
 
+# those with a way of their own, and some that go by their inverse
+SCORED = (
+    "coupling-affine",
+    "coupling-spline",
+    "coupling-mask",
+    "elementwise-spline",
+    "realnvp-rotated",
+    "lu",
+    "planar-layer",
+)
+
+
+@pytest.mark.parametrize("case", some(CASES, *SCORED))
+def test_score_goes_along(backend, case):
+    """``J^T score_y + grad log |det J| = score``, with a context of more batch axes where there is one."""
+    rng = np.random.default_rng(7)
+    x, score = rng.normal(size=(2, 5, case.dim))
+    context = rng.normal(size=(2, 1, CONTEXT_DIM)) if case.context else None
+    flow = perturbed_flow(backend, case, case.dim, 0.3, case.context)
+    y, log_det, score_y, back = backend.scored(flow, x, score, context)
+    expected = backend.run(flow, x, context)
+    assert y.shape == score_y.shape == (*expected[1].shape, case.dim)
+    np.testing.assert_allclose(y, expected[0], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(log_det, expected[1], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(back, 2 * score if case.context else score, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", ALL)
 def test_batch_shapes(backend, case):
     dim = case.dim

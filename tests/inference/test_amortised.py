@@ -291,6 +291,7 @@ def test_the_guide_of_one_data_set_is_that_of_all_at_its_context(lab):
 
 
 # -- neural posterior estimation ---------------------------------------------------------------------------------------
+@pytest.mark.optimised
 def test_posteriors_of_a_normal_mean(lab):
     vi, sets = lab.trained(), data_sets(300)
     draws = np.asarray(vi.sample_posteriors(*lab.key(2), 1000, lab.array(sets))["theta"])
@@ -374,6 +375,7 @@ def test_calibration_of_refined_posteriors(lab, no_warnings):
     assert lab.calibrate(vi, 20, num_draws=9).verdict().startswith("Calibrated")
 
 
+@pytest.mark.optimised
 def test_sets_of_varying_size(lab):
     """The sizes are drawn with the data, and the width of the posterior follows them."""
     encoder = lab.encoder("SetEncoder", 1, 8, (32,))
@@ -460,6 +462,7 @@ class Bar:
             raise KeyboardInterrupt
 
 
+@pytest.mark.optimised
 def test_interrupted_training_keeps_the_best_and_a_seed_makes_it_repeatable(lab, monkeypatch):
     monkeypatch.setattr(lab.module("training"), "tqdm", Bar)
     first, second = (lab.mean_vi().fit(*lab.key(1), lab.array(np.zeros(N))) for _ in range(2))

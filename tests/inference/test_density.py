@@ -1,5 +1,6 @@
 """Densities from data: bases, maximum likelihood, flow matching, in both packages."""
 
+import copy
 import functools
 import importlib
 import math
@@ -10,6 +11,7 @@ from scipy import stats
 
 from tests import backends
 from tests.benchmarks import known_densities as targets
+from tests.registry import BY_NAME
 
 
 @pytest.fixture(params=["torch", "jax"])
@@ -355,6 +357,62 @@ def test_the_path_gradient_of_a_learned_base_vanishes_at_an_exact_fit(backend):
             grads = backend.jax.tree.leaves(backend.eqx.filter_grad(loss)(base))
         for gradient in grads:
             np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+def _plain_losses(elbo, flow, base, fixed, log_density, x, weights):
+    """The losses of the path estimator and of a density at fixed draws, by inverse passes in place of scores."""
+
+    def log_prob(flow, base, u):
+        back, log_det = flow.inverse_and_log_det(u)
+        return elbo.distribution_of(base).log_prob(back) + log_det
+
+    u = flow.forward_and_log_det(x)[0]
+    (held_flow, held_base), held_u = fixed(u)
+    return (log_density(u) - log_prob(held_flow, held_base, u)).mean() + (weights * log_prob(flow, base, held_u)).sum()
+
+
+@pytest.mark.parametrize("name", ["loc_scale", "flexible", "mixture"])
+def test_gradients_by_scores_are_those_by_inverse_passes(backend, name):
+    """Of the path estimator, and of the density at fixed draws, by all parameters of flow and base."""
+    elbo = importlib.import_module(f"{backend.pkg.__name__}.elbo")
+    base, weights = bases(backend, 2)[name], backend.array(np.random.default_rng(1).normal(size=12))
+    flow = backend.build(BY_NAME["realnvp-rotated"], 2)
+    flow = backend.with_state(flow, backends.perturbed(backend.state(flow), 0.2, deep=True))
+
+    def log_density(u):
+        return -0.25 * (u**2).sum(-1) ** 2
+
+    if backend.name == "torch":
+        x = base.draw(12)[0]
+        parameters = [*flow.parameters(), *base.parameters()]
+
+        def gradient(loss):
+            grads = backend.torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            return [backend.numpy(g) for g in grads if g is not None]
+
+        held = copy.deepcopy(flow).requires_grad_(False), copy.deepcopy(base).requires_grad_(False)
+        plain = _plain_losses(elbo, flow, base, lambda u: (held, u.detach()), log_density, x, weights)
+        terms = elbo.elbo_terms(flow, base, log_density, x, path=True)
+        found, expected = gradient(terms.values.mean() + (weights * terms.log_q).sum()), gradient(plain)
+    else:
+        stop = backend.jax.lax.stop_gradient
+
+        def by_scores(modules):
+            x = modules[1].draw(backend.jax.random.key(0), 12)[0]
+            terms = elbo.elbo_terms(*modules, log_density, x, path=True)
+            return terms.values.mean() + (weights * terms.log_q).sum()
+
+        def plain(modules):
+            x = modules[1].draw(backend.jax.random.key(0), 12)[0]
+            return _plain_losses(elbo, *modules, lambda u: stop((modules, u)), log_density, x, weights)
+
+        found, expected = (
+            backend.jax.tree.leaves(backend.eqx.filter_jit(backend.eqx.filter_grad(loss))((flow, base)))
+            for loss in (by_scores, plain)
+        )
+    assert len(found) == len(expected) > 5
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_flexible_tails_start_near_those_of_student(backend):

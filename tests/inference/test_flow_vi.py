@@ -23,7 +23,7 @@ DATA = np.random.default_rng(0).normal(1.0, 1.0, 20)
 
 @pytest.mark.optimised
 def test_conjugate_normal(fitter, no_warnings):
-    posterior = fitter.fit("conjugate", fitter.array(DATA))
+    posterior = fitter.fit("conjugate", fitter.array(DATA), num_particles=64)
     precision = 1 / 4 + len(DATA)
     mean, sd = DATA.sum() / precision, precision**-0.5
     draws = fitter.sample(posterior, 20_000)["theta"]
@@ -121,6 +121,7 @@ def test_dependent_supports(fitter):
     assert draws["a"].mean() == pytest.approx(1, abs=0.03) and draws["b"].mean() == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.optimised
 def test_the_same_seed_gives_the_same_result(fitter):
     a, b = (fitter.run("conjugate", fitter.array(DATA), num_steps=100) for _ in range(2))
     np.testing.assert_array_equal(a.history.elbo, b.history.elbo)
@@ -180,7 +181,7 @@ def test_pareto_k(fitter, k):
 
 
 def test_saved_and_loaded(fitter, tmp_path):
-    posterior = fitter.fit("conjugate", fitter.array(DATA))
+    posterior = fitter.fit("conjugate", fitter.array(DATA), num_particles=64)
     posterior.save(tmp_path / "posterior.safetensors")
     loaded = type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.conjugate)
     a, b = (fitter.sample(p, 10)["theta"] for p in (posterior, loaded))
@@ -192,6 +193,7 @@ def test_saved_and_loaded(fitter, tmp_path):
         type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.conjugate, fitter.pkg.flows.iaf)
 
 
+@pytest.mark.optimised
 def test_keyboard_interrupt_keeps_what_was_reached(fitter, monkeypatch):
     inference = importlib.import_module(f"{fitter.pkg.__name__}.inference")
     original, calls = inference.Schedule.next_chunk, []
