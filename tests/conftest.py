@@ -36,8 +36,10 @@ _COMPILED = {
     *(
         "test_amortised.py",
         "test_auto_flow_numpyro.py",
+        "test_density.py",
         "test_evidence.py",
         "test_flow_vi.py",
+        "test_programs.py",
         "test_refinement.py",
         "test_reparam.py",
         "test_verdict.py",

@@ -235,6 +235,7 @@ def test_bad_options_are_named(backend, options, message):
         fit(backend, flow, data, objective="flow_matching")
 
 
+@pytest.mark.optimised
 def test_flow_matching_learns_a_mixture(backend):
     """Trained without solving the equation; judged by the exact likelihood, which solves it."""
     target = targets._mixture_of_normals(np.array([[-2.0, 0.0], [2.0, 1.0], [0.0, -2.0]]), 0.5)
