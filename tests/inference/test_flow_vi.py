@@ -64,9 +64,13 @@ def test_neals_funnel(fitter):
     assert posterior._log_evidence().value == pytest.approx(0, abs=0.1)
 
 
+QUICK = {"num_steps": 2000}  # two fifths of the default
+
+
 @pytest.mark.optimised
-def test_eight_schools_centred(fitter, no_warnings):
-    posterior = fitter.fit("eight_schools")
+@pytest.mark.parametrize("options", [QUICK, pytest.param({}, marks=pytest.mark.slow)], ids=["quick", "default"])
+def test_eight_schools_centred(fitter, no_warnings, options):
+    posterior = fitter.fit("eight_schools", **options)
     assert -31.45 <= posterior.elbo.value <= EVIDENCE_EIGHT_SCHOOLS + 4 * posterior.elbo.standard_error
     assert posterior.log_evidence().value == pytest.approx(EVIDENCE_EIGHT_SCHOOLS, abs=0.03)
     assert posterior.pareto_k < 0.7
@@ -106,7 +110,7 @@ def test_log_prob_is_the_density_of_the_constrained_values(fitter):
     log_prob = np.asarray(posterior.log_prob({"g": fitter.array(grid[1:])}))
     assert np.exp(log_prob).sum() * step == pytest.approx(1, abs=1e-4)
     np.testing.assert_allclose(np.exp(log_prob), stats.gamma.pdf(grid[1:], 3, scale=0.5), atol=0.1)
-    posterior = fitter.fit("eight_schools")
+    posterior = fitter.fit("eight_schools", **QUICK)
     native = posterior.sample(*fitter.key(3), (2, 5))
     assert posterior.log_prob(native).shape == (2, 5)
     with pytest.raises(ValueError, match="tau.*missing"):
@@ -132,7 +136,7 @@ def test_arviz_summary_and_plot(fitter, tmp_path):
     import matplotlib
 
     matplotlib.use("Agg")
-    posterior = fitter.fit("eight_schools")
+    posterior = fitter.fit("eight_schools", **QUICK)
     data = posterior.to_arviz(1000)
     assert data["posterior"]["theta"].shape == (1, 1000, 8) and "log_tau" in data["posterior"]
     assert data["posterior"].attrs["pareto_k"] == posterior.pareto_k

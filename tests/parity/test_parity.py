@@ -116,16 +116,20 @@ ROOMS = [
     "inference", "initialization", "log_density", "noncentering", "numerical", "posterior", "prior_predictive",
     "reparam", "reversible", "serialization", "training", "transform_module", "transforms", "univariate",
 ]  # fmt: skip
-# where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters, and
-# their methods take the model's arguments, and training is in place; jax differentiates a function of one draw, where
-# torch has batched methods; torch asks on the host whether a search may end, where jax has a loop of its own; torch's
-# vmap has to be helped; jax has weights drawn together, for every draw is compiled, and rounds matrix products on GPUs;
-# what jax compiles for all data sets is a function of a non-centring without the model's arguments, and of these
+# where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters, their
+# methods take the model's arguments, training is in place, and gradients end where tensors say so; jax differentiates a
+# function of one draw, where torch has batched methods; torch asks on the host whether a search may end, where jax has
+# a loop of its own; torch's vmap has to be helped; jax has weights drawn together, for every draw is compiled, and
+# rounds matrix products on GPUs; what jax compiles for all data sets is a function of a non-centring without the
+# model's arguments, and of these
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
+    "Ascent",
+    "differentiable",
     "first_weights",
     "flow_module",
     "full_precision",
+    "held_fixed",
     "parameters",
     "readable",
     "settled",
