@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyroflows.graphs import simplified
+
 MODES = ("traced", "vmap", "plates", "loop")
 
 
@@ -143,8 +145,8 @@ class LogDensity:
     def _record(self, u: Tensor) -> None:
         """Adds the graph for batches like ``u``."""
         with pyro.validation_enabled(False):
-            graph = make_fx(lambda u: torch.func.vmap(self._single)(u))(u)
-        self._graphs[(tuple(u.shape), u.dtype, u.device)] = graph
+            graph = make_fx(torch.func.functionalize(lambda u: torch.func.vmap(self._single)(u)))(u)
+        self._graphs[(tuple(u.shape), u.dtype, u.device)] = simplified(graph, u.detach())
 
     def _value_and_grad_seeded(self, u: Tensor, mode: str) -> tuple[Tensor, Tensor]:
         """Values and gradients with the same random stream for every draw, so that minibatches agree."""
