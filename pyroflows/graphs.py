@@ -20,6 +20,7 @@ _VIEWS = {
 }
 _SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
 _PRODUCTS = {_aten.mul.Tensor, _aten.div.Tensor}
+_SMALL = 1024  # numbers, which a constant may always take
 
 
 def simplified(recorded: fx.GraphModule, x: Tensor) -> fx.GraphModule:
@@ -35,49 +36,52 @@ def simplified(recorded: fx.GraphModule, x: Tensor) -> fx.GraphModule:
     graph = recorded.graph
     if any(_schema(node) is not None and _schema(node).is_mutable for node in graph.nodes):
         return recorded
-    values = _Values(recorded)
+    run = _Run(recorded)
     with torch.no_grad():
-        values.run(x)
-    constants: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            value = values.of[node]
-            if isinstance(value, Tensor) and not value.requires_grad:
-                constants.add(node)
-        elif node.op == "call_function" and _is_pure(node):
-            if node.target in _BY_SHAPE or all(source in constants for source in node.all_input_nodes):
-                constants.add(node)
+        run.run(x)
+    values, constants = run.values, run.constants
     for node in list(graph.nodes):
         if node.op != "call_function" or node in constants:
             continue
-        same = _unchanged(node, values.of, constants)
+        same = _unchanged(node, values, constants)
         if same is not None:
             node.replace_all_uses_with(same)
-    number = 0
-    for node in list(graph.nodes):
-        used = [user for user in node.users if user not in constants]
-        if node not in constants or node.op == "get_attr" or not used or not isinstance(values.of[node], Tensor):
-            continue
-        name, number = f"_folded{number}", number + 1
-        recorded.register_buffer(name, values.of[node].clone(), persistent=False)
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.get_attr(name))
+    # a batch of draws times the data may be large: no more is kept than the model's own constants take
+    largest = max([_SMALL, *(values[node].numel() for node in constants if node.op == "get_attr")])
+    kept = {n for n in constants if not isinstance(values[n], Tensor) or values[n].numel() <= largest}
+    for number, node in enumerate(list(graph.nodes)):
+        used = any(user not in kept for user in node.users)
+        if node in kept and node.op != "get_attr" and used and isinstance(values[node], Tensor):
+            recorded.register_buffer(f"_folded{number}", values[node], persistent=False)
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.get_attr(f"_folded{number}"))
     graph.eliminate_dead_code()
     graph.lint()
     recorded.recompile()
     return recorded
 
 
-class _Values(fx.Interpreter):
-    """Remembers the value of every node."""
+class _Run(fx.Interpreter):
+    """Finds out which nodes are constants; remembers their values, and the shapes of the others'."""
 
     def __init__(self, module: fx.GraphModule):
-        super().__init__(module, garbage_collect_values=False)
-        self.of: dict[fx.Node, Any] = {}
+        super().__init__(module)
+        self.values: dict[fx.Node, Any] = {}
+        self.constants: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
-        self.of[n] = super().run_node(n)
-        return self.of[n]
+        value = super().run_node(n)
+        if n.op == "get_attr":
+            constant = isinstance(value, Tensor) and not value.requires_grad
+        else:
+            known = n.target in _BY_SHAPE or all(source in self.constants for source in n.all_input_nodes)
+            constant = n.op == "call_function" and _is_pure(n) and known
+        if constant:
+            self.constants.add(n)
+            self.values[n] = value
+        else:
+            self.values[n] = value.new_empty(()).expand(value.shape) if isinstance(value, Tensor) else None
+        return value
 
 
 def _schema(node: fx.Node) -> Any:

@@ -52,6 +52,18 @@ def test_what_may_change_is_no_constant():
     torch.testing.assert_close(difference, difference[:1].expand(4))
 
 
+def test_constants_take_no_more_memory_than_the_data():
+    x, data = torch.randn(50, 1, dtype=torch.float64), torch.rand(2000, dtype=torch.float64)
+
+    def wide(x):
+        return (x * data.exp() + (x + data).new_full((50, 2000), 2.0).log()).sum(-1)
+
+    graph = simplified(recorded(wide, x), x)
+    torch.testing.assert_close(graph(2 * x), wide(2 * x))
+    sizes = [buffer.numel() for name, buffer in graph.named_buffers() if name.startswith("_folded")]
+    assert sizes == [2000]
+
+
 def test_a_graph_that_changes_tensors_in_place_is_left_as_it_is():
     x = torch.randn(4, dtype=torch.float64)
     graph = make_fx(lambda x: (SCALE.new_zeros(4) + 1).add_(x))(x)
