@@ -21,8 +21,7 @@ class Terms(NamedTuple):
     """What an ELBO is the mean of, and what its steps need besides."""
 
     values: Array  # log p(u) - log q(u), (n,)
-    draws: Array  # u, (n, dim)
-    log_q: Array | None  # log q(u), (n,), whose gradient is that of a density at fixed draws; of the path estimator
+    log_q: Array | None  # log q(u), (n,), whose gradient is that of a density at fixed u; of the path estimator
 
 
 def elbo_terms(
@@ -47,11 +46,11 @@ def elbo_terms(
     log_base = distribution_of(base).log_prob(x)
     if not path:
         u, log_det = transform.forward_and_log_det(x)
-        return Terms(log_density(u) - log_base + log_det, u, None)
+        return Terms(log_density(u) - log_base + log_det, None)
     u, log_det, score = transform.forward_and_score(x, _score(base, x))
     log_q = log_base - log_det
     moved = (score * (u - lax.stop_gradient(u))).sum(-1)  # zero; its gradient is that of log q by way of the draws
-    return Terms(log_density(u) - lax.stop_gradient(log_q) - moved, u, log_q - moved)
+    return Terms(log_density(u) - lax.stop_gradient(log_q) - moved, log_q - moved)
 
 
 def unfolded(

@@ -484,7 +484,7 @@ class _Ascent(eqx.Module):
     def loss(self, params: Any, annealing: Array, key: Array) -> tuple[Array, Array]:
         (flow, base), n = unfolded(*self.modules(params)), self.num_particles
         x, log_density_of_base = base.draw(key, n) if isinstance(base, Base) else (base.sample(key, (n,)), None)
-        terms, _, log_q = elbo_terms(flow, base, self.whitened, x, path=self.path)
+        terms, log_q = elbo_terms(flow, base, self.whitened, x, path=self.path)
         loss = -terms.mean()
         if log_density_of_base is not None:
             loss = loss + score_gradient(terms, log_density_of_base)

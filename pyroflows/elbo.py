@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.distributions import Base, FlowDistribution, distribution_of
-from pyroflows.transform_module import Compose, TransformModule, held_fixed
+from pyroflows.transform_module import Compose, TransformModule, differentiable
 from pyroflows.transforms import Continuous
 
 _LARGEST_WEIGHT = 8.0  # of an importance weight, in means
@@ -20,8 +20,7 @@ class Terms(NamedTuple):
     """What an ELBO is the mean of, and what its steps need besides."""
 
     values: Tensor  # log p(u) - log q(u), (n,)
-    draws: Tensor  # u, (n, dim)
-    log_q: Tensor | None  # log q(u), (n,), whose gradient is that of a density at fixed draws; of the path estimator
+    log_q: Tensor | None  # log q(u), (n,), whose gradient is that of a density at fixed u; of the path estimator
 
 
 def elbo_terms(
@@ -43,15 +42,17 @@ def elbo_terms(
         landing"). The score of ``q`` goes along with the draws (``forward_and_score``), at a conditioner's gradient a
         coupling.
     """
-    distribution = distribution_of(base)
-    log_base = distribution.log_prob(x)
     if not path:
         u, log_det = transform.forward_and_log_det(x)
-        return Terms(log_density(u) - log_base + log_det, u, None)
-    u, log_det, score = transform.forward_and_score(x, _score(base, x))
+        return Terms(log_density(u) - distribution_of(base).log_prob(x) + log_det, None)
+    with torch.enable_grad():
+        x = differentiable(x).view_as(x)  # a tensor of its own, at which the score's gradient ends
+        log_base = distribution_of(base).log_prob(x)
+        score = torch.autograd.grad(log_base.sum(), x, retain_graph=True)[0]
+    u, log_det, score = transform.forward_and_score(x, score)
     log_q = log_base - log_det
     moved = (score * (u - u.detach())).sum(-1)  # zero; its gradient is that of log q by way of the draws
-    return Terms(log_density(u) - log_q.detach() - moved, u, log_q - moved)
+    return Terms(log_density(u) - log_q.detach() - moved, log_q - moved)
 
 
 def unfolded(
@@ -119,10 +120,3 @@ def velocity_of(flow: TransformModule) -> Continuous:
     if not isinstance(flow, Continuous):
         raise TypeError(f"flow_matching: flow must be a single Continuous map, but got {type(flow).__name__}.")
     return flow
-
-
-def _score(base: dist.TorchDistribution | Base, x: Tensor) -> Tensor:
-    """The gradient by ``x`` of the base's log-density, its parameters held fixed."""
-    with held_fixed(*([base] if isinstance(base, Base) else [])), torch.enable_grad():
-        point = x.detach().requires_grad_()
-        return torch.autograd.grad(distribution_of(base).log_prob(point).sum(), point)[0]

@@ -14,7 +14,7 @@ _BY_SHAPE = {  # constants, for a graph's shapes are fixed
     *(_aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default),
     *(_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default),
 }
-_VIEWS = {
+_VIEWS_AND_COPIES = {
     *(_aten.view.default, _aten.expand.default, _aten.alias.default, _aten._to_copy.default),
     *(_aten.clone.default, _aten.lift_fresh_copy.default),
 }
@@ -103,7 +103,7 @@ def _unchanged(node: fx.Node, values: dict[fx.Node, Any], constants: set[fx.Node
         inner = source.args[0]
         summed = math.prod(values[source].shape[dim] for dim in node.args[1])  # type: ignore[union-attr, misc]
         return inner if summed == 1 and _alike(values[node], values[inner]) else None  # type: ignore[index, return-value]
-    if node.target in _VIEWS:
+    if node.target in _VIEWS_AND_COPIES:
         return source if _alike(values[node], values[source]) else None
     neutral = 0 if node.target in _SUMS else 1 if node.target in _PRODUCTS else None
     if neutral is None or len(node.args) != 2 or node.kwargs:

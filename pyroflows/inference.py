@@ -407,7 +407,7 @@ class FlowVI:
         def step(step_size: float, annealing: bool) -> Tensor:
             """ELBO, approximate KL divergence, and whether the step was skipped."""
             x, log_density_of_base = base.draw(n) if isinstance(base, Base) else (base.sample((n,)), None)
-            terms, _, log_q = elbo_terms(flow, base, whitened, x, path=use_path)
+            terms, log_q = elbo_terms(flow, base, whitened, x, path=use_path)
             loss = -terms.mean()
             if log_density_of_base is not None:
                 loss = loss + score_gradient(terms, log_density_of_base)

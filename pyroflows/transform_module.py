@@ -306,9 +306,9 @@ def with_axes_of(context: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def held_fixed(*modules: torch.nn.Module) -> Iterator[None]:
+def held_fixed(module: torch.nn.Module) -> Iterator[None]:
     """Parameters are constants in the graph that is built inside."""
-    trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
+    trainable = [p for p in module.parameters() if p.requires_grad]
     try:
         for p in trainable:
             p.requires_grad_(False)

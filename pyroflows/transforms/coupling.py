@@ -11,7 +11,7 @@ from torch import Tensor
 from pyroflows.conditioners import MLP
 from pyroflows.transform_module import TransformModule, differentiable, with_axes_of
 from pyroflows.univariate import Univariate
-from pyroflows.univariate.base import pulled_score, pushed_score
+from pyroflows.univariate.base import pushed_score
 
 
 class Coupling(TransformModule):
@@ -98,12 +98,20 @@ class Coupling(TransformModule):
             score1, score2 = score.split(sizes, -1)
             score2 = pushed_score(self.univariate, x2, log_slope, score2)
             if self.split:
-                score1 = score1 - pulled_score(x1, y2, log_slope, score2)
+                score1 = score1 - _pulled(x1, y2, log_slope, score2)
             y = torch.cat([y2, x1] if self.swap else [x1, y2], -1)
         score = torch.cat([score2, score1] if self.swap else [score1, score2], -1)
         if self.place is not None:
             y, score = y.index_select(-1, self.place), score.index_select(-1, self.place)
         return y, log_slope.sum(-1), score
+
+
+def _pulled(x: Tensor, y: Tensor, log_slope: Tensor, score: Tensor) -> Tensor:
+    """The gradient of ``score * y + log_slope`` by ``x``, on which the map's parameters depend."""
+    outputs, weights = [y], [score]
+    if log_slope.requires_grad:
+        outputs, weights = [y, log_slope], [score, torch.ones_like(log_slope)]
+    return torch.autograd.grad(outputs, x, weights, retain_graph=True)[0]
 
 
 def split_by_mask(dim: int, mask: Sequence[bool], split: int | None, swap: bool | None) -> list[int]:

@@ -47,14 +47,6 @@ def pushed_score(univariate: Univariate, x: Tensor, log_slope: Tensor, score: Te
     return score * (-log_slope.detach()).exp()
 
 
-def pulled_score(x: Tensor, y: Tensor, log_slope: Tensor, score: Tensor) -> Tensor:
-    """The gradient of ``score * y + log_slope`` by ``x``, on which the map's parameters depend."""
-    outputs, weights = [y], [score]
-    if log_slope.requires_grad:
-        outputs, weights = [y, log_slope], [score, torch.ones_like(log_slope)]
-    return torch.autograd.grad(outputs, x, weights, retain_graph=True)[0]
-
-
 def soft_clip(x: Tensor, limit: float) -> Tensor:
     """``x`` smoothly limited to ``(-limit, limit)``, with slope one at zero: ``limit * tanh(x / limit)``."""
     return torch.rsub((x * (2 / limit)).sigmoid_(), -limit, alpha=-2 * limit)  # torch's sigmoid is its faster tanh
