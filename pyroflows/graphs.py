@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 _aten = torch.ops.aten
 _BY_SHAPE = {  # constants, for a graph's shapes are fixed
@@ -15,40 +17,77 @@ _BY_SHAPE = {  # constants, for a graph's shapes are fixed
     *(_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default),
 }
 _VIEWS_AND_COPIES = {
-    *(_aten.view.default, _aten.expand.default, _aten.alias.default, _aten._to_copy.default),
-    *(_aten.clone.default, _aten.lift_fresh_copy.default),
+    *(_aten.view.default, _aten.expand.default, _aten.slice.Tensor, _aten.alias.default),
+    *(_aten._to_copy.default, _aten.clone.default, _aten.lift_fresh_copy.default),
 }
-_SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
-_PRODUCTS = {_aten.mul.Tensor, _aten.div.Tensor}
-_SMALL = 1024  # numbers, which a constant may always take
+_SUMS = {_aten.add.Tensor, _aten.sub.Tensor, _aten.add.Scalar, _aten.sub.Scalar}
+_PRODUCTS = {_aten.mul.Tensor, _aten.div.Tensor, _aten.mul.Scalar, _aten.div.Scalar, _aten.pow.Tensor_Scalar}
+_SMALL = 2**14  # numbers, which a constant may always take
 
 
-def simplified(recorded: fx.GraphModule, x: Tensor) -> fx.GraphModule:
+def recorded_step(function: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    """A function that takes gradients of what it closes over, as one graph: autograd runs once, while it is recorded.
+
+    The tensors that require a gradient may change between calls, in place; all others, and the course of the function,
+    may not. It is returned as it is where it cannot be recorded, or does something else than its graph for the same
+    random numbers.
+
+    :param function: returns tensors without gradients.
+    :param device: on which it draws its random numbers.
+    """
+
+    def with_same_draws(call: Callable[[], Any]) -> Any:
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            return call()
+
+    expected = with_same_draws(function)  # first, for it may record graphs itself
+    try:
+        graph = with_same_draws(lambda: simplified(make_fx(function)(), differentiable=False))
+        found = with_same_draws(torch.no_grad()(graph))
+    except Exception:  # whatever a flow or a base does that a graph cannot
+        return function
+    return torch.no_grad()(graph) if all(map(close, found, expected)) else function
+
+
+def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool = True) -> fx.GraphModule:
     """The same function, without operations on constants, those that change nothing, and those that nothing needs.
 
-    What a model computes of its data alone (logarithms of scales, normalisers) is computed once. Tensors that require a
-    gradient may change between calls, and count as no constants; nor do random draws. A graph that changes tensors in
-    place, which might be constants, is left as it is.
+    What a model computes of its data alone (logarithms of scales, normalisers) is computed once, and so are repeated
+    operations, and views of parameters. Tensors that require a gradient may change between calls, in place, and count
+    as no constants; nor do random draws. A graph that changes tensors in place, which might be constants, is left as it
+    is.
 
-    :param recorded: a graph of ``make_fx`` of one tensor, functionalised.
-    :param x: an input of the graph.
+    :param recorded: a graph of ``make_fx``.
+    :param inputs: of the graph.
+    :param differentiable: whether gradients are taken through the graph; they flow past ``detach`` otherwise.
     """
     graph = recorded.graph
+    for node in graph.nodes:
+        _take_for_functional(node)
     if any(_schema(node) is not None and _schema(node).is_mutable for node in graph.nodes):
         return recorded
+    if not differentiable:
+        for node in graph.nodes:
+            if node.target is _aten.detach.default:
+                node.replace_all_uses_with(node.args[0])
+    _merge_equal(graph)
+    graph.eliminate_dead_code()
     run = _Run(recorded)
     with torch.no_grad():
-        run.run(x)
+        run.run(*inputs)
     values, constants = run.values, run.constants
     for node in list(graph.nodes):
         if node.op != "call_function" or node in constants:
             continue
-        same = _unchanged(node, values, constants)
+        same = _unchanged(node, run)
         if same is not None:
             node.replace_all_uses_with(same)
     # a batch of draws times the data may be large: no more is kept than the model's own constants take
     largest = max([_SMALL, *(values[node].numel() for node in constants if node.op == "get_attr")])
     kept = {n for n in constants if not isinstance(values[n], Tensor) or values[n].numel() <= largest}
+    if not differentiable:  # else they would be constants to autograd
+        values.update(run.views)
+        kept.update(run.views)
     for number, node in enumerate(list(graph.nodes)):
         used = any(user not in kept for user in node.users)
         if node in kept and node.op != "get_attr" and used and isinstance(values[node], Tensor):
@@ -61,16 +100,50 @@ def simplified(recorded: fx.GraphModule, x: Tensor) -> fx.GraphModule:
     return recorded
 
 
+def _take_for_functional(node: fx.Node) -> None:
+    """Turns a change in place of a value that nothing else uses, nor shares memory with, into the like operation."""
+    schema = _schema(node)
+    if schema is None or not schema.is_mutable or not schema.name.endswith("_"):
+        return
+    changed = node.args[0]
+    if not isinstance(changed, fx.Node) or list(changed.users) != [node] or not _is_pure(changed) or _is_view(changed):
+        return
+    namespace, name = schema.name.split("::")
+    packet, overload = getattr(getattr(torch.ops, namespace), name[:-1], None), schema.overload_name or "default"
+    if packet is not None and overload in packet.overloads():
+        node.target = getattr(packet, overload)
+
+
+def _merge_equal(graph: fx.Graph) -> None:
+    """Takes one of operations that are the same on the same."""
+    seen: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            key: Any = node.target
+        elif node.op == "call_function" and _is_pure(node):
+            # numbers by type as well, for 1 == 1.0 == True
+            key = node.target, repr(node.args), repr(node.kwargs)
+        else:
+            continue
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+        else:
+            seen[key] = node
+
+
 class _Run(fx.Interpreter):
     """Finds out which nodes are constants; remembers their values, and the shapes of the others'."""
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
         self.values: dict[fx.Node, Any] = {}
+        self.strides: dict[fx.Node, Any] = {}
         self.constants: set[fx.Node] = set()
+        self.views: dict[fx.Node, Any] = {}  # of tensors that may change, in place
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        self.strides[n] = value.stride() if isinstance(value, Tensor) else None
         if n.op == "get_attr":
             constant = isinstance(value, Tensor) and not value.requires_grad
         else:
@@ -79,13 +152,23 @@ class _Run(fx.Interpreter):
         if constant:
             self.constants.add(n)
             self.values[n] = value
-        else:
-            self.values[n] = value.new_empty(()).expand(value.shape) if isinstance(value, Tensor) else None
+            return value
+        if n.op == "get_attr" or (_is_view(n) and all(source in self.views for source in n.all_input_nodes)):
+            self.views[n] = value
+        self.values[n] = value.new_empty(()).expand(value.shape) if isinstance(value, Tensor) else None
         return value
 
 
 def _schema(node: fx.Node) -> Any:
     return getattr(node.target, "_schema", None)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the result shares memory with the inputs, or may (an element of a result)."""
+    if node.target is operator.getitem:
+        return True
+    schema = _schema(node)
+    return schema is not None and bool(schema.returns) and schema.returns[0].alias_info is not None
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -94,8 +177,9 @@ def _is_pure(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
-def _unchanged(node: fx.Node, values: dict[fx.Node, Any], constants: set[fx.Node]) -> fx.Node | None:
+def _unchanged(node: fx.Node, run: _Run) -> fx.Node | None:
     """The input that the operation returns as it is, if there is one."""
+    values, constants = run.values, run.constants
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not isinstance(values[node], Tensor):
         return None
@@ -103,8 +187,11 @@ def _unchanged(node: fx.Node, values: dict[fx.Node, Any], constants: set[fx.Node
         inner = source.args[0]
         summed = math.prod(values[source].shape[dim] for dim in node.args[1])  # type: ignore[union-attr, misc]
         return inner if summed == 1 and _alike(values[node], values[inner]) else None  # type: ignore[index, return-value]
-    if node.target in _VIEWS_AND_COPIES:
-        return source if _alike(values[node], values[source]) else None
+    if node.target is _aten.t.default and source.target is _aten.t.default:
+        return source.args[0]  # type: ignore[return-value]
+    if node.target in _VIEWS_AND_COPIES:  # copies may be made for the sake of their order in memory
+        same = run.strides[node] == run.strides[source] and _alike(values[node], values[source])
+        return source if same else None
     neutral = 0 if node.target in _SUMS else 1 if node.target in _PRODUCTS else None
     if neutral is None or len(node.args) != 2 or node.kwargs:
         return None
@@ -125,3 +212,10 @@ def _all(value: Any, number: int) -> bool:
 
 def _alike(a: Any, b: Any) -> bool:
     return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are the same to half of their digits."""
+    tolerance = math.sqrt(torch.finfo(a.dtype).eps)
+    size = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 1.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)

@@ -19,6 +19,7 @@ from pyroflows import flows
 from pyroflows.distributions import Base, FlexibleBase, MixtureBase, distribution_of
 from pyroflows.elbo import elbo_terms, forward_kl, score_gradient, unfolded
 from pyroflows.evidence import PARETO_K_GOOD
+from pyroflows.graphs import recorded_step
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base
 from pyroflows.initialization import (
@@ -47,6 +48,7 @@ _GAP_NEAR = 0.1  # above which more steps will not do: the flow is not rich enou
 _GAP_HOPELESS = 0.15  # before annealing, which would spend half of the steps on what a richer flow is needed for
 _RICHER_STEPS, _RICHER_RATE = 0.6, 2.0  # of a fit with a richer flow, in those of the first: as good, in less time
 _HOPELESS_FROM = 1000  # steps, before which the ELBO's rise does not foretell where it ends
+_RECORD_FROM = 1000  # steps of a phase for which it is worth while to record one
 _K_TAILS = 0.5  # of Pareto k, below which a poor fit goes on without the forward KL divergence, which costs ELBO
 RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the default one turns to
 
@@ -404,8 +406,8 @@ class FlowVI:
         flow, base = unfolded(inner, base)
         ascent = Ascent(parameters)
 
-        def step(step_size: float, annealing: bool) -> Tensor:
-            """ELBO, approximate KL divergence, and whether the step was skipped."""
+        def gradient(annealing: bool) -> tuple[Tensor, Tensor]:
+            """ELBO with approximate KL divergence, and the gradient of the loss."""
             x, log_density_of_base = base.draw(n) if isinstance(base, Base) else (base.sample((n,)), None)
             terms, log_q = elbo_terms(flow, base, whitened, x, path=use_path)
             loss = -terms.mean()
@@ -413,9 +415,20 @@ class FlowVI:
                 loss = loss + score_gradient(terms, log_density_of_base)
             if log_q is not None and annealing and tails:
                 loss = loss + forward_kl(log_q, terms)
-            skip = ascent.update(loss, step_size)
             terms = terms.detach()
-            return torch.stack([terms.mean(), 0.5 * terms.var(correction=0), skip.to(terms)])
+            return torch.stack([terms.mean(), 0.5 * terms.var(correction=0)]), ascent.gradient(loss)
+
+        gradients: dict[bool, Callable[[], tuple[Tensor, ...]]] = {}
+
+        def step(step_size: float, annealing: bool) -> Tensor:
+            """ELBO, approximate KL divergence, and whether the step was skipped."""
+            if annealing not in gradients:
+                steps_left = schedule.expected_steps - len(trace)
+                worth_it = density.mode == "traced" and (steps_left if annealing else steps_left / 2) >= _RECORD_FROM
+                plain = partial(gradient, annealing)
+                gradients[annealing] = recorded_step(plain, density.prototype.device) if worth_it else plain
+            values, slope = gradients[annealing]()
+            return torch.cat([values, ascent.update(slope, step_size).to(values)[None]])
 
         trace: list[float] = []
         divergence: list[float] = []

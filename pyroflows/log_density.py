@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroflows.graphs import simplified
+from pyroflows.graphs import close, simplified
 
 MODES = ("traced", "vmap", "plates", "loop")
 
@@ -135,7 +135,7 @@ class LogDensity:
             except Exception:  # whatever a model does that a mode cannot: the next one is tried
                 self._graphs.clear()
                 continue
-            if all(_close(a, b) for a, b in zip(actual, expected, strict=True)):
+            if all(close(a, b) for a, b in zip(actual, expected, strict=True)):
                 return mode
         return "loop"
 
@@ -307,12 +307,6 @@ class _Constrained(Messenger):
         u = bijection.inv(value)
         self.unconstrained[msg["name"]] = u
         self.log_det = self.log_det + bijection.log_abs_det_jacobian(u, value).sum()
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = math.sqrt(torch.finfo(a.dtype).eps)
-    size = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 1.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
 
 
 def prototype_trace(

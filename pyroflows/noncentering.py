@@ -14,7 +14,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyroflows.log_density import LogDensity, _close, _Unconstrained
+from pyroflows.graphs import close
+from pyroflows.log_density import LogDensity, _Unconstrained
 from pyroflows.transform_module import TransformModule
 
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution)
@@ -214,7 +215,7 @@ def noncentering_of(log_density: LogDensity, prototype: Tensor) -> Noncentering 
     except RuntimeError:  # torch's word for what vmap cannot do
         return None
     alone = torch.stack([layer.prior.run(x, layer.precision, layer.pseudo_data, False)[0] for x in points])
-    return layer if _close(together, alone) else None
+    return layer if close(together, alone) else None
 
 
 def pulled_back(log_density: LogDensity, noncentering: Noncentering | None) -> LogDensity:

@@ -38,10 +38,13 @@ class Ascent:
         self.parts = [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
         self.adam = torch.optim.Adam([self.vector], fused=True)
 
-    def update(self, loss: Tensor, step_size: float) -> Tensor:
-        """Makes a step, and returns whether it was skipped: its gradient not finite."""
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The gradient of a loss, as one vector."""
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
-        gradient = torch.cat([g.reshape(-1) for g in gradients])
+        return torch.cat([g.reshape(-1) for g in gradients])
+
+    def update(self, gradient: Tensor, step_size: float) -> Tensor:
+        """Makes a step down the gradient, and returns whether it was skipped: the gradient not finite."""
         skip = ~torch.isfinite(torch.linalg.vector_norm(gradient))
         self.vector.grad = gradient
         self.adam.param_groups[0]["lr"] = step_size
@@ -98,7 +101,7 @@ def train(
 
     def step(batch: Any, step_size: float) -> Tensor:
         value = loss(batch)
-        skip = ascent.update(value, step_size)
+        skip = ascent.update(ascent.gradient(value), step_size)
         value = value.detach()
         return torch.stack([value, skip.to(value)])
 

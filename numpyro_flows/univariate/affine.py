@@ -42,7 +42,8 @@ class Affine(Univariate):
         return 2
 
     def _unpack(self, params: Array) -> tuple[Array, Array]:
-        shift, raw = params[..., 0, :], params[..., 1, :]
+        # the gradient of a split joins its parts, where those of slices would be padded and added
+        shift, raw = (part.squeeze(-2) for part in jnp.split(params, 2, axis=-2))
         return shift, soft_clip(raw, self.max_log_scale)
 
     def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:

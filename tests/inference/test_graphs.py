@@ -1,12 +1,20 @@
 """Recorded log-densities in torch: simplified, and still the same functions."""
 
+import copy
+from functools import partial
+
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+import pyro  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
-from pyroflows.graphs import simplified  # noqa: E402
+from pyroflows import FlowVI, flows, inference  # noqa: E402
+from pyroflows.distributions import MixtureBase  # noqa: E402
+from pyroflows.graphs import recorded_step, simplified  # noqa: E402
+from tests.inference.models_pyro import eight_schools  # noqa: E402
 
 SCALE = torch.tensor([1.5, 0.5, 2.0], dtype=torch.float64)
 
@@ -53,21 +61,104 @@ def test_what_may_change_is_no_constant():
 
 
 def test_constants_take_no_more_memory_than_the_data():
-    x, data = torch.randn(50, 1, dtype=torch.float64), torch.rand(2000, dtype=torch.float64)
+    x, data = torch.randn(50, 1, dtype=torch.float64), torch.rand(20_000, dtype=torch.float64)
 
     def wide(x):
-        return (x * data.exp() + (x + data).new_full((50, 2000), 2.0).log()).sum(-1)
+        return (x * data.exp() + (x + data).new_full((50, 20_000), 2.0).log()).sum(-1)
 
     graph = simplified(recorded(wide, x), x)
     torch.testing.assert_close(graph(2 * x), wide(2 * x))
     sizes = [buffer.numel() for name, buffer in graph.named_buffers() if name.startswith("_folded")]
-    assert sizes == [2000]
+    assert sizes == [20_000]
+
+
+def test_what_is_changed_in_place_and_used_nowhere_else_is_simplified_too():
+    x = torch.randn(4, dtype=torch.float64)
+    graph = simplified(make_fx(lambda x: ((2 * x).sigmoid_() + 0.0).masked_fill_(x < 0, 1.0))(x), x)
+    assert operations(graph) == 4
+    torch.testing.assert_close(graph(2 * x), torch.where(x < 0, 1.0, (4 * x).sigmoid()))
 
 
 def test_a_graph_that_changes_tensors_in_place_is_left_as_it_is():
     x = torch.randn(4, dtype=torch.float64)
-    graph = make_fx(lambda x: (SCALE.new_zeros(4) + 1).add_(x))(x)
+
+    def twice(x):
+        y = SCALE.new_zeros(4) + 1
+        y[:2].add_(x[:2])
+        return y + x
+
+    graph = make_fx(twice)(x)
     before = operations(graph)
     graph = simplified(graph, x)
     assert operations(graph) == before
-    torch.testing.assert_close(graph(2 * x), 1 + 2 * x)
+    torch.testing.assert_close(graph(2 * x), twice(2 * x))
+
+
+def gradient_step(weight, function=torch.tanh):
+    """A gradient by what may change, at random draws."""
+
+    def step():
+        x = torch.randn(5, 4, dtype=weight.dtype)
+        loss = (function(x * weight.exp()) - weight.view(2, 2).t().reshape(-1)).square().sum()
+        return loss.detach(), torch.autograd.grad(loss, weight)[0]
+
+    return step
+
+
+def test_a_recorded_step_sees_changed_parameters_and_draws_anew():
+    weight = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()
+    step = gradient_step(weight)
+    torch.manual_seed(0)
+    expected = step()
+    torch.manual_seed(0)
+    graph = recorded_step(step, weight.device)
+    assert graph is not step
+    for draws in range(3):  # recording has drawn nothing
+        for found, wanted in zip(graph(), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
+        assert not graph()[0].requires_grad
+        with torch.no_grad():
+            weight.add_(0.1)
+        torch.manual_seed(draws + 1)
+        expected = step()
+        torch.manual_seed(draws + 1)
+
+
+def test_a_step_that_a_graph_cannot_hold_is_left_as_it_is():
+    weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    step = gradient_step(weight, lambda x: x.tanh() if x.sum() > 0 else x)  # control flow by values
+    assert recorded_step(step, weight.device) is step
+    calls = []
+    step = gradient_step(weight, lambda x: (calls.append(0), x * len(calls))[1])  # and by what is outside
+    assert recorded_step(step, weight.device) is step
+
+
+@pytest.mark.parametrize("options", [{}, {"base": MixtureBase}, {"base_df": 5.0}, {"path_gradient": False}], ids=str)
+def test_recorded_steps_fit_as_plain_ones(monkeypatch, options):
+    graphs = []
+
+    def spied(function, device):
+        graphs.append(recorded_step(function, device))
+        assert graphs[-1] is not function
+        return graphs[-1]
+
+    monkeypatch.setattr(inference, "recorded_step", spied)
+    vi = FlowVI(
+        eight_schools,
+        partial(flows.realnvp, num_layers=2),
+        num_steps=20,
+        num_particles=8,
+        progress_bar=False,
+        **options,
+    )
+    guide = vi._guide(vi.base_df, vi.base, (), {})
+    log_density = guide.log_density()
+
+    def elbo(record_from):
+        monkeypatch.setattr(inference, "_RECORD_FROM", record_from)
+        pyro.set_rng_seed(0)
+        return vi._ascend(copy.deepcopy(guide), log_density).elbo
+
+    recorded, plain = elbo(0), elbo(100)
+    assert len(graphs) == 2  # of ascent and annealing
+    np.testing.assert_allclose(recorded, plain, rtol=1e-8)
