@@ -43,10 +43,11 @@ def recorded_step(function: Callable[[], tuple[Tensor, ...]], device: torch.devi
     expected = with_same_draws(function)  # first, for it may record graphs itself
     try:
         graph = with_same_draws(lambda: simplified(make_fx(function)(), differentiable=False))
-        found = with_same_draws(torch.no_grad()(graph))
+        call = torch.no_grad()(compiled(graph))
+        found = with_same_draws(call)
     except Exception:  # whatever a flow or a base does that a graph cannot
         return function
-    return torch.no_grad()(graph) if all(map(close, found, expected)) else function
+    return call if all(map(close, found, expected)) else function
 
 
 def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool = True) -> fx.GraphModule:
@@ -129,6 +130,50 @@ def _merge_equal(graph: fx.Graph) -> None:
             node.replace_all_uses_with(seen[key])
         else:
             seen[key] = node
+
+
+def compiled(recorded: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as a plain function: what it calls and what it holds are looked up once, not at every call.
+
+    Graph modules spend as long on looking up and wrapping operations as these take on small tensors.
+    """
+    scope: dict[str, Any] = {}
+    names: dict[Any, str] = {}
+
+    def bound(key: Any, value: Any) -> str:
+        if key not in names:
+            names[key] = f"__{len(names)}"
+            scope[names[key]] = value
+        return names[key]
+
+    def written(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return value.name
+        if isinstance(value, list | tuple):
+            return "[" + ", ".join(map(written, value)) + "]"
+        plain = value is None or isinstance(value, bool | int | str)
+        return repr(value) if plain else bound((type(value), repr(value)), value)
+
+    last_user = {source: node for node in recorded.graph.nodes for source in node.all_input_nodes}
+    inputs, lines = [], ["pass"]
+    for node in recorded.graph.nodes:
+        if node.op == "placeholder":
+            inputs.append(node.name)
+        elif node.op == "get_attr":
+            scope[node.name] = operator.attrgetter(node.target)(recorded)
+        elif node.op == "output":
+            lines.append(f"return {written(node.args[0])}")
+        elif node.target is operator.getitem:
+            lines.append(f"{node.name} = {written(node.args[0])}[{written(node.args[1])}]")
+        else:  # of an overload, the function beneath
+            function = bound(node.target, getattr(node.target, "_op", node.target))
+            arguments = [written(a) for a in node.args] + [f"{k}={written(a)}" for k, a in node.kwargs.items()]
+            lines.append(f"{node.name} = {function}({', '.join(arguments)})")
+        done = [n.name for n in node.all_input_nodes if last_user[n] is node and n.op == "call_function"]
+        if done and node.op != "output":
+            lines.append("del " + ", ".join(done))
+    exec(f"def run({', '.join(inputs)}):\n    " + "\n    ".join(lines), scope)
+    return scope["run"]
 
 
 class _Run(fx.Interpreter):

@@ -424,7 +424,7 @@ class FlowVI:
             """ELBO, approximate KL divergence, and whether the step was skipped."""
             if annealing not in gradients:
                 steps_left = schedule.expected_steps - len(trace)
-                worth_it = density.mode == "traced" and (steps_left if annealing else steps_left / 2) >= _RECORD_FROM
+                worth_it = density.mode != "loop" and (steps_left if annealing else steps_left / 2) >= _RECORD_FROM
                 plain = partial(gradient, annealing)
                 gradients[annealing] = recorded_step(plain, density.prototype.device) if worth_it else plain
             values, slope = gradients[annealing]()

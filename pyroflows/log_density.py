@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroflows.graphs import close, simplified
+from pyroflows.graphs import close, compiled, simplified
 
 MODES = ("traced", "vmap", "plates", "loop")
 
@@ -146,7 +146,7 @@ class LogDensity:
         """Adds the graph for batches like ``u``."""
         with pyro.validation_enabled(False):
             graph = make_fx(torch.func.functionalize(lambda u: torch.func.vmap(self._single)(u)))(u)
-        self._graphs[(tuple(u.shape), u.dtype, u.device)] = simplified(graph, u.detach())
+        self._graphs[(tuple(u.shape), u.dtype, u.device)] = compiled(simplified(graph, u.detach()))
 
     def _value_and_grad_seeded(self, u: Tensor, mode: str) -> tuple[Tensor, Tensor]:
         """Values and gradients with the same random stream for every draw, so that minibatches agree."""
