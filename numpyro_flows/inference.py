@@ -96,8 +96,8 @@ class FlowVI:
         posteriors of several modes: it starts on those which the search finds (give ``num_starts`` enough of them), and
         the location and scale around them all.
     :param base_df: degrees of freedom of a Student-t base, in place of ``base``.
-    :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks) are
-        taken relative to that prior. It changes the guide alone: neither the model nor the sites of the posterior.
+    :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks,
+        Gaussian processes) are taken relative to that prior. It changes the guide alone: neither the model nor the sites of the posterior.
     :param path_gradient: whether phases 2 and 3 are as described, or by the plain ELBO. Unless given: where the flow's
         inverse, of which both need a pass, takes no more network passes than its forward direction.
     :param escalate: whether to go on as in phase 5 where the fit is poor. Unless given: where ``num_steps`` and
@@ -364,9 +364,9 @@ class FlowVI:
         if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
         x = jnp.asarray(start.loc, guide.init_loc.dtype)
-        u, scales = (np.asarray(a, float) for a in self._programs(_centred, plain.with_density(None), log_density, x))
+        u, factor = (np.asarray(a, float) for a in self._programs(_centred, plain.with_density(None), log_density, x))
         guide.set_noncentering(
-            plain.with_pseudo_observations(*pseudo_observations(target, start.loc, u, scales, plain.elements))
+            plain.with_pseudo_observations(*pseudo_observations(target, start.loc, u, factor, plain.elements))
         )
         adapted, again = search()
         gradients = start.gradients + again.gradients + len(start.loc)
@@ -517,9 +517,9 @@ def _point(coordinates: TransformModule, log_density: LogDensity, samples: dict[
 
 
 def _centred(layer: Noncentering, log_density: LogDensity, x: Array) -> tuple[Array, Array]:
-    """The latent vector of a non-centred one, and the scales of the elements' priors there."""
+    """The latent vector of a non-centred one, and the matrix that the priors there scale it by."""
     layer = layer.with_density(log_density)
-    return layer.forward_and_log_det(x)[0], layer.scales(x)
+    return layer.forward_and_log_det(x)[0], layer.factor(x)
 
 
 def _in_numpy(program: Callable, x: np.ndarray) -> Any:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.scipy.linalg import solve_triangular
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
@@ -24,6 +25,17 @@ from numpyro_flows.transform_module import Compose, TransformModule
 WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
 LOCATION_SCALE = (dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.LogNormal)
+
+
+def prior_of(fn: Any, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
+    """Location ``shape`` and scale of a latent, if its prior has them; the scale of a multivariate normal is its
+    Cholesky factor ``(*shape, shape[-1])``."""
+    fn = unwrapped(fn)
+    if isinstance(fn, LOCATION_SCALE):
+        return jnp.broadcast_to(fn.loc, shape), jnp.broadcast_to(fn.scale, shape)
+    if isinstance(fn, dist.MultivariateNormal):
+        return jnp.broadcast_to(fn.loc, shape), jnp.broadcast_to(fn.scale_tril, (*shape, shape[-1]))
+    return None
 
 
 def unwrapped(fn: Any) -> Any:
@@ -41,8 +53,10 @@ class Noncentering(TransformModule):
 
         s = (1 / scale^2 + precision)^(-1/2),    u = loc + precision s^2 (pseudo_data - loc) + s x
 
-    With precision 0 it is non-centred (Papaspiliopoulos et al. 2007), with a large one centred, and exact where the
-    likelihood is normal in ``u``: the funnel between scales and effects is gone for every value of the scale. Partially
+    and so do all elements of one with a multivariate normal prior (a Gaussian process) together: with ``L`` the prior's
+    Cholesky factor and ``R R^T = I + L^T precision L``, the scale is the matrix ``L R^{-T}``. With precision 0 it is
+    non-centred (Papaspiliopoulos et al. 2007), with a large one centred, and exact where the likelihood is normal in
+    ``u``: the funnel between scales and effects is gone for every value of the scale. Partially
     non-centred in between, as in Gorinova et al. 2020, and by the prior as in Ambrogioni et al. 2021, but adapted to
     the scale. All other elements pass. Both directions run the model once a draw; ``precision`` and ``pseudo_data``
     are not trained.
@@ -93,9 +107,18 @@ class Noncentering(TransformModule):
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         return self._map(y, True)
 
-    def scales(self, x: Array) -> Array:
-        """``s`` of every element ``(dim,)`` at ``x`` ``(dim,)``; 1 where an element passes."""
-        return jnp.exp(self.prior.run(x, self.precision, self.pseudo_data, False)[1])
+    def factor(self, x: Array) -> Array:
+        """The matrix ``(dim, dim)`` by which the conditional priors at ``x`` ``(dim,)`` scale standard normals.
+
+        Diagonal, but for multivariate normals; that of the identity for elements that pass.
+        """
+        seen = self.prior._sweep(x, self.prior.move(self.precision, self.pseudo_data, False)).seen
+        blocks = []
+        for name, shape in self.prior.shapes.items():
+            scale = seen[name][1] if name in self.sites else jnp.ones(shape, x.dtype)
+            joint = scale.ndim > len(shape)
+            blocks += [*scale.reshape(-1, *scale.shape[-2:])] if joint else [jnp.diag(scale.reshape(-1))]
+        return jax.scipy.linalg.block_diag(*blocks)
 
     def _map(self, x: Array, inverse: bool) -> tuple[Array, Array]:
         fixed = lax.stop_gradient((self.precision, self.pseudo_data))
@@ -131,20 +154,20 @@ class _Prior:
 
     def run(self, x: Array, precision: Array, pseudo_data: Array, inverse: bool) -> tuple[Array, Array]:
         """The other side of ``x`` ``(dim,)`` and the logarithms ``(dim,)`` of the scales ``s``."""
+        sweep = self._sweep(x, self.move(precision, pseudo_data, inverse))
+        parts = [jnp.ravel(sweep.results[name]) for name in self.shapes]
+        return jnp.concatenate(parts), jnp.concatenate([jnp.ravel(sweep.log_scales[name]) for name in self.shapes])
+
+    def move(self, precision: Array, pseudo_data: Array, inverse: bool) -> Callable:
+        """What a sweep does with a latent of ``sites``."""
         assert self.log_density is not None
         precisions, data = self.log_density.unpack(precision), self.log_density.unpack(pseudo_data)
 
         def move(name: str, loc: Array, scale: Array, value: Array) -> tuple[Array, Array, Array]:
-            s = lax.rsqrt(scale**-2 + precisions[name])
-            centre = loc + precisions[name] * s**2 * (data[name] - loc)
-            if inverse:
-                return value, (value - centre) / s, jnp.log(s)
-            u = centre + s * value
-            return u, u, jnp.log(s)
+            moved, log_scale = _conditioned(loc, scale, precisions[name], data[name], value, inverse)
+            return (value if inverse else moved), moved, log_scale
 
-        sweep = self._sweep(x, move)
-        parts = [jnp.ravel(sweep.results[name]) for name in self.shapes]
-        return jnp.concatenate(parts), jnp.concatenate([jnp.ravel(sweep.log_scales[name]) for name in self.shapes])
+        return move
 
     def _sweep(self, x: Array, move: Callable) -> _Sweep:
         assert self.log_density is not None
@@ -162,6 +185,26 @@ def _seen(log_density: LogDensity, points: Array) -> dict[str, tuple[Array, Arra
 
 def _stay(name: str, loc: Array, scale: Array, value: Array) -> tuple[Array, Array, Array]:
     return value, value, jnp.zeros_like(value)
+
+
+def _conditioned(
+    loc: Array, scale: Array, precision: Array, data: Array, value: Array, inverse: bool
+) -> tuple[Array, Array]:
+    """``u`` of ``x``, or the other way round, and the logarithms of the scales."""
+    if scale.ndim == loc.ndim:
+        s = lax.rsqrt(scale**-2 + precision)
+        centre = loc + precision * s**2 * (data - loc)
+        return ((value - centre) / s if inverse else centre + s * value), jnp.log(s)
+    transposed = jnp.swapaxes(scale, -1, -2)
+    root = jnp.linalg.cholesky(jnp.eye(scale.shape[-1]) + (transposed * precision[..., None, :]) @ scale)
+    told = transposed @ (precision * (data - loc))[..., None]
+    shift = solve_triangular(root, told, lower=True)
+    log_scale = jnp.log(jnp.diagonal(scale, axis1=-2, axis2=-1)) - jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1))
+    if inverse:
+        standard = solve_triangular(scale, (value - loc)[..., None], lower=True)
+        return (jnp.swapaxes(root, -1, -2) @ standard - shift).squeeze(-1), log_scale
+    standard = solve_triangular(root, value[..., None] + shift, lower=True, trans="T")
+    return loc + (scale @ standard).squeeze(-1), log_scale
 
 
 class _Done(Exception):
@@ -187,12 +230,11 @@ class _Sweep(Messenger):
         name = msg["name"]
         u = self.values[name]
         self.results[name], self.log_scales[name] = u, jnp.zeros_like(u)
-        fn = unwrapped(msg["fn"])
-        if isinstance(fn, LOCATION_SCALE) and msg["value"] is None:
-            loc, scale = jnp.broadcast_to(fn.loc, u.shape), jnp.broadcast_to(fn.scale, u.shape)
-            self.seen[name] = loc, scale
+        prior = prior_of(msg["fn"], u.shape)
+        if prior is not None and msg["value"] is None:
+            self.seen[name] = prior
             if name in self.sites:
-                u, self.results[name], self.log_scales[name] = self.move(name, loc, scale, u)
+                u, self.results[name], self.log_scales[name] = self.move(name, *prior, u)
         if len(self.results) == len(self.values):
             raise _Done
         msg["value"] = biject_to(msg["fn"].support)(u)

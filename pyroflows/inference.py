@@ -92,8 +92,8 @@ class FlowVI:
         posteriors of several modes: it starts on those which the search finds (give ``num_starts`` enough of them), and
         the location and scale around them all.
     :param base_df: degrees of freedom of a Student-t base, in place of ``base``.
-    :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks) are
-        taken relative to that prior. It changes the guide alone: neither the model nor the sites of the posterior.
+    :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks,
+        Gaussian processes) are taken relative to that prior. It changes the guide alone: neither the model nor the sites of the posterior.
     :param path_gradient: whether phases 2 and 3 are as described, or by the plain ELBO. Unless given: where the flow's
         inverse, of which both need a pass, takes no more network passes than its forward direction.
     :param escalate: whether to go on as in phase 5 where the fit is poor. Unless given: where ``num_steps`` and
@@ -348,9 +348,9 @@ class FlowVI:
         if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
         x = torch.as_tensor(start.loc).to(log_density.prototype)
-        u, scales = (t.double().numpy(force=True) for t in (plain.forward_and_log_det(x)[0], plain.scales(x)))
+        u, factor = (t.double().numpy(force=True) for t in (plain.forward_and_log_det(x)[0], plain.factor(x)))
         guide.set_noncentering(
-            plain.with_pseudo_observations(*pseudo_observations(target, start.loc, u, scales, plain.elements))
+            plain.with_pseudo_observations(*pseudo_observations(target, start.loc, u, factor, plain.elements))
         )
         adapted, again = search()
         gradients = start.gradients + again.gradients + len(start.loc)

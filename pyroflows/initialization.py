@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 
 MAX_HESSIAN_DIM = 300  # beyond it a Hessian costs more than the steps it saves
 _NUM_DRAWS = 300
-_LEAST_CURVATURE = 1e-3  # of the likelihood, in units of the prior's, below which it tells nothing
+_LEAST_CURVATURE = 1e-3  # of the likelihood, in units of the prior's precision, below which it tells nothing
 _MISSED = np.log(20.0)  # a guide misses what it gives less than a twentieth of the posterior's density
 
 
@@ -166,24 +166,26 @@ def gaussian_around(modes: Sequence[Start]) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def pseudo_observations(
-    target: Target, x: np.ndarray, u: np.ndarray, scale: np.ndarray, elements: np.ndarray
+    target: Target, x: np.ndarray, u: np.ndarray, factor: np.ndarray, elements: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Precisions and values ``(dim,)`` of the normal observations that the likelihood amounts to at one point.
 
-    By Newton's rule: where ``u = loc + scale x`` with a standard normal ``x``, the likelihood's gradient is that of the
+    By Newton's rule: where ``u = loc + factor x`` with a standard normal ``x``, the likelihood's gradient is that of the
     density by ``x`` without the prior's, ``-x``, and its curvature that without the prior's, 1.
 
     :param target: the density of non-centred vectors.
     :param x: a non-centred vector ``(dim,)``.
     :param u: the centred one.
-    :param scale: scales of the conditional priors there.
+    :param factor: the matrix ``(dim, dim)`` of the conditional priors there (``Noncentering.factor``).
     :param elements: which elements are non-centred; the precision of the others is 0.
     """
-    curvature = -np.diagonal(target.hessian(x)) - 1
-    gradient = target.value_and_grad(x)[1] + x
-    told = elements & np.isfinite(curvature) & (curvature > _LEAST_CURVATURE)
+    back, hessian = np.linalg.inv(factor), target.hessian(x)
+    curvature = np.einsum("ji,jk,ki->i", back, -np.nan_to_num(hessian) - np.eye(len(x)), back, optimize=True)
+    gradient = back.T @ (target.value_and_grad(x)[1] + x)
+    told = elements & np.isfinite(np.diagonal(hessian)) & np.isfinite(gradient)
+    told &= curvature * np.square(factor).sum(1) > _LEAST_CURVATURE
     curvature = np.where(told, curvature, 1.0)
-    return np.where(told, curvature / scale**2, 0.0), np.where(told, u + gradient * scale / curvature, 0.0)
+    return np.where(told, curvature, 0.0), np.where(told, u + gradient / curvature, 0.0)
 
 
 def _ascend(

@@ -25,6 +25,17 @@ LOCATION_SCALE = tuple(
 ) + (dist.Logistic,)
 
 
+def prior_of(fn: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+    """Location ``shape`` and scale of a latent, if its prior has them; the scale of a multivariate normal is its
+    Cholesky factor ``(*shape, shape[-1])``."""
+    fn = unwrapped(fn)
+    if isinstance(fn, LOCATION_SCALE):
+        return fn.loc.expand(shape), fn.scale.expand(shape)
+    if isinstance(fn, torch.distributions.MultivariateNormal):
+        return fn.loc.expand(shape), fn.scale_tril.expand(shape + shape[-1:])
+    return None
+
+
 def unwrapped(fn: Any) -> Any:
     """A distribution without masks, expansions and reinterpreted dimensions."""
     while isinstance(fn, WRAPPERS):
@@ -40,8 +51,10 @@ class Noncentering(TransformModule):
 
         s = (1 / scale^2 + precision)^(-1/2),    u = loc + precision s^2 (pseudo_data - loc) + s x
 
-    With precision 0 it is non-centred (Papaspiliopoulos et al. 2007), with a large one centred, and exact where the
-    likelihood is normal in ``u``: the funnel between scales and effects is gone for every value of the scale. Partially
+    and so do all elements of one with a multivariate normal prior (a Gaussian process) together: with ``L`` the prior's
+    Cholesky factor and ``R R^T = I + L^T precision L``, the scale is the matrix ``L R^{-T}``. With precision 0 it is
+    non-centred (Papaspiliopoulos et al. 2007), with a large one centred, and exact where the likelihood is normal in
+    ``u``: the funnel between scales and effects is gone for every value of the scale. Partially
     non-centred in between, as in Gorinova et al. 2020, and by the prior as in Ambrogioni et al. 2021, but adapted to
     the scale. All other elements pass. Both directions run the model once a batch, under ``vmap``; ``precision`` and
     ``pseudo_data`` are not trained.
@@ -85,9 +98,19 @@ class Noncentering(TransformModule):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._map(y, True)
 
-    def scales(self, x: Tensor) -> Tensor:
-        """``s`` of every element ``(dim,)`` at ``x`` ``(dim,)``; 1 where an element passes."""
-        return self.prior.run(x, self.precision, self.pseudo_data, False)[1].exp()
+    def factor(self, x: Tensor) -> Tensor:
+        """The matrix ``(dim, dim)`` by which the conditional priors at ``x`` ``(dim,)`` scale standard normals.
+
+        Diagonal, but for multivariate normals; that of the identity for elements that pass.
+        """
+        log_density = self.prior.log_density
+        seen = self.prior._sweep(x, self.prior.move(self.precision, self.pseudo_data, False)).seen
+        blocks = []
+        for name, shape in log_density.shapes.items():
+            scale = seen[name][1] if name in self.sites else x.new_ones(shape)
+            joint = scale.dim() > len(shape)
+            blocks += [*scale.reshape(-1, *scale.shape[-2:])] if joint else [torch.diag(scale.reshape(-1))]
+        return torch.block_diag(*blocks)
 
     def _map(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         with pyro.validation_enabled(False):
@@ -124,12 +147,8 @@ class _Prior:
         precisions, data = self.log_density._unpack(precision), self.log_density._unpack(pseudo_data)
 
         def move(name: str, loc: Tensor, scale: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            s = (scale**-2 + precisions[name]) ** -0.5
-            centre = loc + precisions[name] * s**2 * (data[name] - loc)
-            if inverse:
-                return value, (value - centre) / s, s.log()
-            u = centre + s * value
-            return u, u, s.log()
+            moved, log_scale = _conditioned(loc, scale, precisions[name], data[name], value, inverse)
+            return (value if inverse else moved), moved, log_scale
 
         return move
 
@@ -146,6 +165,26 @@ class _Prior:
 
 def _stay(name: str, loc: Tensor, scale: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, value, torch.zeros_like(value)
+
+
+def _conditioned(
+    loc: Tensor, scale: Tensor, precision: Tensor, data: Tensor, value: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """``u`` of ``x``, or the other way round, and the logarithms of the scales."""
+    if scale.dim() == loc.dim():
+        s = (scale**-2 + precision) ** -0.5
+        centre = loc + precision * s**2 * (data - loc)
+        return ((value - centre) / s if inverse else centre + s * value), s.log()
+    eye = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
+    root = torch.linalg.cholesky(eye + (scale.mT * precision.unsqueeze(-2)) @ scale)
+    told = scale.mT @ (precision * (data - loc)).unsqueeze(-1)
+    shift = torch.linalg.solve_triangular(root, told, upper=False)
+    log_scale = scale.diagonal(dim1=-2, dim2=-1).log() - root.diagonal(dim1=-2, dim2=-1).log()
+    if inverse:
+        standard = torch.linalg.solve_triangular(scale, (value - loc).unsqueeze(-1), upper=False)
+        return (root.mT @ standard - shift).squeeze(-1), log_scale
+    standard = torch.linalg.solve_triangular(root.mT, value.unsqueeze(-1) + shift, upper=True)
+    return loc + (scale @ standard).squeeze(-1), log_scale
 
 
 class _Done(Exception):
@@ -168,12 +207,11 @@ class _Sweep(_Unconstrained):
     def unconstrained(self, name: str, fn: Any) -> Tensor:
         u = self.values[name]
         self.results[name], self.log_scales[name] = u, torch.zeros_like(u)
-        fn = unwrapped(fn)
-        if isinstance(fn, LOCATION_SCALE):
-            loc, scale = fn.loc.expand(u.shape), fn.scale.expand(u.shape)
-            self.seen[name] = loc, scale
+        prior = prior_of(fn, u.shape)
+        if prior is not None:
+            self.seen[name] = prior
             if name in self.sites:
-                u, self.results[name], self.log_scales[name] = self.move(name, loc, scale, u)
+                u, self.results[name], self.log_scales[name] = self.move(name, *prior, u)
                 self.log_det = self.log_det + self.log_scales[name].sum()
         if len(self.results) == self.last:
             raise _Done

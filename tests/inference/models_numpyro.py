@@ -111,6 +111,21 @@ def out_of_order():
         numpyro.sample("obs", dist.Normal(effect, 3.0), obs=jnp.array([0.5, -1.0]))
 
 
+CURVES = [[1.5, -0.5, 0.25], [0.5, 2.0, -1.0]]
+CURVE_NOISE = [0.5, 1.0, 2.0]
+CURVE_TRIL = [[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.5, 0.4, 0.7]]
+
+
+def process():
+    """Two curves of correlated elements, of unknown level and scale."""
+    level, scale = numpyro.sample("level", dist.Normal(0.0, 1.0)), numpyro.sample("scale", dist.HalfNormal(1.0))
+    with numpyro.plate("curves", 2):
+        curve = numpyro.sample(
+            "curve", dist.MultivariateNormal(level * jnp.ones(3), scale_tril=scale * jnp.array(CURVE_TRIL))
+        )
+        numpyro.sample("obs", dist.Normal(curve, jnp.array(CURVE_NOISE)).to_event(1), obs=jnp.array(CURVES))
+
+
 def weighted():
     """Latents within scales, masks and nested plates."""
     with handlers.scale(scale=0.5), numpyro.plate("outer", 3):

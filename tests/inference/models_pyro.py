@@ -112,6 +112,21 @@ def out_of_order():
         pyro.sample("obs", dist.Normal(effect, 3.0), obs=torch.tensor([0.5, -1.0]))
 
 
+CURVES = [[1.5, -0.5, 0.25], [0.5, 2.0, -1.0]]
+CURVE_NOISE = [0.5, 1.0, 2.0]
+CURVE_TRIL = [[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.5, 0.4, 0.7]]
+
+
+def process():
+    """Two curves of correlated elements, of unknown level and scale."""
+    level, scale = pyro.sample("level", dist.Normal(0.0, 1.0)), pyro.sample("scale", dist.HalfNormal(torch.tensor(1.0)))
+    with pyro.plate("curves", 2):
+        curve = pyro.sample(
+            "curve", dist.MultivariateNormal(level * torch.ones(3), scale_tril=scale * torch.tensor(CURVE_TRIL))
+        )
+        pyro.sample("obs", dist.Normal(curve, torch.tensor(CURVE_NOISE)).to_event(1), obs=torch.tensor(CURVES))
+
+
 def weighted():
     """Latents within scales, masks and nested plates."""
     with poutine.scale(scale=0.5), pyro.plate("outer", 3):

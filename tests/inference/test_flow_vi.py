@@ -632,27 +632,73 @@ def test_noncentering_is_the_conjugate_conditional(fitter):
     np.testing.assert_allclose(inverse_log_det, -log_det, atol=1e-10)
 
 
-def test_noncentering_takes_prior_and_data_out(fitter):
-    """With the data themselves as pseudo-observations, what is left of eight schools' effects is standard normal."""
-    guide, log_density = noncentered(fitter, "eight_schools")
-    sigma, y = (np.concatenate([[0, 0], a]) for a in (fitter.models.SIGMA, fitter.models.Y))
-    precision = np.where(guide.noncentering.elements, np.where(sigma, sigma, 1.0) ** -2.0, 0.0)
+def test_noncentering_of_correlated_elements_is_their_conjugate_conditional(fitter):
+    guide, _ = noncentered(fitter, "process")
+    assert guide.noncentering.sites == ("curve",)
+    precision, data = np.zeros(8), np.arange(8.0)
+    precision[2:] = [0.5, 0.0, 2.0, 0.0, 0.0, 0.0]
+    layer = guide.noncentering.with_pseudo_observations(fitter.array(precision), fitter.array(data))
+    x = np.random.default_rng(1).normal(size=(4, 8))
+    u, log_det = (np.asarray(part) for part in layer.forward_and_log_det(fitter.array(x)))
+    np.testing.assert_array_equal(u[:, :2], x[:, :2])
+    for row, moved, total in zip(x, u, log_det, strict=True):
+        factor = np.exp(row[1]) * np.array(fitter.models.CURVE_TRIL)
+        expected = 0.0
+        for start in (2, 5):
+            part = slice(start, start + 3)
+            inverse = np.linalg.inv(factor @ factor.T)
+            covariance = np.linalg.inv(inverse + np.diag(precision[part]))
+            mean = covariance @ (inverse @ np.full(3, row[0]) + precision[part] * data[part])
+            # of standard normals, the squared length
+            distance = (moved[part] - mean) @ np.linalg.solve(covariance, moved[part] - mean)
+            np.testing.assert_allclose(distance, (row[part] ** 2).sum(), rtol=1e-9)
+            expected += 0.5 * np.linalg.slogdet(covariance)[1]
+        np.testing.assert_allclose(total, expected, atol=1e-10)
+    back, inverse_log_det = (np.asarray(part) for part in layer.inverse_and_log_det(fitter.array(u)))
+    np.testing.assert_allclose(back, x, atol=1e-9)
+    np.testing.assert_allclose(inverse_log_det, -log_det, atol=1e-10)
+
+
+def observations(models, name):
+    """Precisions and values of the data, for every element of the latent vector."""
+    if name == "process":
+        noise, y = np.tile(models.CURVE_NOISE, 2), np.ravel(models.CURVES)
+    else:
+        noise, y = np.asarray(models.SIGMA), np.asarray(models.Y)
+    return np.concatenate([[0, 0], noise**-2.0]), np.concatenate([[0, 0], y])
+
+
+@pytest.mark.parametrize("model", ["eight_schools", "process"])
+def test_noncentering_takes_prior_and_data_out(fitter, model):
+    """With the data themselves as pseudo-observations, what is left of a model's effects is standard normal."""
+    guide, log_density = noncentered(fitter, model)
+    precision, y = observations(fitter.models, model)
     layer = guide.noncentering.with_pseudo_observations(fitter.array(precision), fitter.array(y))
     density = importlib.import_module(f"{fitter.pkg.__name__}.noncentering").pulled_back(log_density, layer)
     if fitter.name == "jax":
         density = importlib.import_module("jax").vmap(density)
-    x = np.random.default_rng(0).normal(0.0, 2.0, size=(6, 10))
-    there, centre = (np.asarray(density(fitter.array(z))) for z in (x, np.where(np.arange(10) < 2, x, 0.0)))
+    x = np.random.default_rng(0).normal(0.0, 2.0, size=(6, len(y)))
+    there, centre = (np.asarray(density(fitter.array(z))) for z in (x, np.where(np.arange(len(y)) < 2, x, 0.0)))
     np.testing.assert_allclose(there - centre, -0.5 * (x[:, 2:] ** 2).sum(-1), atol=1e-9)
 
 
-def test_noncentering_finds_the_observations_of_a_normal_likelihood(fitter, tmp_path):
-    posterior = fitter.run("eight_schools", num_steps=20, num_starts=2)
+def fit_that_finds_the_observations(fitter, model):
+    """Of a normal likelihood, by a few steps."""
+    posterior = fitter.run(model, num_steps=20, num_starts=2)
     layer = posterior.guide.noncentering
-    sigma, y = (np.asarray(a) for a in (fitter.models.SIGMA, fitter.models.Y))
-    np.testing.assert_allclose(np.asarray(layer.precision)[2:], sigma**-2.0, rtol=1e-4)
-    np.testing.assert_allclose(np.asarray(layer.pseudo_data)[2:], y, atol=1e-3)
+    precision, y = observations(fitter.models, model)
+    np.testing.assert_allclose(np.asarray(layer.precision), precision, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(layer.pseudo_data), y, atol=1e-3)
     assert posterior.flow_error < 1e-6
+    return posterior, layer
+
+
+def test_noncentering_finds_the_observations_of_correlated_elements(fitter):
+    fit_that_finds_the_observations(fitter, "process")
+
+
+def test_noncentering_finds_the_observations_of_a_normal_likelihood(fitter, tmp_path):
+    posterior, layer = fit_that_finds_the_observations(fitter, "eight_schools")
     assert posterior.elbo.value > -31.8  # of a Gaussian, all but untrained: -36.9 without the pseudo-observations
     posterior.save(tmp_path / "posterior.safetensors")
     loaded = type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.eight_schools)
