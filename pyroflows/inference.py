@@ -93,7 +93,8 @@ class FlowVI:
         the location and scale around them all.
     :param base_df: degrees of freedom of a Student-t base, in place of ``base``.
     :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks,
-        Gaussian processes) are taken relative to that prior. It changes the guide alone: neither the model nor the sites of the posterior.
+        Gaussian processes) are taken relative to that prior. It changes the guide alone: neither the model nor the
+        sites of the posterior.
     :param path_gradient: whether phases 2 and 3 are as described, or by the plain ELBO. Unless given: where the flow's
         inverse, of which both need a pass, takes no more network passes than its forward direction.
     :param escalate: whether to go on as in phase 5 where the fit is poor. Unless given: where ``num_steps`` and

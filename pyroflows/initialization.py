@@ -170,8 +170,8 @@ def pseudo_observations(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Precisions and values ``(dim,)`` of the normal observations that the likelihood amounts to at one point.
 
-    By Newton's rule: where ``u = loc + factor x`` with a standard normal ``x``, the likelihood's gradient is that of the
-    density by ``x`` without the prior's, ``-x``, and its curvature that without the prior's, 1.
+    By Newton's rule: where ``u = loc + factor x`` with a standard normal ``x``, the likelihood's gradient is that of
+    the density by ``x`` without the prior's, ``-x``, and its curvature that without the prior's, 1.
 
     :param target: the density of non-centred vectors.
     :param x: a non-centred vector ``(dim,)``.
