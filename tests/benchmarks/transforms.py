@@ -13,6 +13,11 @@ Layers alternate as each library's own examples do: blocks exchanged (ours; norm
 autoregressive layers by ``Permute``), masks (zuko, nflows, normflows' splines), orders reversed (ours, zuko, nflows'
 autoregressive layers, Pyro's and NumPyro's by a permutation), a random permutation per layer (FlowJAX). Pyro's
 ``spline_coupling`` also maps the first block by a free spline (more work).
+
+The neural and numerical families have sizes of their own: ``bnaf`` two layers with hidden factors of 8 and 8, ``naf``
+two layers of 16 sigmoidal units (zuko's are monotone networks of as many), ``residual`` four layers with unbiased
+log-determinants, ``cnf`` one velocity of two hidden layers of 64 with exact traces, by each library's own solver at its
+own tolerances (ours in steps of a fixed number, zuko's adaptive). What a peer cannot do is left empty.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ def torch_candidates(family: str, dim: int, batch: int, device: str) -> Iterator
         yield name, torch_candidate(module, forward, inverse, x)
 
 
-def torch_candidate(module: Any, forward: Callable, inverse: Callable, x: Any) -> Candidate:
+def torch_candidate(module: Any, forward: Callable, inverse: Callable | None, x: Any) -> Candidate:
     import torch
 
     cuda = x.device.type == "cuda"
@@ -97,16 +102,16 @@ def torch_candidate(module: Any, forward: Callable, inverse: Callable, x: Any) -
         running = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
         return int(max(running, default=0))
 
-    return Candidate(
-        {"forward": plain(forward, x), "inverse": plain(inverse, y), "backward": settled(backward)}, memory
-    )
+    run = {"forward": plain(forward, x), "backward": settled(backward)}
+    return Candidate(run if inverse is None else {**run, "inverse": plain(inverse, y)}, memory)
 
 
-def _ours(factory: str) -> Callable[..., tuple]:
+def _ours(factory: str, *sizes: Any, **options: Any) -> Callable[..., tuple]:
     def build(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
         from pyroflows import flows
 
-        flow = getattr(flows, factory)(dim, num_layers, hidden, activation="relu")
+        options.setdefault("activation", "relu")
+        flow = getattr(flows, factory)(dim, *(sizes or (num_layers, hidden)), **options)
         return flow, flow.forward_and_log_det, flow.inverse_and_log_det
 
     return build
@@ -204,12 +209,14 @@ def _normflows(
     return build
 
 
-def _pyro(make_layer: Callable[[Any, int], Any]) -> Callable[[int], tuple]:
+def _pyro(make_layer: Callable[[Any, int], Any], layers: int = LAYERS, inverts: bool = True) -> Callable[[int], tuple]:
+    num_layers = layers
+
     def build(dim: int) -> tuple:
         import torch
         from pyro.distributions import transforms
 
-        modules = torch.nn.ModuleList(make_layer(transforms, dim) for _ in range(LAYERS))
+        modules = torch.nn.ModuleList(make_layer(transforms, dim) for _ in range(num_layers))
         reverse = transforms.Permute(torch.arange(dim - 1, -1, -1))
         layers = [layer for module in modules for layer in (module, reverse)]
 
@@ -231,9 +238,24 @@ def _pyro(make_layer: Callable[[Any, int], Any]) -> Callable[[int], tuple]:
                 total = total - layer.log_abs_det_jacobian(y, after)
             return y, total
 
-        return modules, forward, inverse
+        return modules, forward, inverse if inverts else None
 
     return build
+
+
+def _zuko_neural(kind: str, **options: Any) -> Callable[[int], tuple]:
+    def build(dim: int) -> tuple:
+        import zuko
+
+        lazy = getattr(zuko.flows, kind)(dim, **options).transform
+        return lazy, lambda x: lazy().call_and_ladj(x), lambda y: lazy().inv.call_and_ladj(y)
+
+    return build
+
+
+def _normflows_residual(n: Any, dim: int, mask: Any) -> Any:
+    network = n.nets.LipschitzMLP([dim, *HIDDEN, dim], lipschitz_const=0.9, init_zeros=False)
+    return n.flows.Residual(network, reverse=False)
 
 
 SPLINE = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND}
@@ -298,6 +320,23 @@ TORCH: dict[str, dict[str, Callable[..., tuple]]] = {
         "nflows": _nflows(lambda t, d, mask: t.LULinear(d)),
         "normflows": _normflows(lambda n, d, mask: n.flows.LULinearPermute(d), reverse=True),
     },
+    "bnaf": {
+        "pyroflows": _ours("bnaf", 2, (8, 8)),
+        "pyro": _pyro(lambda t, d: t.block_autoregressive(d, hidden_factors=[8, 8]), layers=2, inverts=False),
+    },
+    "naf": {
+        "pyroflows": _ours("naf", 2, HIDDEN, num_units=16),
+        "zuko": _zuko_neural("NAF", transforms=2, hidden_features=HIDDEN, network={"hidden_features": (16,)}),
+        "pyro": _pyro(lambda t, d: t.neural_autoregressive(d, list(HIDDEN), width=16), layers=2, inverts=False),
+    },
+    "residual": {
+        "pyroflows": _ours("residual", LAYERS, HIDDEN, log_det="unbiased"),
+        "normflows": _normflows(_normflows_residual),
+    },
+    "cnf": {
+        "pyroflows": _ours("cnf", 1, HIDDEN, activation="tanh"),
+        "zuko": _zuko_neural("CNF", hidden_features=HIDDEN, exact=True),
+    },
 }
 
 
@@ -319,8 +358,8 @@ def jax_candidates(family: str, dim: int, batch: int, device: str) -> Iterator[t
         yield name, jax_candidate(flow, forward, inverse, x)
 
 
-def jax_candidate(flow: Any, forward: Callable, inverse: Callable, x: Any) -> Candidate:
-    """``forward`` and ``inverse`` take the flow and a batch."""
+def jax_candidate(flow: Any, forward: Callable, inverse: Callable | None, x: Any) -> Candidate:
+    """``forward`` and ``inverse`` (if there is one) take the flow and a batch."""
     import equinox as eqx
     import jax
 
@@ -340,6 +379,8 @@ def jax_candidate(flow: Any, forward: Callable, inverse: Callable, x: Any) -> Ca
         "inverse": (lambda a, y: inverse(eqx.combine(a, static), y), y),
         "backward": (jax.value_and_grad(loss, argnums=(0, 1)), x),
     }
+    if inverse is None:
+        del functions["inverse"]
     run, compiled = {}, {}
     for name, (function, argument) in functions.items():
         compiled[name] = jax.jit(function).lower(arrays, argument).compile()
@@ -352,13 +393,14 @@ def jax_candidate(flow: Any, forward: Callable, inverse: Callable, x: Any) -> Ca
     return Candidate(run, memory)
 
 
-def _numpyro_flows(factory: str) -> Callable[..., tuple]:
+def _numpyro_flows(factory: str, *sizes: Any, **options: Any) -> Callable[..., tuple]:
     def build(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
         import jax
 
         from numpyro_flows import flows
 
-        flow = getattr(flows, factory)(dim, num_layers, hidden, activation="relu", key=jax.random.key(0))
+        options.setdefault("activation", "relu")
+        flow = getattr(flows, factory)(dim, *(sizes or (num_layers, hidden)), **options, key=jax.random.key(0))
         return flow, lambda f, x: f.forward_and_log_det(x), lambda f, y: f.inverse_and_log_det(y)
 
     return build
@@ -368,7 +410,6 @@ def _flowjax(factory: str, spline: bool = False) -> Callable[..., tuple]:
     def build(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
         import flowjax.flows
         import jax
-        import paramax
         from flowjax.bijections import RationalQuadraticSpline
         from flowjax.distributions import Normal
 
@@ -382,15 +423,58 @@ def _flowjax(factory: str, spline: bool = False) -> Callable[..., tuple]:
             invert=False,
         )
 
-        def forward(bijection: Any, x: Any) -> tuple:
-            return jax.vmap(paramax.unwrap(bijection).transform_and_log_det)(x)
-
-        def inverse(bijection: Any, y: Any) -> tuple:
-            return jax.vmap(paramax.unwrap(bijection).inverse_and_log_det)(y)
-
-        return density.bijection, forward, inverse
+        return density.bijection, *_of_flowjax()
 
     return build
+
+
+def _flowjax_bnaf(dim: int) -> tuple:
+    import flowjax.flows
+    import jax
+    from flowjax.distributions import Normal
+
+    density = flowjax.flows.block_neural_autoregressive_flow(
+        jax.random.key(0),
+        base_dist=Normal(jax.numpy.zeros(dim)),
+        nn_depth=2,
+        nn_block_dim=8,
+        flow_layers=2,
+        invert=False,
+    )
+    return density.bijection, *_of_flowjax()
+
+
+def _of_flowjax() -> tuple[Callable, Callable]:
+    """What evaluates a bijection on a batch, both ways."""
+    import jax
+    import paramax
+
+    def forward(bijection: Any, x: Any) -> tuple:
+        return jax.vmap(paramax.unwrap(bijection).transform_and_log_det)(x)
+
+    def inverse(bijection: Any, y: Any) -> tuple:
+        return jax.vmap(paramax.unwrap(bijection).inverse_and_log_det)(y)
+
+    return forward, inverse
+
+
+def _numpyro_bnaf(dim: int) -> tuple:
+    import jax
+    from numpyro.distributions.flows import BlockNeuralAutoregressiveTransform
+    from numpyro.distributions.transforms import ComposeTransform, PermuteTransform
+    from numpyro.nn import BlockNeuralAutoregressiveNN
+
+    init, apply = BlockNeuralAutoregressiveNN(dim, [8, 8])
+    params = [init(key, (dim,))[1] for key in jax.random.split(jax.random.key(0), 2)]
+
+    def forward(params: Any, x: Any) -> tuple:
+        reverse = PermuteTransform(jax.numpy.arange(dim)[::-1])
+        layers = [BlockNeuralAutoregressiveTransform(lambda x, p=p: apply(p, x)) for p in params]
+        flow = ComposeTransform([part for layer in layers for part in (layer, reverse)])
+        y, intermediates = flow.call_with_intermediates(x)
+        return y, flow.log_abs_det_jacobian(x, y, intermediates)
+
+    return params, forward, None
 
 
 def _numpyro(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
@@ -432,6 +516,11 @@ JAX: dict[str, dict[str, Callable[..., tuple]]] = {
     "nsf_ar": {
         "numpyro_flows": _numpyro_flows("nsf_ar"),
         "flowjax": _flowjax("masked_autoregressive_flow", spline=True),
+    },
+    "bnaf": {
+        "numpyro_flows": _numpyro_flows("bnaf", 2, (8, 8)),
+        "flowjax": _flowjax_bnaf,
+        "numpyro": _numpyro_bnaf,
     },
 }
 
@@ -484,7 +573,9 @@ def main() -> None:
             for batch in options.batches:
                 built = dict(candidates(family, dim, batch, options.device))
                 measured = {
-                    operation: race({name: c.run[operation] for name, c in built.items()}, options.budget)
+                    operation: race(
+                        {name: c.run[operation] for name, c in built.items() if operation in c.run}, options.budget
+                    )
                     for operation in OPERATIONS
                 }
                 measured["memory"] = {name: float(c.memory()) for name, c in built.items()}
@@ -493,9 +584,10 @@ def main() -> None:
                     ratios = {peer: values[peer] / own for peer in peers if peer in values}
                     shown = f"{own * 1e3:.3f}" if operation != "memory" else f"{own / 2**20:.1f} MiB"
                     cells = [f"{ratios[peer]:.2f}" if peer in ratios else "" for peer in peers]
-                    best = min(ratios.values())
-                    worst.setdefault((family, operation), []).append(best)
-                    row = [family, dim, batch, operation, shown, *cells, f"{best:.2f}"]
+                    if ratios:
+                        cells.append(f"{min(ratios.values()):.2f}")
+                        worst.setdefault((family, operation), []).append(min(ratios.values()))
+                    row = [family, dim, batch, operation, shown, *cells]
                     print("| " + " | ".join(map(str, row)) + " |", flush=True)
     print("\nBest peer over ours: least, geometric mean\n\n| family | operation | least | mean |\n|---|---|---|---|")
     for (family, operation), ratios in worst.items():
