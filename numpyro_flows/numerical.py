@@ -161,20 +161,22 @@ def fixed_point_root(
     *,
     tolerance: float | None = None,
     max_steps: int = 2000,
+    jacobian: Callable[[Array], Array] | None = None,
     owner: str = "inverse",
 ) -> Array:
     """Solves ``x + g(x) = y`` for vectors and a contractive ``g``, by the iteration ``x <- y - g(x)`` (Banach).
 
     Takes about ``log(tolerance) / log(Lip g)`` evaluations of ``g``. The result carries gradients by the implicit
     function theorem, up to second order: two of Newton's steps from the end of the search are differentiated. Up to
-    ``MAX_DENSE`` elements they use the Jacobian of ``g`` (as many forward derivatives, and its inverse), beyond it one
-    Neumann iteration each, forward and backward.
+    ``MAX_DENSE`` elements they use the Jacobian of ``g`` (``jacobian``, else as many forward derivatives), inverted;
+    beyond it one Neumann iteration each, forward and backward.
 
     :param function: ``x -> g(x)``, both ``(..., dim)``; each vector by itself.
     :param y: values ``(..., dim)``, of the shape that ``function`` gives.
     :param tolerance: the iteration ends with a step of this size, relative to ``max(1, |x|)`` (largest elements);
         64 eps of the dtype unless given (the steps that follow gain the rest).
     :param max_steps: most evaluations of ``g``.
+    :param jacobian: ``x -> dg/dx`` ``(..., dim, dim)``, for functions that know it.
     :param owner: the name that an error mentions.
     :raises RuntimeError: if vectors do not converge (Equinox's, at run time); not a number goes through as such.
     """
@@ -188,7 +190,7 @@ def fixed_point_root(
         "map a contraction?",
     )
     base = x = lax.stop_gradient(x)
-    dense = _inverse_jacobian(fixed, base) if y.shape[-1] <= MAX_DENSE else None
+    dense = _inverse_jacobian(fixed, base, jacobian) if y.shape[-1] <= MAX_DENSE else None
 
     def neumann(matvec: Callable, r: Array) -> Array:
         scale = _size(r)
@@ -220,8 +222,10 @@ def _iterate(function: Callable, y: Array, tolerance: float, max_steps: int) -> 
     return lax.while_loop(lambda s: (s[0] < max_steps) & ~s[-1].all(), step, start)[1:]
 
 
-def _inverse_jacobian(function: Callable, x: Array) -> Array:
+def _inverse_jacobian(function: Callable, x: Array, jacobian: Callable | None) -> Array:
     """``(I + dg/dx)^{-1}``, constant."""
     eye = jnp.eye(x.shape[-1], dtype=x.dtype)
-    jacobian = jax.vmap(lambda unit: jax.jvp(function, (x,), (jnp.broadcast_to(unit, x.shape),))[1], out_axes=-1)(eye)
-    return lax.stop_gradient(jnp.linalg.inv(eye + jacobian))
+    if jacobian is None:
+        columns = jax.vmap(lambda unit: jax.jvp(function, (x,), (jnp.broadcast_to(unit, x.shape),))[1], out_axes=-1)
+        return lax.stop_gradient(jnp.linalg.inv(eye + columns(eye)))
+    return jnp.linalg.inv(eye + lax.stop_gradient(jacobian(x)))

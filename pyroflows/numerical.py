@@ -145,20 +145,22 @@ def fixed_point_root(
     *,
     tolerance: float | None = None,
     max_steps: int = 2000,
+    jacobian: Callable[[Tensor], Tensor] | None = None,
     owner: str = "inverse",
 ) -> Tensor:
     """Solves ``x + g(x) = y`` for vectors and a contractive ``g``, by the iteration ``x <- y - g(x)`` (Banach).
 
     Takes about ``log(tolerance) / log(Lip g)`` evaluations of ``g``. The result carries gradients by the implicit
     function theorem, up to second order: two of Newton's steps from the end of the search are differentiated. Up to
-    ``MAX_DENSE`` elements they use the Jacobian of ``g`` (as many forward derivatives, and its inverse), beyond it one
-    Neumann iteration each, forward and backward (then in reverse mode only).
+    ``MAX_DENSE`` elements they use the Jacobian of ``g`` (``jacobian``, else as many forward derivatives), inverted;
+    beyond it one Neumann iteration each, forward and backward (then in reverse mode only).
 
     :param function: ``x -> g(x)``, both ``(..., dim)``; each vector by itself.
     :param y: values ``(..., dim)``, of the shape that ``function`` gives.
     :param tolerance: the iteration ends with a step of this size, relative to ``max(1, |x|)`` (largest elements);
         64 eps of the dtype unless given (the steps that follow gain the rest).
     :param max_steps: most evaluations of ``g``.
+    :param jacobian: ``x -> dg/dx`` ``(..., dim, dim)``, for functions that know it.
     :param owner: the name that an error mentions.
     :raises RuntimeError: if vectors do not converge, with their number; not a number goes through as such.
     """
@@ -170,9 +172,11 @@ def fixed_point_root(
                 f"{owner}: the numerical inverse did not converge for {int((~converged).sum())} of {converged.numel()} "
                 f"vectors in {max_steps} steps. Are the parameters finite, and is the map a contraction?"
             )
-        dense = _inverse_jacobian(function, x) if y.shape[-1] <= MAX_DENSE else None
+        dense = _inverse_jacobian(function, x, jacobian) if y.shape[-1] <= MAX_DENSE else None
     base = x
-    for _ in range(2):  # the first order of the gradient comes from the last step, the second from both
+    for _ in range(
+        2 if torch.is_grad_enabled() else 1
+    ):  # the first order of the gradient comes from the last step, the second from both
         residual = x + function(x) - y
         if dense is not None:
             x = x - (dense @ residual.unsqueeze(-1)).squeeze(-1)
@@ -200,9 +204,11 @@ def _iterate(function: Callable, y: Tensor, tolerance: float, max_steps: int) ->
     return x, converged
 
 
-def _inverse_jacobian(function: Callable, x: Tensor) -> Tensor:
+def _inverse_jacobian(function: Callable, x: Tensor, jacobian: Callable | None) -> Tensor:
     """``(I + dg/dx)^{-1}``, constant."""
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    if jacobian is not None:
+        return torch.linalg.inv(eye + jacobian(x).detach())
     columns = [torch.func.jvp(function, (x,), (unit.expand_as(x),))[1].detach() for unit in eye]
     return torch.linalg.inv(eye + torch.stack(columns, -1))
 

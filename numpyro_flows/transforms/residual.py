@@ -93,7 +93,12 @@ class Residual(TransformModule):
         if context is not None:
             y = jnp.broadcast_to(y, jnp.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
         weights, biases = self._layers(y, context)
-        x = fixed_point_root(lambda x: self._g(weights, biases, x)[0], y, owner="Residual")
+        x = fixed_point_root(
+            lambda x: self._g(weights, biases, x)[0],
+            y,
+            jacobian=lambda x: _jacobian(weights, self._g(weights, biases, x)[1]),
+            owner="Residual",
+        )
         _, slopes = self._g(weights, biases, x)
         return x, -self._log_det(weights, slopes, x)
 
@@ -156,11 +161,17 @@ class Residual(TransformModule):
         return value + surrogate - lax.stop_gradient(surrogate)
 
 
-def _exact(weights: list[Array], slopes: list[Array]) -> Array:
-    """``log det(I + J)``, from the Jacobian ``J`` of ``g`` ``(..., dim, dim)``."""
+def _jacobian(weights: list[Array], slopes: list[Array]) -> Array:
+    """The Jacobian of ``g`` ``(..., dim, dim)``."""
     jacobian = weights[0]
     for slope, weight in zip(slopes, weights[1:], strict=True):
         jacobian = weight @ (slope[..., None] * jacobian)
+    return jacobian
+
+
+def _exact(weights: list[Array], slopes: list[Array]) -> Array:
+    """``log det(I + J)``."""
+    jacobian = _jacobian(weights, slopes)
     return jnp.linalg.slogdet(jnp.eye(jacobian.shape[-1], dtype=jacobian.dtype) + jacobian)[1]
 
 

@@ -84,7 +84,12 @@ class Residual(TransformModule):
         if context is not None:
             y = y.expand(torch.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
         weights, biases = self._layers(y, context)
-        x = fixed_point_root(lambda x: self._g(weights, biases, x)[0], y, owner="Residual")
+        x = fixed_point_root(
+            lambda x: self._g(weights, biases, x)[0],
+            y,
+            jacobian=lambda x: _jacobian(weights, self._g(weights, biases, x)[1]),
+            owner="Residual",
+        )
         _, slopes = self._g(weights, biases, x)
         log_det = _exact if self.log_det_is_exact else self._unbiased
         return x, -log_det(weights, slopes)
@@ -136,11 +141,17 @@ class Residual(TransformModule):
         return value + surrogate - surrogate.detach()
 
 
-def _exact(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
-    """``log det(I + J)``, from the Jacobian ``J`` of ``g`` ``(..., dim, dim)``."""
+def _jacobian(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
+    """The Jacobian of ``g`` ``(..., dim, dim)``."""
     jacobian = weights[0]
     for slope, weight in zip(slopes, weights[1:], strict=True):
         jacobian = weight @ (slope.unsqueeze(-1) * jacobian)
+    return jacobian
+
+
+def _exact(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
+    """``log det(I + J)``."""
+    jacobian = _jacobian(weights, slopes)
     eye = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)
     return torch.linalg.slogdet(eye + jacobian)[1]
 

@@ -55,17 +55,18 @@ def test_scalar_roots_inside_a_scan_keep_their_second_derivatives():
     np.testing.assert_allclose(products[0], numeric, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["dense", "neumann"])
-def test_vector_roots_and_their_gradients(backend, dense, monkeypatch):
+@pytest.mark.parametrize("way", ["dense", "given", "neumann"])
+def test_vector_roots_and_their_gradients(backend, way, monkeypatch):
     numerical, np_ = rooms(backend)
-    monkeypatch.setattr(numerical, "MAX_DENSE", 128 if dense else 0)
+    monkeypatch.setattr(numerical, "MAX_DENSE", 0 if way == "neumann" else 128)
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(6, 6))
     weight *= 0.8 / np.linalg.norm(weight, 2)
     y, u, v = rng.normal(size=(3, 4, 6))
 
     def solve(y, weight):
-        return numerical.fixed_point_root(lambda x: np_.tanh(x @ weight.T), y)
+        known = (lambda x: (1 - np_.tanh(x @ weight.T) ** 2)[..., None] * weight) if way == "given" else None
+        return numerical.fixed_point_root(lambda x: np_.tanh(x @ weight.T), y, jacobian=known)
 
     def g(y):  # gradient along u of sum(sin x), as a function of y
         if backend.name == "jax":
