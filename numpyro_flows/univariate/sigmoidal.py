@@ -77,9 +77,13 @@ class DeepDenseSigmoidal(Univariate):
             h, slope = upper - lower, d_upper + d_lower
         return h.squeeze(-2), slope.squeeze(-2)
 
+    def _start(self, x: Array) -> tuple[Array, Array]:
+        """Value and slope at params of zero."""
+        return self._network(x, jnp.zeros((self.num_params, 1), x.dtype))
+
     def forward_and_log_det(self, x: Array, params: Array) -> tuple[Array, Array]:
         value, slope = self._network(x, params)
-        value_0, slope_0 = self._network(x, jnp.zeros((self.num_params, 1), params.dtype))
+        value_0, slope_0 = self._start(x)
         y = x + (1 - self.min_slope) * (value - value_0)
         return y, jnp.log1p((1 - self.min_slope) * (slope - slope_0))
 
@@ -103,3 +107,16 @@ class DeepSigmoidal(DeepDenseSigmoidal):
 
     num_units: int = eqx.field(static=True, default=16)
     num_layers: int = eqx.field(static=True, default=1)
+
+    def _start(self, x: Array) -> tuple[Array, Array]:
+        """Its units lie symmetrically and are alike: with ``t = exp(-|x|)`` they need no logarithms each."""
+        if self.num_units == 1:
+            return super()._start(x)
+        weights = jnp.exp(jnp.linspace(-SPREAD, SPREAD, self.num_units, dtype=x.dtype))
+        size = jnp.where(x < 0, -x, x)
+        t = jnp.exp(-size)
+        off = 1 / (1 + t[..., None] * weights)
+        upper, lower, square = off.sum(-1), off @ weights, jnp.square(off)
+        value = size + jnp.log(upper) - jnp.log(lower)
+        slope = 1 + t * ((square @ weights) / upper - (square @ jnp.square(weights)) / lower)
+        return jnp.where(x < 0, -value, value), slope

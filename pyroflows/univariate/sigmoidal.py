@@ -57,15 +57,16 @@ class DeepDenseSigmoidal(Univariate):
     def _network(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope; the hidden values ``h`` and their slopes are ``(..., units, n)``."""
         k, h = self.num_units, x.unsqueeze(-2)
-        slope = torch.ones_like(h)
+        slope: Tensor | None = None  # of 1
         place = torch.linspace(-1, 1, k, dtype=x.dtype, device=x.device)
         near = (-CONTRAST * (place[:, None] - place).square()).unsqueeze(-1)  # (k, k, 1)
         parts = iter(params.split([size for layer in self._sizes() for size in layer], -2))
         for mixing, raw_slopes, raw_shifts, weights in zip(parts, parts, parts, parts, strict=True):
             if mixing.shape[-2]:
                 u = (mixing.unflatten(-2, (k, k)) + near).softmax(-2)
-                h, slope = ((u * part.unsqueeze(-3)).sum(-2) for part in (h, slope))
+                h, slope = ((u * part.unsqueeze(-3)).sum(-2) for part in (h, slope))  # type: ignore[union-attr]
             a = soft_clip(raw_slopes, self.max_log_slope).exp()
+            rate = a if slope is None else a * slope
             z = torch.addcmul(raw_shifts + SPREAD * place.unsqueeze(-1), a, h)
             log_on = F.logsigmoid(z)
             log_off = log_on - z
@@ -73,14 +74,18 @@ class DeepDenseSigmoidal(Univariate):
             weights = weights + near if weights.shape[-3] == k > 1 else weights
             sides = [(weights + log.unsqueeze(-3)) for log in (log_on, log_off)]
             # of p = sum_k w_k s_k: dp / (p (1 - p)) = dp / p + dp / (1 - p), two means of slopes
-            slopes = [((log.exp() * a) * slope).unsqueeze(-3) for log in (log_off, log_on)]
+            slopes = [(log.exp() * rate).unsqueeze(-3) for log in (log_off, log_on)]
             (upper, d_upper), (lower, d_lower) = map(log_sum_and_mean, sides, slopes)
             h, slope = upper - lower, d_upper + d_lower
-        return h.squeeze(-2), slope.squeeze(-2)
+        return h.squeeze(-2), slope.squeeze(-2)  # type: ignore[union-attr]
+
+    def _start(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope at params of zero."""
+        return self._network(x, x.new_zeros(self.num_params, 1))
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = self._network(x, params)
-        value_0, slope_0 = self._network(x, params.new_zeros(self.num_params, 1))
+        value_0, slope_0 = self._start(x)
         y = x + (1 - self.min_slope) * (value - value_0)
         return y, torch.log1p((1 - self.min_slope) * (slope - slope_0))
 
@@ -100,3 +105,16 @@ class DeepSigmoidal(DeepDenseSigmoidal):
 
     num_units: int = 16
     num_layers: int = 1
+
+    def _start(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Its units lie symmetrically and are alike: with ``t = exp(-|x|)`` they need no logarithms each."""
+        if self.num_units == 1:
+            return super()._start(x)
+        weights = torch.linspace(-SPREAD, SPREAD, self.num_units, dtype=x.dtype, device=x.device).exp()
+        size = torch.where(x < 0, -x, x)
+        t = (-size).exp()
+        off = torch.addcmul(torch.ones_like(weights), t.unsqueeze(-1), weights).reciprocal()
+        upper, lower, square = off.sum(-1), off @ weights, off.square()
+        value = size + upper.log() - lower.log()
+        slope = 1 + t * ((square @ weights) / upper - (square @ weights.square()) / lower)
+        return torch.where(x < 0, -value, value), slope
