@@ -135,7 +135,8 @@ def _merge_equal(graph: fx.Graph) -> None:
 def compiled(recorded: fx.GraphModule) -> Callable[..., Any]:
     """The graph as a plain function: what it calls and what it holds are looked up once, not at every call.
 
-    Graph modules spend as long on looking up and wrapping operations as these take on small tensors.
+    Graph modules spend as long on looking up and wrapping operations as these take on small tensors. Modes of
+    torch functions, as ``torch.set_default_device`` is one, are passed by: a graph knows its devices.
     """
     scope: dict[str, Any] = {}
     names: dict[Any, str] = {}
@@ -173,7 +174,13 @@ def compiled(recorded: fx.GraphModule) -> Callable[..., Any]:
         if done and node.op != "output":
             lines.append("del " + ", ".join(done))
     exec(f"def run({', '.join(inputs)}):\n    " + "\n    ".join(lines), scope)
-    return scope["run"]
+    run = scope["run"]
+
+    def call(*args: Tensor) -> Any:
+        with torch._C.DisableTorchFunction():
+            return run(*args)
+
+    return call
 
 
 class _Run(fx.Interpreter):

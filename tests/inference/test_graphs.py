@@ -10,10 +10,11 @@ torch = pytest.importorskip("torch")
 
 import pyro  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from pyroflows import FlowVI, flows, inference  # noqa: E402
 from pyroflows.distributions import MixtureBase  # noqa: E402
-from pyroflows.graphs import recorded_step, simplified  # noqa: E402
+from pyroflows.graphs import compiled, recorded_step, simplified  # noqa: E402
 from tests.inference.models_pyro import eight_schools  # noqa: E402
 
 SCALE = torch.tensor([1.5, 0.5, 2.0], dtype=torch.float64)
@@ -92,6 +93,27 @@ def test_a_graph_that_changes_tensors_in_place_is_left_as_it_is():
     graph = simplified(graph, x)
     assert operations(graph) == before
     torch.testing.assert_close(graph(2 * x), twice(2 * x))
+
+
+class Counting(TorchFunctionMode):
+    """As ``torch.set_default_device`` puts itself before every operation."""
+
+    calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_compiled_graph_runs_past_modes_of_torch_functions():
+    x = torch.randn(5, 3, dtype=torch.float64)
+    graph = simplified(recorded(density, x), x)
+    with Counting() as plain:
+        expected = graph(x)
+    with Counting() as mode:
+        found = compiled(graph)(x)
+    assert plain.calls > 5 and mode.calls == 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def gradient_step(weight, function=torch.tanh):
