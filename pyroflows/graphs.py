@@ -37,7 +37,10 @@ def recorded_step(function: Callable[[], tuple[Tensor, ...]], device: torch.devi
     """
 
     def with_same_draws(call: Callable[[], Any]) -> Any:
-        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        on: dict[str, Any] = (
+            {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+        )
+        with torch.random.fork_rng(**on):
             return call()
 
     expected = with_same_draws(function)  # first, for it may record graphs itself

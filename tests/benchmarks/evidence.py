@@ -81,7 +81,7 @@ def closed(backend: Backend, names: list[str], seeds: int) -> None:
     methods = ("importance", "bridge", "harmonic")
     each = " | ".join(f"{m}: within 3 | rms error | standard error" for m in methods)
     print(f"| target | d | gap | Pareto k | flow moves | {each} | s a fit, a seed |\n|" + "---|" * 15)
-    problems = [regression(backend, d) for d in (2, 10, 20, 50)] + [mixture(backend, d) for d in (2, 10, 20)]
+    problems = [regression(backend, d) for d in (2, 10, 20, 50)] + [mixture(backend, d) for d in (2, 10, 20, 50)]
     for problem in problems:
         if names and problem.name not in names:
             continue
