@@ -682,9 +682,9 @@ def test_noncentering_takes_prior_and_data_out(fitter, model):
     np.testing.assert_allclose(there - centre, -0.5 * (x[:, 2:] ** 2).sum(-1), atol=1e-9)
 
 
-def fit_that_finds_the_observations(fitter, model):
-    """Of a normal likelihood, by a few steps."""
-    posterior = fitter.run(model, num_steps=20, num_starts=2)
+def fit_that_finds_the_observations(fitter, model, num_steps=20, num_starts=2):
+    """Of a normal likelihood, at the start already."""
+    posterior = fitter.run(model, num_steps=num_steps, num_starts=num_starts)
     layer = posterior.guide.noncentering
     precision, y = observations(fitter.models, model)
     np.testing.assert_allclose(np.asarray(layer.precision), precision, rtol=1e-4)
@@ -694,7 +694,7 @@ def fit_that_finds_the_observations(fitter, model):
 
 
 def test_noncentering_finds_the_observations_of_correlated_elements(fitter):
-    fit_that_finds_the_observations(fitter, "process")
+    fit_that_finds_the_observations(fitter, "process", num_steps=1, num_starts=1)
 
 
 def test_noncentering_finds_the_observations_of_a_normal_likelihood(fitter, tmp_path):
