@@ -100,7 +100,8 @@ class FlowVI:
         Gaussian processes) are taken relative to that prior. It changes the guide alone: neither the model nor the
         sites of the posterior.
     :param path_gradient: whether phases 2 and 3 are as described, or by the plain ELBO. Unless given: where the flow's
-        inverse, of which both need a pass, takes no more network passes than its forward direction.
+        inverse, which families without a ``forward_and_score`` of their own need, takes no more network passes than
+        its forward direction.
     :param escalate: whether to go on as in phase 5 where the fit is poor. Unless given: where ``num_steps`` and
         ``flow`` are not.
     :param richer: factories of the flows that phase 5 turns to, one after another.

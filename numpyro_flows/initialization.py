@@ -179,7 +179,10 @@ def pseudo_observations(
     :param factor: the matrix ``(dim, dim)`` of the conditional priors there (``Noncentering.factor``).
     :param elements: which elements are non-centred; the precision of the others is 0.
     """
-    back, hessian = np.linalg.inv(factor), target.hessian(x)
+    try:
+        back, hessian = np.linalg.inv(factor), target.hessian(x)
+    except np.linalg.LinAlgError:  # a scale of zero: the likelihood cannot be told from the prior
+        return np.zeros(len(x)), np.zeros(len(x))
     curvature = np.einsum("ji,jk,ki->i", back, -np.nan_to_num(hessian) - np.eye(len(x)), back, optimize=True)
     gradient = back.T @ (target.value_and_grad(x)[1] + x)
     told = elements & np.isfinite(np.diagonal(hessian)) & np.isfinite(gradient)

@@ -37,10 +37,7 @@ def recorded_step(function: Callable[[], tuple[Tensor, ...]], device: torch.devi
     """
 
     def with_same_draws(call: Callable[[], Any]) -> Any:
-        on: dict[str, Any] = (
-            {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-        )
-        with torch.random.fork_rng(**on):
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
             return call()
 
     expected = with_same_draws(function)  # first, for it may record graphs itself
@@ -119,7 +116,10 @@ def _take_for_functional(node: fx.Node) -> None:
 
 
 def _merge_equal(graph: fx.Graph) -> None:
-    """Takes one of operations that are the same on the same."""
+    """Takes one of operations that are the same on the same.
+
+    (torch's ``CSEPass`` keeps every ``get_attr``, and a list of random operations which is not all of them.)
+    """
     seen: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "get_attr":

@@ -78,7 +78,8 @@ class FlowVI:
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
     two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
-    finite are skipped and counted.
+    finite are skipped and counted. Where a phase has 1,000 steps or more, one is recorded as a graph which the others
+    run (``graphs.recorded_step``): what the model reads besides its arguments is taken as it was then.
 
     :param model: Pyro model with continuous latents.
     :param flow: factory ``flow(dim) -> TransformModule``.
@@ -96,7 +97,8 @@ class FlowVI:
         Gaussian processes) are taken relative to that prior. It changes the guide alone: neither the model nor the
         sites of the posterior.
     :param path_gradient: whether phases 2 and 3 are as described, or by the plain ELBO. Unless given: where the flow's
-        inverse, of which both need a pass, takes no more network passes than its forward direction.
+        inverse, which families without a ``forward_and_score`` of their own need, takes no more network passes than
+        its forward direction.
     :param escalate: whether to go on as in phase 5 where the fit is poor. Unless given: where ``num_steps`` and
         ``flow`` are not.
     :param richer: factories of the flows that phase 5 turns to, one after another.

@@ -58,6 +58,7 @@ class LogDensity:
         self.site_names, self.prototype = list(shapes), prototype.detach()
         self.dim = sum(shape.numel() for shape in shapes.values())
         self._graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}
+        self._nesting: int | None = None  # of the model's plates
         self.mode = mode or self._fastest_mode()
 
     # -- evaluation ------------------------------------------------------------------------------------------------
@@ -89,7 +90,9 @@ class LogDensity:
         return _Unconstrained(values)
 
     def _with_plate(self, u: Tensor) -> Tensor:
-        nesting = self._plate_nesting()
+        if self._nesting is None:
+            self._nesting = self._plate_nesting()
+        nesting = self._nesting
         with _Unconstrained(self._unpack(u), nesting) as latents, pyro.plate("_draws", len(u), dim=-1 - nesting):
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         trace.compute_log_prob()
@@ -105,7 +108,8 @@ class LogDensity:
         return total
 
     def _plate_nesting(self) -> int:
-        trace = poutine.trace(poutine.block(self.model, hide=[])).get_trace(*self.args, **self.kwargs)
+        with torch.random.fork_rng(devices=[]):  # so that the run after it draws as one alone would
+            trace = poutine.trace(poutine.block(self.model, hide=[])).get_trace(*self.args, **self.kwargs)
         dims = [
             -frame.dim
             for site in trace.nodes.values()

@@ -174,9 +174,8 @@ def fixed_point_root(
             )
         dense = _inverse_jacobian(function, x, jacobian) if y.shape[-1] <= MAX_DENSE else None
     base = x
-    for _ in range(
-        2 if torch.is_grad_enabled() else 1
-    ):  # the first order of the gradient comes from the last step, the second from both
+    # the first order of the gradient comes from the last step, the second from both
+    for _ in range(2 if torch.is_grad_enabled() else 1):
         residual = x + function(x) - y
         if dense is not None:
             x = x - (dense @ residual.unsqueeze(-1)).squeeze(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,14 +58,14 @@ class DeepDenseSigmoidal(Univariate):
     def _network(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope; the hidden values ``h`` and their slopes are ``(..., units, n)``."""
         k, h = self.num_units, x.unsqueeze(-2)
-        slope: Tensor | None = None  # of 1
+        slope: Any = None  # that of x, 1
         place = torch.linspace(-1, 1, k, dtype=x.dtype, device=x.device)
         near = (-CONTRAST * (place[:, None] - place).square()).unsqueeze(-1)  # (k, k, 1)
         parts = iter(params.split([size for layer in self._sizes() for size in layer], -2))
         for mixing, raw_slopes, raw_shifts, weights in zip(parts, parts, parts, parts, strict=True):
             if mixing.shape[-2]:
                 u = (mixing.unflatten(-2, (k, k)) + near).softmax(-2)
-                h, slope = ((u * part.unsqueeze(-3)).sum(-2) for part in (h, slope))  # type: ignore[union-attr]
+                h, slope = ((u * part.unsqueeze(-3)).sum(-2) for part in (h, slope))
             a = soft_clip(raw_slopes, self.max_log_slope).exp()
             rate = a if slope is None else a * slope
             z = torch.addcmul(raw_shifts + SPREAD * place.unsqueeze(-1), a, h)
@@ -77,7 +78,7 @@ class DeepDenseSigmoidal(Univariate):
             slopes = [(log.exp() * rate).unsqueeze(-3) for log in (log_off, log_on)]
             (upper, d_upper), (lower, d_lower) = map(log_sum_and_mean, sides, slopes)
             h, slope = upper - lower, d_upper + d_lower
-        return h.squeeze(-2), slope.squeeze(-2)  # type: ignore[union-attr]
+        return h.squeeze(-2), slope.squeeze(-2)
 
     def _start(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope at params of zero."""

@@ -110,8 +110,7 @@ def _ours(factory: str, *sizes: Any, **options: Any) -> Callable[..., tuple]:
     def build(dim: int, num_layers: int = LAYERS, hidden: tuple[int, int] = HIDDEN) -> tuple:
         from pyroflows import flows
 
-        options.setdefault("activation", "relu")
-        flow = getattr(flows, factory)(dim, *(sizes or (num_layers, hidden)), **options)
+        flow = getattr(flows, factory)(dim, *(sizes or (num_layers, hidden)), **{"activation": "relu", **options})
         return flow, flow.forward_and_log_det, flow.inverse_and_log_det
 
     return build
@@ -209,9 +208,9 @@ def _normflows(
     return build
 
 
-def _pyro(make_layer: Callable[[Any, int], Any], layers: int = LAYERS, inverts: bool = True) -> Callable[[int], tuple]:
-    num_layers = layers
-
+def _pyro(
+    make_layer: Callable[[Any, int], Any], num_layers: int = LAYERS, inverts: bool = True
+) -> Callable[[int], tuple]:
     def build(dim: int) -> tuple:
         import torch
         from pyro.distributions import transforms
@@ -322,12 +321,12 @@ TORCH: dict[str, dict[str, Callable[..., tuple]]] = {
     },
     "bnaf": {
         "pyroflows": _ours("bnaf", 2, (8, 8)),
-        "pyro": _pyro(lambda t, d: t.block_autoregressive(d, hidden_factors=[8, 8]), layers=2, inverts=False),
+        "pyro": _pyro(lambda t, d: t.block_autoregressive(d, hidden_factors=[8, 8]), num_layers=2, inverts=False),
     },
     "naf": {
         "pyroflows": _ours("naf", 2, HIDDEN, num_units=16),
         "zuko": _zuko_neural("NAF", transforms=2, hidden_features=HIDDEN, network={"hidden_features": (16,)}),
-        "pyro": _pyro(lambda t, d: t.neural_autoregressive(d, list(HIDDEN), width=16), layers=2, inverts=False),
+        "pyro": _pyro(lambda t, d: t.neural_autoregressive(d, list(HIDDEN), width=16), num_layers=2, inverts=False),
     },
     "residual": {
         "pyroflows": _ours("residual", LAYERS, HIDDEN, log_det="unbiased"),
@@ -399,8 +398,8 @@ def _numpyro_flows(factory: str, *sizes: Any, **options: Any) -> Callable[..., t
 
         from numpyro_flows import flows
 
-        options.setdefault("activation", "relu")
-        flow = getattr(flows, factory)(dim, *(sizes or (num_layers, hidden)), **options, key=jax.random.key(0))
+        given = {"activation": "relu", **options, "key": jax.random.key(0)}
+        flow = getattr(flows, factory)(dim, *(sizes or (num_layers, hidden)), **given)
         return flow, lambda f, x: f.forward_and_log_det(x), lambda f, y: f.inverse_and_log_det(y)
 
     return build

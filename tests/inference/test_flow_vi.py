@@ -693,6 +693,16 @@ def fit_that_finds_the_observations(fitter, model, num_steps=20, num_starts=2):
     return posterior, layer
 
 
+def test_a_prior_scale_of_zero_tells_no_observations(fitter):
+    initialization = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
+    target = initialization.Target(None, lambda x: (0.0, -x), lambda x: -3 * np.eye(2))
+    x, told = np.ones(2), np.array([False, True])
+    precision, _ = initialization.pseudo_observations(target, x, x, np.diag([1.0, 0.5]), told)
+    np.testing.assert_allclose(precision, [0.0, 8.0])
+    precision, data = initialization.pseudo_observations(target, x, x, np.diag([1.0, 0.0]), told)
+    assert not precision.any() and not data.any()
+
+
 def test_noncentering_finds_the_observations_of_correlated_elements(fitter):
     fit_that_finds_the_observations(fitter, "process", num_steps=1, num_starts=1)
 

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import pyro  # noqa: E402
+import pyro.distributions as dist  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
@@ -155,8 +156,25 @@ def test_a_step_that_a_graph_cannot_hold_is_left_as_it_is():
     assert recorded_step(step, weight.device) is step
 
 
-@pytest.mark.parametrize("options", [{}, {"base": MixtureBase}, {"base_df": 5.0}, {"path_gradient": False}], ids=str)
-def test_recorded_steps_fit_as_plain_ones(monkeypatch, options):
+def minibatches():
+    """Its log-density is evaluated by a run of the model a batch, for it draws data anew each time."""
+    data, mu = torch.linspace(-1, 3, 10), pyro.sample("mu", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    with pyro.plate("data", 10, subsample_size=2) as index:
+        pyro.sample("x", dist.Normal(mu.sum(-1), 1.0), obs=data[index])
+
+
+@pytest.mark.parametrize(
+    "model, options",
+    [
+        (eight_schools, {}),
+        (eight_schools, {"base": MixtureBase}),
+        (eight_schools, {"base_df": 5.0}),
+        (eight_schools, {"path_gradient": False}),
+        (minibatches, {}),
+    ],
+    ids=["default", "mixture", "student", "plain gradient", "minibatches"],
+)
+def test_recorded_steps_fit_as_plain_ones(monkeypatch, model, options):
     graphs = []
 
     def spied(function, device):
@@ -166,7 +184,7 @@ def test_recorded_steps_fit_as_plain_ones(monkeypatch, options):
 
     monkeypatch.setattr(inference, "recorded_step", spied)
     vi = FlowVI(
-        eight_schools,
+        model,
         partial(flows.realnvp, num_layers=2),
         num_steps=20,
         num_particles=8,
@@ -175,6 +193,7 @@ def test_recorded_steps_fit_as_plain_ones(monkeypatch, options):
     )
     guide = vi._guide(vi.base_df, vi.base, (), {})
     log_density = guide.log_density()
+    assert log_density.mode == ("plates" if model is minibatches else "traced")
 
     def elbo(record_from):
         monkeypatch.setattr(inference, "_RECORD_FROM", record_from)
