@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from numpyro import handlers
-from numpyro.infer.initialization import init_to_uniform
+from numpyro.infer.initialization import init_to_sample, init_to_uniform
 from tqdm import tqdm
 
 from numpyro_flows import flows
@@ -42,6 +43,7 @@ from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
+_NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
 _NEARLY_EXACT = 0.01  # nats of KL divergence, below which a fit that no longer improves may end before its budget
 _NUM_STEPS = 5000
@@ -171,7 +173,8 @@ class FlowVI:
         if posterior.history.interrupted:
             return posterior
         try:
-            modes = self._look_elsewhere(posterior, target, start, probe_key, budget)
+            modes = self._look_elsewhere(guide, log_density, target, start, probe_key, budget)
+            self._note_missed(posterior, modes, target, budget)
         except KeyboardInterrupt:
             posterior.history = posterior.history._replace(interrupted=True)
             return posterior
@@ -185,7 +188,7 @@ class FlowVI:
             begin = start._replace(modes=modes)
             found = self._fit(other, log_density, begin, key, draw_key, budget, tails, richer=richer)
             if not found.history.interrupted:
-                self._look_elsewhere(found, target, start, probe_key, budget)
+                self._note_missed(found, modes, target, budget)
             return found
 
         def attempt(what: str, fit: Callable[[], FlowPosterior]) -> FlowPosterior:
@@ -337,17 +340,14 @@ class FlowVI:
         history = history._replace(gradients=budget.gradients, seconds=budget.seconds)
         return FlowPosterior(guide, params, log_density, history, rng_key=draw_key)
 
-    def _points(self, guide: AutoFlow, log_density: LogDensity, target: Target, key: Array, n: int) -> list[np.ndarray]:
-        """Points of finite log-density by ``init_loc_fn``, at most ``n``."""
-
+    def _points(self, guide: AutoFlow, log_density: LogDensity, key: Array, n: int, by: Callable) -> list[np.ndarray]:
+        """As many points in the guide's coordinates by an initialisation strategy."""
         points, coordinates = [], with_density(guide.coordinates, None)
         for k in jax.random.split(key, n):
-            trace = prototype_trace(
-                handlers.seed(self.model, k), log_density.args, log_density.kwargs, self.init_loc_fn
-            )
+            trace = prototype_trace(handlers.seed(self.model, k), log_density.args, log_density.kwargs, by)
             samples = {name: trace[name]["value"] for name in log_density.site_names}
             points.append(np.asarray(self._programs(_point, coordinates, log_density, samples), float))
-        return [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
+        return points
 
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
@@ -356,8 +356,8 @@ class FlowVI:
             coordinates = with_density(guide.coordinates, None)
             target = self._target(log_density, next(iter(coordinates.layers), None))  # type: ignore[attr-defined]
             points = [np.asarray(self._programs(inverse, coordinates, log_density, guide.init_loc)[0], float)]
-            for point in self._points(guide, log_density, target, key, self.num_starts - 1):
-                if not np.allclose(point, points[0]):
+            for point in self._points(guide, log_density, key, self.num_starts - 1, self.init_loc_fn):
+                if not np.allclose(point, points[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     points.append(point)
             return target, find_start(target, points, _numpy_rng(key))
 
@@ -383,23 +383,28 @@ class FlowVI:
         return Target(*(partial(_in_numpy, program) for program in of))
 
     def _look_elsewhere(
-        self, posterior: FlowPosterior, target: Target, start: Start, key: Array, budget: Budget
+        self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, key: Array, budget: Budget
     ) -> tuple[Start, ...]:
-        """Notes in the history what share of the posterior the guide misses; returns the modes known.
+        """The modes known after walks uphill from more points.
 
-        Walks uphill from more points by ``init_loc_fn``, and from as many spread widely around the start.
+        As many by ``init_loc_fn``, nearer to zero on the way to each, by the prior, and widely around the start.
         """
         rng = _numpy_rng(key)
-        points = self._points(posterior.guide, posterior.log_density, target, key, _NUM_PROBES)
-        wide = start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T
-        points += [point for point in wide if np.isfinite(target.value_and_grad(point)[0])]
+        initial = self._points(guide, log_density, key, _NUM_PROBES, self.init_loc_fn)
+        points = [scale * point for scale in (1.0, *_NEARER) for point in initial]
+        for k in jax.random.split(jax.random.fold_in(key, 0), _NUM_PROBES):
+            with contextlib.suppress(ValueError, RuntimeError):  # a model may refuse what its prior draws
+                points += self._points(guide, log_density, k, 1, init_to_sample)
+        points += list(start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T)
+        points = [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
         found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
-        modes = distinct([*start.modes, *found])
-
-        posterior._look_at(modes, rng, target.log_density)
         budget.gradients += gradients
+        return distinct([*start.modes, *found], target.log_density)
+
+    def _note_missed(self, posterior: FlowPosterior, modes: tuple[Start, ...], target: Target, budget: Budget) -> None:
+        """Notes in the history what share of the posterior around the modes the guide misses."""
+        posterior._look_at(modes, np.random.default_rng(0), target.log_density)
         posterior.history = posterior.history._replace(gradients=budget.gradients, seconds=budget.seconds)
-        return modes
 
     def _ascend(
         self,

@@ -17,6 +17,8 @@ MAX_HESSIAN_DIM = 300  # beyond it a Hessian costs more than the steps it saves
 _NUM_DRAWS = 300
 _LEAST_CURVATURE = 1e-3  # of the likelihood, in units of the prior's precision, below which it tells nothing
 _MISSED = np.log(20.0)  # a guide misses what it gives less than a twentieth of the posterior's density
+_BARRIER = np.log(20.0)  # modes are parted where the density between them falls to less than a twentieth
+_SAME_END = 0.1  # standard deviations between the ends of two walks to the same mode
 
 
 class Target(NamedTuple):
@@ -59,7 +61,8 @@ def find_modes(
     :param target: the log-density to walk on.
     :param starts: points ``(dim,)`` with a finite log-density to walk from, at least one.
     :param rng: source of the draws that score the candidates, the same for all of them.
-    :param points_per_path: points of a path whose Gaussians are candidates; 1 for its end alone.
+    :param points_per_path: points of a path whose Gaussians are candidates; 1 for its end alone, once for all paths
+        that end there.
     """
     dim = len(starts[0])
     noise = rng.standard_normal((_NUM_DRAWS, dim))
@@ -75,11 +78,13 @@ def find_modes(
             best_of_paths[-1] = Start(loc, scale_tril, elbo, 0)
 
     for start in starts:
+        path, evaluations = _ascend(target.value_and_grad, start)
+        gradients += evaluations
+        if points_per_path == 1 and any(_distance(other, path[-1]) < _SAME_END for other in best_of_paths):
+            continue
         best_of_paths.append(Start(start, np.eye(dim), -np.inf, 0))
         for scale in (0.1, 1.0):
             consider(start, scale * np.eye(dim))
-        path, evaluations = _ascend(target.value_and_grad, start)
-        gradients += evaluations
         # early points are the interesting ones of a funnel, late ones of everything else
         chosen = np.unique(np.geomspace(len(path), 1, points_per_path).round().astype(int) - 1)
         for index in chosen:
@@ -93,18 +98,31 @@ def find_modes(
             if scale_tril is not None:
                 consider(point, scale_tril)
                 consider(point + scale_tril @ (scale_tril.T @ gradient), scale_tril)
-    return distinct(best_of_paths), gradients
+    return distinct(best_of_paths, target.log_density), gradients
 
 
-def distinct(starts: Sequence[Start]) -> tuple[Start, ...]:
-    """Those of more than a thousandth of the best one's mass, outside the bulk of every better one."""
+def distinct(starts: Sequence[Start], log_density: Callable[[np.ndarray], np.ndarray]) -> tuple[Start, ...]:
+    """Those of more than a thousandth of the best one's mass, each outside the bulk of every better one or parted from
+    it by a barrier: in many dimensions a mode lies closer to another one than most of that one's draws do."""
     kept: list[Start] = []
     for start in sorted(starts, key=lambda start: -start.elbo):
         radius = 1 + 2 * len(start.loc) ** 0.5
-        away = [np.linalg.norm(np.linalg.solve(other.scale_tril, start.loc - other.loc)) > radius for other in kept]
-        if all(away) and start.elbo > (kept[0].elbo if kept else -np.inf) - np.log(1000):
+        if start.elbo > (kept[0].elbo if kept else -np.inf) - np.log(1000) and all(
+            _distance(other, start.loc) > radius or _are_parted(start.loc, other.loc, log_density) for other in kept
+        ):
             kept.append(start)
     return tuple(kept)
+
+
+def _distance(mode: Start, point: np.ndarray) -> float:
+    """From a mode, in its standard deviations."""
+    return float(np.linalg.norm(np.linalg.solve(mode.scale_tril, point - mode.loc)))
+
+
+def _are_parted(a: np.ndarray, b: np.ndarray, log_density: Callable[[np.ndarray], np.ndarray]) -> bool:
+    with np.errstate(all="ignore"):
+        way = np.nan_to_num(log_density(a + np.linspace(0, 1, _NUM_DRAWS)[:, None] * (b - a)), nan=-np.inf)
+        return bool(way.min() < min(way[0], way[-1]) - _BARRIER)
 
 
 def missed_mass(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer.autoguide.initialization import init_to_uniform
+from pyro.infer.autoguide.initialization import init_to_sample, init_to_uniform
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +41,7 @@ from pyroflows.transform_module import Compose, TransformModule
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
+_NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
 _NEARLY_EXACT = 0.01  # nats of KL divergence, below which a fit that no longer improves may end before its budget
 _NUM_STEPS = 5000
@@ -161,7 +163,8 @@ class FlowVI:
         if posterior.history.interrupted:
             return posterior
         try:
-            modes = self._look_elsewhere(posterior, target, start, budget)
+            modes = self._look_elsewhere(guide, log_density, target, start, budget)
+            self._note_missed(posterior, modes, target, budget)
         except KeyboardInterrupt:
             posterior.history = posterior.history._replace(interrupted=True)
             return posterior
@@ -174,7 +177,7 @@ class FlowVI:
             tails = not posterior.pareto_k < _K_TAILS
             found = self._fit(other, log_density, start._replace(modes=modes), budget, tails, richer=richer)
             if not found.history.interrupted:
-                self._look_elsewhere(found, target, start, budget)
+                self._note_missed(found, modes, target, budget)
             return found
 
         def attempt(what: str, fit: Callable[[], FlowPosterior]) -> FlowPosterior:
@@ -324,15 +327,15 @@ class FlowVI:
 
         return Target(batch, value_and_grad, hessian)
 
-    def _points(self, guide: AutoFlow, log_density: LogDensity, target: Target, n: int) -> list[np.ndarray]:
-        """Points of finite log-density by ``init_loc_fn``, at most ``n``."""
+    def _points(self, guide: AutoFlow, log_density: LogDensity, n: int, by: Callable) -> list[np.ndarray]:
+        """As many points in the guide's coordinates by an initialisation strategy."""
         points = []
         for _ in range(n):
-            trace = prototype_trace(self.model, log_density.args, log_density.kwargs, self.init_loc_fn)
+            trace = prototype_trace(self.model, log_density.args, log_density.kwargs, by)
             values = {name: trace.nodes[name]["value"][None] for name in log_density.site_names}
             x = guide.coordinates.inverse_and_log_det(log_density.unconstrain(values)[0])[0]
             points.append(x[0].double().numpy(force=True))
-        return [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
+        return points
 
     def _find_start(self, guide: AutoFlow, log_density: LogDensity) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
@@ -341,8 +344,8 @@ class FlowVI:
             target = self._target(pulled_back(log_density, guide.noncentering))
             loc = guide.coordinates.inverse_and_log_det(log_density.prototype)[0]
             points = [loc.double().numpy(force=True)]
-            for point in self._points(guide, log_density, target, self.num_starts - 1):
-                if not np.allclose(point, points[0]):
+            for point in self._points(guide, log_density, self.num_starts - 1, self.init_loc_fn):
+                if not np.allclose(point, points[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     points.append(point)
             return target, find_start(target, points, _numpy_rng())
 
@@ -363,22 +366,28 @@ class FlowVI:
         return target, start._replace(gradients=gradients)
 
     def _look_elsewhere(
-        self, posterior: FlowPosterior, target: Target, start: Start, budget: Budget
+        self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, budget: Budget
     ) -> tuple[Start, ...]:
-        """Notes in the history what share of the posterior the guide misses; returns the modes known.
+        """The modes known after walks uphill from more points.
 
-        Walks uphill from more points by ``init_loc_fn``, and from as many spread widely around the start.
+        As many by ``init_loc_fn``, nearer to zero on the way to each, by the prior, and widely around the start.
         """
         rng = _numpy_rng()
-        points = self._points(posterior.guide, posterior.log_density, target, _NUM_PROBES)
-        wide = start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T
-        points += [point for point in wide if np.isfinite(target.value_and_grad(point)[0])]
+        initial = self._points(guide, log_density, _NUM_PROBES, self.init_loc_fn)
+        points = [scale * point for scale in (1.0, *_NEARER) for point in initial]
+        for _ in range(_NUM_PROBES):
+            with contextlib.suppress(ValueError, RuntimeError):  # a model may refuse what its prior draws
+                points += self._points(guide, log_density, 1, init_to_sample)
+        points += list(start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T)
+        points = [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
         found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
-        modes = distinct([*start.modes, *found])
-        posterior._look_at(modes, rng, target.log_density)
         budget.gradients += gradients
+        return distinct([*start.modes, *found], target.log_density)
+
+    def _note_missed(self, posterior: FlowPosterior, modes: tuple[Start, ...], target: Target, budget: Budget) -> None:
+        """Notes in the history what share of the posterior around the modes the guide misses."""
+        posterior._look_at(modes, np.random.default_rng(0), target.log_density)
         posterior.history = posterior.history._replace(gradients=budget.gradients, seconds=budget.seconds)
-        return modes
 
     def _ascend(
         self,

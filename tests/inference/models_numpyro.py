@@ -93,11 +93,11 @@ def sometimes_nan():
     numpyro.factor("trap", jnp.where(z > 3.0, jnp.sqrt(3.0 - z), 0.0))
 
 
-def bimodal():
-    """Two normals of masses 0.3 and 0.7, far apart; the log evidence is zero."""
-    prior = dist.Normal(0.0, 10.0).expand([2]).to_event(1)
+def bimodal(loc=((-3.0, -3.0), (3.0, 3.0)), scale=((0.5, 0.5), (0.3, 0.8))):
+    """Two normals of masses 0.3 and 0.7, far apart unless told otherwise; the log evidence is zero."""
+    loc, scale = jnp.asarray(loc), jnp.asarray(scale)
+    prior = dist.Normal(0.0, 10.0).expand([loc.shape[-1]]).to_event(1)
     z = numpyro.sample("z", prior)
-    loc, scale = jnp.array([[-3.0, -3.0], [3.0, 3.0]]), jnp.array([[0.5, 0.5], [0.3, 0.8]])
     terms = dist.Normal(loc, scale).to_event(1).log_prob(z[..., None, :]) + jnp.log(jnp.array([0.3, 0.7]))
     numpyro.factor("modes", logsumexp(terms, -1) - prior.log_prob(z))
 

@@ -94,11 +94,11 @@ def sometimes_nan():
     pyro.factor("trap", torch.where(z > 3.0, torch.sqrt(3.0 - z), 0.0))
 
 
-def bimodal():
-    """Two normals of masses 0.3 and 0.7, far apart; the log evidence is zero."""
-    prior = dist.Normal(0.0, 10.0).expand([2]).to_event(1)
+def bimodal(loc=((-3.0, -3.0), (3.0, 3.0)), scale=((0.5, 0.5), (0.3, 0.8))):
+    """Two normals of masses 0.3 and 0.7, far apart unless told otherwise; the log evidence is zero."""
+    loc, scale = torch.as_tensor(loc), torch.as_tensor(scale)
+    prior = dist.Normal(0.0, 10.0).expand([loc.shape[-1]]).to_event(1)
     z = pyro.sample("z", prior)
-    loc, scale = torch.tensor([[-3.0, -3.0], [3.0, 3.0]]), torch.tensor([[0.5, 0.5], [0.3, 0.8]])
     terms = dist.Normal(loc, scale).to_event(1).log_prob(z[..., None, :]) + torch.log(torch.tensor([0.3, 0.7]))
     pyro.factor("modes", torch.logsumexp(terms, -1) - prior.log_prob(z))
 

@@ -369,9 +369,13 @@ def test_annealing_fits_into_the_time(fitter, monkeypatch):
 
 
 # -- a learned base
+def _tiny(fitter):
+    return functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+
+
 def bimodal(fitter):
     if "bimodal" not in fitter.fits:
-        flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+        flow = _tiny(fitter)
         base = functools.partial(fitter.pkg.distributions.MixtureBase, num_components=4)
         fitter.fits["bimodal"] = fitter.run("bimodal", flow=flow, base=base, num_steps=400, num_starts=6)
     return fitter.fits["bimodal"]
@@ -387,6 +391,37 @@ def test_a_mixture_base_finds_both_modes_and_their_masses(fitter):
     assert posterior.history.skipped == 0
 
 
+def test_the_smaller_mode_in_many_dimensions(fitter):
+    """Closer to the larger one than most of that one's draws are, and the end of one walk in six."""
+    rng, dim = np.random.default_rng(50), 50
+    loc = np.array([[-0.5], [0.5]]) + 0.1 * rng.standard_normal((2, dim))
+    scale = rng.uniform(0.4, 0.8, (2, dim))
+    posterior = fitter.run("bimodal", fitter.array(loc), fitter.array(scale), flow=_tiny(fitter), num_steps=20)
+    assert len(posterior._modes) == 2
+    assert posterior.history.missed == pytest.approx(0.3, abs=0.03)  # so short a fit does not cover it
+    assert "Do not trust: about 30%" in posterior.verdict()
+
+
+def test_modes_are_parted_by_a_barrier_or_by_distance(fitter):
+    module = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
+    dim, apart = 50, 8.0
+    locs = np.zeros((2, dim))
+    locs[1, 0] = apart
+    modes = [module.Start(loc, np.eye(dim), elbo, 0) for loc, elbo in zip(locs, (0.0, -1.0), strict=True)]
+
+    def two(u):
+        return np.logaddexp(*(-0.5 * np.square(u - loc).sum(-1) for loc in locs))
+
+    def ridge(u):  # one mode, long in the direction of the two
+        return -0.5 * np.square(u[:, 1:]).sum(-1)
+
+    assert len(module.distinct(modes, two)) == 2
+    assert len(module.distinct(modes, ridge)) == 1
+    assert len(module.distinct(modes, lambda u: np.where(np.abs(u[:, 0] - 3) < 0.1, np.nan, 0.0))) == 2
+    far = [modes[0], modes[1]._replace(loc=4 * locs[1])]
+    assert len(module.distinct(far, ridge)) == 2
+
+
 def test_the_gaussian_around_modes(fitter):
     module = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
     rng = np.random.default_rng(0)
@@ -394,7 +429,7 @@ def test_the_gaussian_around_modes(fitter):
     locs = [np.zeros(3), np.full(3, 20.0), np.full(3, -20.0)]
     modes = [module.Start(loc, root, elbo, 0) for loc, root, elbo in zip(locs, roots, (-5.0, -6.0, -13.0), strict=True)]
     again = modes[1]._replace(loc=modes[1].loc + roots[1][:, 0], elbo=-6.1)
-    kept = module.distinct([modes[1], again, modes[2], modes[0]])
+    kept = module.distinct([modes[1], again, modes[2], modes[0]], lambda u: np.zeros(len(u)))
     assert [mode.elbo for mode in kept] == [-5.0, -6.0]  # the third has too little mass, the other is a repetition
     loc, scale_tril, log_mass, inner, scales = module.gaussian_around(kept)
     mass = np.exp(log_mass) / np.exp(log_mass).sum()
@@ -425,7 +460,7 @@ def test_the_mass_that_a_guide_misses(fitter):
 
 def test_a_missed_mode_is_seen_and_fitted(fitter):
     """One normal keeps one mode, with a perfect Pareto k: only a look elsewhere tells."""
-    flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+    flow = _tiny(fitter)
     forced = fitter.run("bimodal", flow=flow, num_steps=200, base_df=30.0)
     kept = (fitter.sample(forced, 2000)["z"][:, 0] > 0).mean()
     assert kept in (0, 1) and forced.pareto_k < 0.7
@@ -448,7 +483,7 @@ def test_a_second_fit_that_fails_leaves_the_first(fitter, monkeypatch):
         return fit(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "_fit", failing)
-    flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+    flow = _tiny(fitter)
     with pytest.warns(UserWarning, match="a second fit, with a mixture base, failed: no step had"):
         posterior = fitter.run("bimodal", flow=flow, num_steps=50, num_particles=64)
     assert len(calls) == 2 and len(posterior.history.elbo) == 50
@@ -515,7 +550,7 @@ def test_a_mixture_base_learns_the_masses(fitter):
         def at_modes(self, log_mass, loc, scale):
             return super().at_modes(0 * log_mass, loc, scale)
 
-    flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
+    flow = _tiny(fitter)
     base = functools.partial(Equal, num_components=2)
     options = {"num_steps": 250, "num_particles": 64, "learning_rate": 1e-2, "path_gradient": False}
     posterior = fitter.run("bimodal", flow=flow, base=base, num_starts=6, **options)
