@@ -153,7 +153,8 @@ def fixed_point_root(
     Takes about ``log(tolerance) / log(Lip g)`` evaluations of ``g``. The result carries gradients by the implicit
     function theorem, up to second order: two of Newton's steps from the end of the search are differentiated. Up to
     ``MAX_DENSE`` elements they use the Jacobian of ``g`` (``jacobian``, else as many forward derivatives), inverted;
-    beyond it one Neumann iteration each, forward and backward (then in reverse mode only).
+    beyond it one Neumann iteration each, forward and backward (then in reverse mode only). Where gradients are off,
+    half as many evaluations of ``g`` again take the place of these steps.
 
     :param function: ``x -> g(x)``, both ``(..., dim)``; each vector by itself.
     :param y: values ``(..., dim)``, of the shape that ``function`` gives.
@@ -166,16 +167,20 @@ def fixed_point_root(
     """
     tolerance = 64 * torch.finfo(y.dtype).eps if tolerance is None else tolerance
     with torch.no_grad():
-        x, converged = _iterate(lambda x: function(x).detach(), y.detach(), tolerance, max_steps)
+        x, converged, steps = _iterate(lambda x: function(x).detach(), y.detach(), tolerance, max_steps)
         if readable(converged) and not bool(converged.all()):
             raise RuntimeError(
                 f"{owner}: the numerical inverse did not converge for {int((~converged).sum())} of {converged.numel()} "
                 f"vectors in {max_steps} steps. Are the parameters finite, and is the map a contraction?"
             )
+    if not torch.is_grad_enabled():  # each took off as much of the error as the steps before, on average
+        for _ in range(steps // 2 + 1):
+            x = y - function(x)
+        return x
+    with torch.no_grad():
         dense = _inverse_jacobian(function, x, jacobian) if y.shape[-1] <= MAX_DENSE else None
     base = x
-    # the first order of the gradient comes from the last step, the second from both
-    for _ in range(2 if torch.is_grad_enabled() else 1):
+    for _ in range(2):  # the first order of the gradient comes from the last step, the second from both
         residual = x + function(x) - y
         if dense is not None:
             x = x - (dense @ residual.unsqueeze(-1)).squeeze(-1)
@@ -186,13 +191,15 @@ def fixed_point_root(
     return x
 
 
-def _iterate(function: Callable, y: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor]:
-    """``x <- y - function(x)`` to its end, and which vectors converged; those not a number from the start count."""
-    x, converged = y, torch.zeros_like(y[..., 0], dtype=torch.bool)
+def _iterate(function: Callable, y: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, int]:
+    """``x <- y - function(x)`` to its end, which vectors converged (those not a number from the start count), and the
+    steps taken."""
+    x, converged, steps = y, torch.zeros_like(y[..., 0], dtype=torch.bool), 0
     if y.numel() == 0:
-        return x, converged
+        return x, converged, steps
     undefined = torch.isnan(y - function(y)).any(-1)
-    for _ in range(max_steps):
+    while steps < max_steps:
+        steps += 1
         following = y - function(x)
         step = (following - x).abs().amax(-1)
         x = following
@@ -200,7 +207,7 @@ def _iterate(function: Callable, y: Tensor, tolerance: float, max_steps: int) ->
         converged = undefined | (close & torch.isfinite(step))
         if readable(converged) and bool(converged.all()):
             break
-    return x, converged
+    return x, converged, steps
 
 
 def _inverse_jacobian(function: Callable, x: Tensor, jacobian: Callable | None) -> Tensor:

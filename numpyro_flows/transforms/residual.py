@@ -15,12 +15,13 @@ from numpyro_flows.transform_module import TransformModule, _typed_key
 
 LOG_DETS = ("exact", "unbiased")
 _LIP_SWISH = 1.1  # above the largest slope of x sigmoid(beta x), 1.0998, for any beta
+_LEAST_RATE = 1e-3  # at which a series goes on, lest an estimate divide by zero
 
 
 class Residual(TransformModule):
     """``y = x + g(x)`` with a network ``g`` of Lipschitz constant at most ``lipschitz < 1``.
 
-    Each weight is scaled down to its share of the constant by an upper bound of its 2-norm (eight squarings of its
+    Each weight is scaled down to its share of the constant by an upper bound of its 2-norm (by a power of its
     Gram matrix: the same in every pass, at most 0.5% above the norm up to width 100); the activation is LipSwish,
     ``h sigmoid(beta h) / 1.1``. Starts at the identity.
 
@@ -29,12 +30,12 @@ class Residual(TransformModule):
 
     - ``log_det="exact"``: the Jacobian (``dim`` products with the weights) and ``O(dim^3)``.
     - ``log_det="unbiased"``: ``exact_terms`` of the power series of ``log det(I + J)`` and a random number more, each
-      kept with probability ``lipschitz`` (Russian roulette, for which the variance is finite), with one random vector
-      for the trace (Hutchinson): about ``exact_terms + 1 / (1 - lipschitz)`` vector products with ``J``. Its gradient
-      is the unbiased Neumann series (Chen et al. 2019, eq. 8), whose memory does not grow with the number of terms;
-      second derivatives of this estimate are not. Noise is a pure function of the map's ``noise_key`` and of the bits
-      of ``x``, so that both methods stay pure and no two inputs share it; ``flow.with_key(key)`` renews it for data
-      that come again.
+      kept with probability ``p``, the bound of Lip g which the weights have at present (Russian roulette, for which the
+      variance is finite), with one random vector for the trace (Hutchinson): about ``exact_terms + p / (1 - p)``
+      vector products with ``J``, and ``p <= lipschitz``. Its gradient is the unbiased Neumann series (Chen et al. 2019,
+      eq. 8), whose memory does not grow with the number of terms; second derivatives of this estimate are not.
+      Noise is a pure function of the map's ``noise_key`` and of the bits of ``x``, so that both methods stay pure and
+      no two inputs share it; ``flow.with_key(key)`` renews it for data that come again.
 
     :param dim: size of ``x``.
     :param hidden_dims: hidden widths of ``g``, and of the conditioner of its biases, used with a context only.
@@ -85,14 +86,14 @@ class Residual(TransformModule):
         return self.log_det == "exact"
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
-        weights, biases = self._layers(x, context)
+        weights, biases, rate = self._layers(x, context)
         g, slopes = self._g(weights, biases, x)
-        return x + g, self._log_det(weights, slopes, x)
+        return x + g, self._log_det(weights, slopes, rate, x)
 
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         if context is not None:
             y = jnp.broadcast_to(y, jnp.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
-        weights, biases = self._layers(y, context)
+        weights, biases, rate = self._layers(y, context)
         x = fixed_point_root(
             lambda x: self._g(weights, biases, x)[0],
             y,
@@ -100,27 +101,30 @@ class Residual(TransformModule):
             owner="Residual",
         )
         _, slopes = self._g(weights, biases, x)
-        return x, -self._log_det(weights, slopes, x)
+        return x, -self._log_det(weights, slopes, rate, x)
 
     def log_det_estimate(
         self, x: Array, num_samples: int = 100, context: Array | None = None, *, key: Array
     ) -> tuple[Array, Array]:
         """``log |det dy/dx|`` at ``x`` as the mean of unbiased estimates, and its standard error, both ``(...)``."""
-        weights, biases = self._layers(x, context)
+        weights, biases, rate = self._layers(x, context)
         _, slopes = self._g(weights, biases, x)
-        estimates = lax.map(lambda k: self._unbiased(weights, slopes, k), jax.random.split(key, num_samples))
+        estimates = lax.map(lambda k: self._unbiased(weights, slopes, rate, k), jax.random.split(key, num_samples))
         return estimates.mean(0), estimates.std(0, ddof=1) / num_samples**0.5
 
-    def _layers(self, x: Array, context: Array | None) -> tuple[list[Array], list[Array]]:
-        """The weights, scaled to the share of the Lipschitz constant that each may have, and the biases."""
+    def _layers(self, x: Array, context: Array | None) -> tuple[list[Array], list[Array], Array]:
+        """The weights, scaled to the share of the Lipschitz constant that each may have, the biases, and the constant
+        that these weights have."""
         share = self.lipschitz ** (1 / len(self.layers))
-        weights = [w * (share / jnp.maximum(spectral_bound(w), share)) for w in (layer.weight for layer in self.layers)]
+        bounds = [spectral_bound(layer.weight) for layer in self.layers]
+        weights = [layer.weight * (share / jnp.maximum(b, share)) for layer, b in zip(self.layers, bounds, strict=True)]
+        rate = jnp.minimum(lax.stop_gradient(jnp.stack(bounds)), share).prod()
         biases = [layer.bias for layer in self.layers]
         if self.conditioner is not None:
             theta, start = self.conditioner(x[..., :0], context), 0
             for n, bias in enumerate(biases):
                 biases[n], start = bias + theta[..., start : start + bias.size], start + bias.size
-        return weights, biases
+        return weights, biases, rate
 
     def _g(self, weights: list[Array], biases: list[Array], x: Array) -> tuple[Array, list[Array]]:
         """``g(x)`` and the slopes of the activations in each hidden layer."""
@@ -132,26 +136,26 @@ class Residual(TransformModule):
             h = (h * gate / _LIP_SWISH) @ weight.T + bias
         return h, slopes
 
-    def _log_det(self, weights: list[Array], slopes: list[Array], x: Array) -> Array:
+    def _log_det(self, weights: list[Array], slopes: list[Array], rate: Array, x: Array) -> Array:
         if self.noise_key is None:
             return _exact(weights, slopes)
         bits = lax.bitcast_convert_type(lax.stop_gradient(x).sum().astype(jnp.float32), jnp.uint32)
-        return self._unbiased(weights, slopes, jax.random.fold_in(self.noise_key, bits))
+        return self._unbiased(weights, slopes, rate, jax.random.fold_in(self.noise_key, bits))
 
-    def _unbiased(self, weights: list[Array], slopes: list[Array], key: Array) -> Array:
+    def _unbiased(self, weights: list[Array], slopes: list[Array], rate: Array, key: Array) -> Array:
         """One unbiased estimate of ``log det(I + J)``, with an unbiased gradient."""
         noise_key, stop_key = jax.random.split(key)
         like = slopes[0]
         noise = jax.random.rademacher(noise_key, (*like.shape[:-1], self.dim), like.dtype)
-        # P(more >= j) = lipschitz^j
-        more = jnp.floor(jnp.log1p(-jax.random.uniform(stop_key, dtype=like.dtype)) / jnp.log(self.lipschitz))
+        keep = jnp.maximum(rate, _LEAST_RATE)
+        more = jnp.floor(jnp.log1p(-jax.random.uniform(stop_key, dtype=like.dtype)) / jnp.log(keep))  # P(>= j) = keep^j
         fixed, fixed_slopes = lax.stop_gradient((weights, slopes))
 
         def term(k, state):
             power, neumann, value = state
             power = _pull(fixed, fixed_slopes, power)
             sign = jnp.where(k % 2 == 0, 1.0, -1.0).astype(like.dtype)
-            weight = sign * jnp.asarray(self.lipschitz, like.dtype) ** -jnp.maximum(k - self.exact_terms, 0)
+            weight = sign * keep ** -jnp.maximum(k - self.exact_terms, 0)
             value = value - weight / k * (power * noise).sum(-1)
             return power, neumann + weight * power, value
 
@@ -190,23 +194,25 @@ def _pull(weights: list[Array], slopes: list[Array], v: Array) -> Array:
     return v @ weights[0]
 
 
-def spectral_bound(weight: Array, squarings: int = 8) -> Array:
-    """An upper bound of the 2-norm, ``rank^(2^-squarings / 4)`` times it at most (Delattre et al. 2023).
+def spectral_bound(weight: Array) -> Array:
+    """An upper bound of the 2-norm, ``rank^(1 / 1024)`` times it at most (Delattre et al. 2023).
 
-    The Frobenius norm of the Gram matrix to the power ``2^squarings``, by repeated squaring.
+    By the Frobenius norm of the 256th power of the Gram matrix, which lies above its largest eigenvalue's.
     """
-    gram = weight.mT @ weight if weight.shape[-1] <= weight.shape[-2] else weight @ weight.mT
-    log_norm = jnp.zeros((), gram.dtype)
+    power = weight.mT @ weight if weight.shape[-1] <= weight.shape[-2] else weight @ weight.mT
 
-    def square(state, share):
-        gram, log_norm = state
-        norm = jnp.sqrt((gram**2).sum((-1, -2), keepdims=True) + jnp.finfo(gram.dtype).tiny)
-        gram = gram / norm
-        return (gram @ gram, log_norm + jnp.log(norm[..., 0, 0]) * share), None
+    def raise_power(power, share):  # scaled each time before it is raised to the fourth power, lest it vanish
+        norm = _frobenius(power)
+        power = power / norm
+        power = power @ power
+        return power @ power, jnp.log(norm) * share
 
-    shares = 2.0 ** -jnp.arange(squarings + 1, dtype=gram.dtype)
-    (_, log_norm), _ = lax.scan(square, (gram, log_norm), shares)
-    return jnp.exp(0.5 * log_norm)
+    power, log_norms = lax.scan(raise_power, power, 4.0 ** -jnp.arange(4, dtype=power.dtype))
+    return jnp.exp(0.5 * (log_norms.sum() + jnp.log(_frobenius(power)) / 256))
+
+
+def _frobenius(matrix: Array) -> Array:
+    return jnp.sqrt((matrix**2).sum() + jnp.finfo(matrix.dtype).tiny)
 
 
 def check_residual(hidden_dims: Sequence[int], lipschitz: float, log_det: str) -> None:

@@ -15,12 +15,13 @@ from pyroflows.transform_module import TransformModule
 
 LOG_DETS = ("exact", "unbiased")
 _LIP_SWISH = 1.1  # above the largest slope of x sigmoid(beta x), 1.0998, for any beta
+_LEAST_RATE = 1e-3  # at which a series goes on, lest an estimate divide by zero
 
 
 class Residual(TransformModule):
     """``y = x + g(x)`` with a network ``g`` of Lipschitz constant at most ``lipschitz < 1``.
 
-    Each weight is scaled down to its share of the constant by an upper bound of its 2-norm (eight squarings of its
+    Each weight is scaled down to its share of the constant by an upper bound of its 2-norm (by a power of its
     Gram matrix: the same in every pass, at most 0.5% above the norm up to width 100); the activation is LipSwish,
     ``h sigmoid(beta h) / 1.1``. Starts at the identity.
 
@@ -29,11 +30,11 @@ class Residual(TransformModule):
 
     - ``log_det="exact"``: the Jacobian (``dim`` products with the weights) and ``O(dim^3)``.
     - ``log_det="unbiased"``: ``exact_terms`` of the power series of ``log det(I + J)`` and a random number more, each
-      kept with probability ``lipschitz`` (Russian roulette, for which the variance is finite), with one random vector
-      for the trace (Hutchinson): about ``exact_terms + 1 / (1 - lipschitz)`` vector products with ``J``. Its gradient
-      is the unbiased Neumann series (Chen et al. 2019, eq. 8), whose memory does not grow with the number of terms;
-      second derivatives of this estimate are not. Noise comes from torch's default generators, and the number of
-      terms is read on the host.
+      kept with probability ``p``, the bound of Lip g which the weights have at present (Russian roulette, for which the
+      variance is finite), with one random vector for the trace (Hutchinson): about ``exact_terms + p / (1 - p)``
+      vector products with ``J``, and ``p <= lipschitz``. Its gradient is the unbiased Neumann series (Chen et al. 2019,
+      eq. 8), whose memory does not grow with the number of terms; second derivatives of this estimate are not. Noise
+      comes from torch's default generators, and the number of terms is read on the host.
 
     :param dim: size of ``x``.
     :param hidden_dims: hidden widths of ``g``, and of the conditioner of its biases, used with a context only.
@@ -75,15 +76,14 @@ class Residual(TransformModule):
         return self.log_det == "exact"
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        weights, biases = self._layers(x, context)
+        weights, biases, rate = self._layers(x, context)
         g, slopes = self._g(weights, biases, x)
-        log_det = _exact if self.log_det_is_exact else self._unbiased
-        return x + g, log_det(weights, slopes)
+        return x + g, self._log_det(weights, slopes, rate)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if context is not None:
             y = y.expand(torch.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
-        weights, biases = self._layers(y, context)
+        weights, biases, rate = self._layers(y, context)
         x = fixed_point_root(
             lambda x: self._g(weights, biases, x)[0],
             y,
@@ -91,27 +91,29 @@ class Residual(TransformModule):
             owner="Residual",
         )
         _, slopes = self._g(weights, biases, x)
-        log_det = _exact if self.log_det_is_exact else self._unbiased
-        return x, -log_det(weights, slopes)
+        return x, -self._log_det(weights, slopes, rate)
 
     def log_det_estimate(
         self, x: Tensor, num_samples: int = 100, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``log |det dy/dx|`` at ``x`` as the mean of unbiased estimates, and its standard error, both ``(...)``."""
-        weights, biases = self._layers(x, context)
+        weights, biases, rate = self._layers(x, context)
         _, slopes = self._g(weights, biases, x)
-        estimates = torch.stack([self._unbiased(weights, slopes) for _ in range(num_samples)])
+        estimates = torch.stack([self._unbiased(weights, slopes, rate) for _ in range(num_samples)])
         return estimates.mean(0), estimates.std(0) / num_samples**0.5
 
-    def _layers(self, x: Tensor, context: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        """The weights, scaled to the share of the Lipschitz constant that each may have, and the biases."""
+    def _layers(self, x: Tensor, context: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """The weights, scaled to the share of the Lipschitz constant that each may have, the biases, and the constant
+        that these weights have."""
         share = self.lipschitz ** (1 / len(self.layers))
-        weights = [w * (share / spectral_bound(w).clamp_min(share)) for w in (layer.weight for layer in self.layers)]  # type: ignore
+        bounds = [spectral_bound(layer.weight) for layer in self.layers]  # type: ignore[arg-type]
+        weights = [layer.weight * (share / b.clamp_min(share)) for layer, b in zip(self.layers, bounds, strict=True)]
+        rate = torch.stack(bounds).detach().clamp_max(share).prod()
         biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
         if self.conditioner is not None:
             moved = self.conditioner(x[..., :0], context).split([len(b) for b in biases], -1)
             biases = [b + m for b, m in zip(biases, moved, strict=True)]
-        return weights, biases
+        return weights, biases, rate
 
     def _g(self, weights: list[Tensor], biases: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``g(x)`` and the slopes of the activations in each hidden layer."""
@@ -123,18 +125,21 @@ class Residual(TransformModule):
             h = F.linear(h * gate / _LIP_SWISH, weight) + bias
         return h, slopes
 
-    def _unbiased(self, weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
+    def _log_det(self, weights: list[Tensor], slopes: list[Tensor], rate: Tensor) -> Tensor:
+        return _exact(weights, slopes) if self.log_det_is_exact else self._unbiased(weights, slopes, rate)
+
+    def _unbiased(self, weights: list[Tensor], slopes: list[Tensor], rate: Tensor) -> Tensor:
         """One unbiased estimate of ``log det(I + J)``, with an unbiased gradient."""
         like = slopes[0]
         noise = torch.empty(*like.shape[:-1], self.dim, dtype=like.dtype, device=like.device).bernoulli_(0.5) * 2 - 1
-        # P(more >= j) = lipschitz^j
-        more = int(math.log(1 - float(torch.rand((), device="cpu"))) / math.log(self.lipschitz))
+        keep = max(float(rate), _LEAST_RATE)
+        more = int(math.log(1 - float(torch.rand((), device="cpu"))) / math.log(keep))  # P(more >= j) = keep^j
         with torch.no_grad():
             fixed, fixed_slopes = [w.detach() for w in weights], [s.detach() for s in slopes]
             power, neumann, value = noise, noise, torch.zeros_like(noise[..., 0])
             for k in range(1, self.exact_terms + more + 1):
                 power = _pull(fixed, fixed_slopes, power)
-                weight = (-1) ** k * self.lipschitz ** -max(k - self.exact_terms, 0)
+                weight = (-1) ** k * keep ** -max(k - self.exact_terms, 0)
                 value = value - weight / k * (power * noise).sum(-1)
                 neumann = neumann + weight * power
         surrogate = (neumann * _push(weights, slopes, noise)).sum(-1)  # only its gradient counts
@@ -171,18 +176,20 @@ def _pull(weights: list[Tensor], slopes: list[Tensor], v: Tensor) -> Tensor:
     return v @ weights[0]
 
 
-def spectral_bound(weight: Tensor, squarings: int = 8) -> Tensor:
-    """An upper bound of the 2-norm, ``rank^(2^-squarings / 4)`` times it at most (Delattre et al. 2023).
+def spectral_bound(weight: Tensor) -> Tensor:
+    """An upper bound of the 2-norm, ``rank^(1 / 1024)`` times it at most (Delattre et al. 2023).
 
-    The Frobenius norm of the Gram matrix to the power ``2^squarings``, by repeated squaring.
+    By the Frobenius norm of the 256th power of the Gram matrix, which lies above its largest eigenvalue's.
     """
-    gram = weight.mT @ weight if weight.shape[-1] <= weight.shape[-2] else weight @ weight.mT
-    log_norm = torch.zeros_like(gram[..., 0, 0])
-    for n in range(squarings + 1):
-        norm = (gram.square().sum((-1, -2)) + torch.finfo(gram.dtype).tiny).sqrt()
-        log_norm = log_norm + norm.log() * 2.0**-n
-        gram = gram / norm[..., None, None]
-        gram = gram @ gram
+    power = weight.mT @ weight if weight.shape[-1] <= weight.shape[-2] else weight @ weight.mT
+    log_norm = torch.zeros_like(power[..., 0, 0])
+    for n in range(5):  # scaled each time before it is raised to the fourth power, lest it vanish
+        norm = (power.square().sum((-1, -2)) + torch.finfo(power.dtype).tiny).sqrt()
+        log_norm = log_norm + norm.log() / 4.0**n
+        if n < 4:
+            power = power / norm[..., None, None]
+            power = power @ power
+            power = power @ power
     return torch.exp(0.5 * log_norm)
 
 
