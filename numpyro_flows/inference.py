@@ -35,13 +35,22 @@ from numpyro_flows.initialization import (
     pseudo_observations,
 )
 from numpyro_flows.log_density import LogDensity, prototype_trace
-from numpyro_flows.noncentering import Noncentering, hessian, inverse, log_densities, value_and_grad, with_density
+from numpyro_flows.noncentering import (
+    Noncentering,
+    forward,
+    hessian,
+    inverse,
+    log_densities,
+    value_and_grad,
+    with_density,
+)
 from numpyro_flows.posterior import FlowPosterior, History
 from numpyro_flows.programs import Programs, quick_key
 from numpyro_flows.training import CHUNK, first_state, update
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
+_WORTHWHILE = 1.0  # nats of the start's ELBO by which a non-centring has to gain for another one to be tried
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
@@ -60,8 +69,8 @@ class FlowVI:
     """Fits a flow to a model's posterior, with nothing to tune.
 
     1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), where
-       latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then once more with
-       the pseudo-observations that the likelihood amounts to there. The better of the two is kept.
+       latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then with the
+       pseudo-observations that the likelihood amounts to there, as long as that gains a nat. The best is kept.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
@@ -352,29 +361,34 @@ class FlowVI:
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
 
-        def search() -> tuple[Target, Start]:
+        def search(u: Array) -> tuple[Target, Start]:
             coordinates = with_density(guide.coordinates, None)
             target = self._target(log_density, next(iter(coordinates.layers), None))  # type: ignore[attr-defined]
-            points = [np.asarray(self._programs(inverse, coordinates, log_density, guide.init_loc)[0], float)]
+            first = [np.asarray(self._programs(inverse, coordinates, log_density, u)[0], float)]
             for point in self._points(guide, log_density, key, self.num_starts - 1, self.init_loc_fn):
-                if not np.allclose(point, points[0]) and np.isfinite(target.value_and_grad(point)[0]):
-                    points.append(point)
-            return target, find_start(target, points, _numpy_rng(key))
+                if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
+                    first.append(point)
+            return target, find_start(target, first, _numpy_rng(key))
 
-        target, start = search()
         plain = guide.noncentering
-        if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
-            return target, start
-        x = jnp.asarray(start.loc, guide.init_loc.dtype)
-        u, factor = (np.asarray(a, float) for a in self._programs(_centred, plain.with_density(None), log_density, x))
-        guide.set_noncentering(
-            plain.with_pseudo_observations(*pseudo_observations(target, start.loc, u, factor, plain.elements))
-        )
-        adapted, again = search()
-        gradients = start.gradients + again.gradients + len(start.loc)
-        if again.elbo > start.elbo:
-            return adapted, again._replace(gradients=gradients)
-        guide.set_noncentering(plain)
+        target, start = search(guide.init_loc)
+        plain_target, gradients = target, start.gradients
+        while plain is not None and len(start.loc) <= MAX_HESSIAN_DIM:
+            x, coordinates = jnp.asarray(start.loc, guide.init_loc.dtype), with_density(guide.coordinates, None)
+            u = self._programs(forward, coordinates, log_density, x)[0]
+            at, factor = (np.asarray(a, float) for a in self._programs(_at, plain.with_density(None), log_density, u))
+            told = pseudo_observations(plain_target, at, np.asarray(u, float), factor, plain.elements)
+            kept: Any = guide.noncentering
+            guide.set_noncentering(plain.with_pseudo_observations(*told))
+            adapted, again = search(u)
+            gradients += again.gradients + len(start.loc)
+            gain = again.elbo - start.elbo
+            if not gain > 0:
+                guide.set_noncentering(kept)
+                break
+            target, start = adapted, again
+            if gain < _WORTHWHILE:
+                break
         return target, start._replace(gradients=gradients)
 
     def _target(self, log_density: LogDensity, noncentering: Noncentering | None) -> Target:
@@ -523,10 +537,11 @@ def _point(coordinates: TransformModule, log_density: LogDensity, samples: dict[
     return inverse(coordinates, log_density, log_density.unconstrain(samples)[0])[0]
 
 
-def _centred(layer: Noncentering, log_density: LogDensity, x: Array) -> tuple[Array, Array]:
-    """The latent vector of a non-centred one, and the matrix that the priors there scale it by."""
+def _at(layer: Noncentering, log_density: LogDensity, u: Array) -> tuple[Array, Array]:
+    """A latent vector's non-centred one, and the matrix that the priors there scale it by."""
     layer = layer.with_density(log_density)
-    return layer.forward_and_log_det(x)[0], layer.factor(x)
+    x = layer.inverse_and_log_det(u)[0]
+    return x, layer.factor(x)
 
 
 def _in_numpy(program: Callable, x: np.ndarray) -> Any:

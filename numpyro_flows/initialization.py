@@ -8,7 +8,7 @@ one of the candidates, since at the mode of a funnel a Gaussian is useless.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
@@ -19,6 +19,8 @@ _LEAST_CURVATURE = 1e-3  # of the likelihood, in units of the prior's precision,
 _MISSED = np.log(20.0)  # a guide misses what it gives less than a twentieth of the posterior's density
 _BARRIER = np.log(20.0)  # modes are parted where the density between them falls to less than a twentieth
 _SAME_END = 0.1  # standard deviations between the ends of two walks to the same mode
+_ARRIVED = 1.0  # standard deviations that Newton's step from the end of a walk may have
+_MAX_LEGS = 4  # of a walk: each goes on in the coordinates of the local Gaussian where the one before ended
 
 
 class Target(NamedTuple):
@@ -78,7 +80,7 @@ def find_modes(
             best_of_paths[-1] = Start(loc, scale_tril, elbo, 0)
 
     for start in starts:
-        path, evaluations = _ascend(target.value_and_grad, start)
+        path, evaluations = _walk(target, start)
         gradients += evaluations
         if points_per_path == 1 and any(_distance(other, path[-1]) < _SAME_END for other in best_of_paths):
             continue
@@ -207,6 +209,29 @@ def pseudo_observations(
     told &= curvature * np.square(factor).sum(1) > _LEAST_CURVATURE
     curvature = np.where(told, curvature, 1.0)
     return np.where(told, curvature, 0.0), np.where(told, u + gradient / curvature, 0.0)
+
+
+def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], int]:
+    """The points on the way from a start to a mode, and the gradient evaluations.
+
+    L-BFGS knows the scales of the last steps alone, and may end far from the mode where they differ by orders of
+    magnitude between parameters. It goes on from there in coordinates that the Hessian makes alike.
+    """
+    path, gradients = _ascend(target.value_and_grad, start)
+    for _ in range(_MAX_LEGS - 1 if len(start) <= MAX_HESSIAN_DIM else 0):
+        end = path[-1]
+        scale_tril, gradients = _gaussian_scale(target.hessian(end)), gradients + len(start)
+        if scale_tril is None or not np.linalg.norm(scale_tril.T @ target.value_and_grad(end)[1]) > _ARRIVED:
+            break
+
+        def whitened(z: np.ndarray, end: Any = end, scale_tril: Any = scale_tril) -> tuple[float, np.ndarray]:
+            value, gradient = target.value_and_grad(end + scale_tril @ z)
+            return value, scale_tril.T @ gradient
+
+        leg, evaluations = _ascend(whitened, np.zeros(len(start)))
+        path += [end + scale_tril @ z for z in leg[1:]]
+        gradients += evaluations
+    return path, gradients
 
 
 def _ascend(

@@ -40,6 +40,7 @@ from pyroflows.training import CHUNK, Ascent, copies, settle
 from pyroflows.transform_module import Compose, TransformModule
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
+_WORTHWHILE = 1.0  # nats of the start's ELBO by which a non-centring has to gain for another one to be tried
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
@@ -59,8 +60,8 @@ class FlowVI:
     """Fits a flow to a model's posterior, with nothing to tune.
 
     1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), where
-       latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then once more with
-       the pseudo-observations that the likelihood amounts to there. The better of the two is kept.
+       latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then with the
+       pseudo-observations that the likelihood amounts to there, as long as that gains a nat. The best is kept.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
@@ -340,29 +341,33 @@ class FlowVI:
     def _find_start(self, guide: AutoFlow, log_density: LogDensity) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
 
-        def search() -> tuple[Target, Start]:
+        def search(u: Tensor) -> tuple[Target, Start]:
             target = self._target(pulled_back(log_density, guide.noncentering))
-            loc = guide.coordinates.inverse_and_log_det(log_density.prototype)[0]
-            points = [loc.double().numpy(force=True)]
+            first = [guide.coordinates.inverse_and_log_det(u)[0].double().numpy(force=True)]
             for point in self._points(guide, log_density, self.num_starts - 1, self.init_loc_fn):
-                if not np.allclose(point, points[0]) and np.isfinite(target.value_and_grad(point)[0]):
-                    points.append(point)
-            return target, find_start(target, points, _numpy_rng())
+                if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
+                    first.append(point)
+            return target, find_start(target, first, _numpy_rng())
 
-        target, start = search()
         plain = guide.noncentering
-        if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
-            return target, start
-        x = torch.as_tensor(start.loc).to(log_density.prototype)
-        u, factor = (t.double().numpy(force=True) for t in (plain.forward_and_log_det(x)[0], plain.factor(x)))
-        guide.set_noncentering(
-            plain.with_pseudo_observations(*pseudo_observations(target, start.loc, u, factor, plain.elements))
-        )
-        adapted, again = search()
-        gradients = start.gradients + again.gradients + len(start.loc)
-        if again.elbo > start.elbo:
-            return adapted, again._replace(gradients=gradients)
-        guide.set_noncentering(plain)
+        target, start = search(log_density.prototype)
+        plain_target, gradients = target, start.gradients
+        while plain is not None and len(start.loc) <= MAX_HESSIAN_DIM:
+            u = guide.coordinates.forward_and_log_det(torch.as_tensor(start.loc).to(log_density.prototype))[0]
+            x = plain.inverse_and_log_det(u)[0]
+            at, factor, centred = (t.double().numpy(force=True) for t in (x, plain.factor(x), u))
+            told = pseudo_observations(plain_target, at, centred, factor, plain.elements)
+            kept: Any = guide.noncentering
+            guide.set_noncentering(plain.with_pseudo_observations(*told))
+            adapted, again = search(u)
+            gradients += again.gradients + len(start.loc)
+            gain = again.elbo - start.elbo
+            if not gain > 0:
+                guide.set_noncentering(kept)
+                break
+            target, start = adapted, again
+            if gain < _WORTHWHILE:
+                break
         return target, start._replace(gradients=gradients)
 
     def _look_elsewhere(

@@ -422,6 +422,28 @@ def test_modes_are_parted_by_a_barrier_or_by_distance(fitter):
     assert len(module.distinct(far, ridge)) == 2
 
 
+def test_a_walk_arrives_where_scales_differ_by_orders_of_magnitude(fitter):
+    module = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
+    scale, loc = np.geomspace(1e-3, 1e3, 40), np.linspace(-5, 5, 40)
+
+    def log_density(u):  # not quadratic: the local Gaussian is another one everywhere
+        z = (u - loc) / scale
+        return (-0.5 * z**2 + 0.5 * np.cos(z)).sum(-1)
+
+    def value_and_grad(u):
+        z = (u - loc) / scale
+        return log_density(u), -(z + 0.5 * np.sin(z)) / scale
+
+    def hessian(u):
+        return np.diag(-(1 + 0.5 * np.cos((u - loc) / scale)) / scale**2)
+
+    target = module.Target(log_density, value_and_grad, hessian)
+    modes, gradients = module.find_modes(target, [np.zeros(40)], np.random.default_rng(0))
+    assert np.abs((modes[0].loc - loc) / scale).max() < 0.1
+    np.testing.assert_allclose(np.diagonal(modes[0].scale_tril), scale / 1.5**0.5, rtol=0.1)
+    assert gradients < 3000
+
+
 def test_the_gaussian_around_modes(fitter):
     module = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
     rng = np.random.default_rng(0)
