@@ -356,10 +356,15 @@ class FlowPosterior:
                 f"draws, and so is every number here. Use another flow=, or float64 ({numbers})."
             )
         if self.misses_modes:
+            where, remedy = (
+                "in another mode",
+                "base=partial(distributions.MixtureBase, num_components=4) and num_starts=16",
+            )
+            if len(self._modes) == 1:
+                where, remedy = "in tails that are not its own", "more num_steps="
             return (
                 f"Do not trust: about {self.history.missed:.0%} of the posterior lies where the guide has nearly no "
-                "mass: in another mode, or outside its flow's image. Fit it with base=partial("
-                "distributions.MixtureBase, num_components=4) and num_starts=16, another flow=, or reparametrise "
+                f"mass: {where}, or outside its flow's image. Fit it with {remedy}, another flow=, or reparametrise "
                 f"({numbers})."
             )
         if not k < PARETO_K_GOOD:

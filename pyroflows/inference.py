@@ -40,6 +40,7 @@ from pyroflows.training import CHUNK, Ascent, copies, settle
 from pyroflows.transform_module import Compose, TransformModule
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
+_MOST_LEGS = 4  # of a quarter as many steps again
 _WORTHWHILE = 1.0  # nats of the start's ELBO by which a non-centring has to gain for another one to be tried
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
@@ -77,7 +78,8 @@ class FlowVI:
        the chains of ``FlowPosterior.departure``): a quarter as many steps again from where it stands, with twice the
        draws, where that may do (the gap is below 0.1), else a fit of the next flow of ``richer`` (three fifths as many
        steps of twice the size), until one is good or none is left. The last one goes on where the steps could make it
-       good, as far as the ELBO's rise over as many before tells. The best is kept; ``history.tried`` tells of all.
+       good, as far as the ELBO's rise over as many before tells, and does so up to four times while each leaves little
+       enough for the next ones. The best is kept; ``history.tried`` tells of all.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
     two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
@@ -197,10 +199,10 @@ class FlowVI:
             if posterior.misses_modes and len(modes) > 1 and base is FlexibleBase and budget.allows_more():
                 base = partial(MixtureBase, num_components=len(modes))
                 posterior = attempt("a mixture base", partial(anew, self.flow))
-            richer, went_on = list(self.richer), False
+            richer, legs, gain = list(self.richer), 0, np.inf
             while self.escalate and is_poor(posterior, budget) and budget.allows_more():
-                if not went_on and (is_near(posterior) if richer else may_mend(posterior, self.num_steps // 4)):
-                    more, went_on = "more steps", True
+                if is_near(posterior) and not legs if richer else may_mend(posterior, self.num_steps // 4, legs, gain):
+                    more, legs = "more steps", legs + 1
                     fit = partial(self._go_on, posterior, budget)
                 elif richer:
                     flow = richer.pop(0)
@@ -208,7 +210,8 @@ class FlowVI:
                 else:
                     break
                 before, posterior = posterior, attempt(more, fit)
-                went_on = went_on and (more == "more steps" or posterior is before)
+                gain = posterior.elbo.value - before.elbo.value
+                legs = legs if more == "more steps" or posterior is before else 0
         except KeyboardInterrupt:
             tried.append("interrupted")  # the first fit was complete
         return self._end(posterior, budget, tried)
@@ -627,13 +630,18 @@ def is_near(posterior: FlowPosterior) -> bool:
     return posterior.pareto_k < PARETO_K_GOOD and posterior._log_evidence().value - posterior.elbo.value < _GAP_NEAR
 
 
-def may_mend(posterior: FlowPosterior, num_steps: int) -> bool:
-    """Whether so many steps more could make a poor fit good: they raise the ELBO by less than as many did last."""
+def may_mend(posterior: FlowPosterior, num_steps: int, legs: int, gain: float) -> bool:
+    """Whether so many steps more could make a poor fit good: they raise the ELBO by less than as many did last.
+
+    After the first of such legs, whether the last one, which gained so much, leaves little enough for the others.
+    """
+    gap = posterior._log_evidence().value - posterior.elbo.value
+    if legs:
+        return legs < _MOST_LEGS and gain > gap / (_MOST_LEGS - legs)
     trace, window = posterior.history.elbo, min(num_steps, _WINDOW)
     if not posterior.pareto_k < PARETO_K_GOOD or len(trace) < num_steps + window or not window:
         return True  # nothing foretells it
     last, before = trace[-window:], trace[-num_steps - window :][:window]
-    gap = posterior._log_evidence().value - posterior.elbo.value
     return bool(gap - (np.nanmean(last) - np.nanmean(before)) < _GAP_POOR)
 
 
