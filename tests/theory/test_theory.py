@@ -53,6 +53,8 @@ def test_mass_is_conserved_in_one_dimension(backend, case):
     assert np.exp(log_density(backend, case, flow, y[:, None])) @ weights == pytest.approx(1, abs=1e-4)
 
 
+# in jax behind a marker: the suite of parity has shown its densities to be those of torch
+@pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("case", masses(2))
 def test_mass_is_conserved_in_two_dimensions(backend, case):
     flow = flow_of(backend, case, 2, sd=0.2)
