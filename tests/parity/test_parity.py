@@ -112,7 +112,8 @@ def test_files_that_do_not_fit_are_refused(twins, tmp_path):
 
 
 ROOMS = [
-    "amortised", "conditioners", "density", "diagnosis", "distributions", "elbo", "encoders", "flows", "guides",
+    "amortised", "calibration", "conditioners", "density", "diagnosis", "distributions", "elbo", "encoders", "evidence",
+    "flows", "guides", "guides.hierarchical",
     "inference", "initialization", "log_density", "noncentering", "numerical", "posterior", "prior_predictive",
     "reparam", "reversible", "serialization", "training", "transform_module", "transforms", "univariate",
 ]  # fmt: skip
