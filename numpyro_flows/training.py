@@ -1,4 +1,4 @@
-"""What trainings share: Adam that skips steps which are not finite, and the loop that keeps the best held-out score."""
+"""What trainings share: Adam that passes by wild gradients, and the loop that keeps the best held-out score."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
+MEMORY, LONGEST = 25, 10.0  # gradients are at most so many times as long as the median of so many before
 CHUNK = 50  # steps between two looks at the held-out data, the keyboard and the progress bar
 
 _adam = optax.scale_by_adam()
@@ -32,19 +33,27 @@ class FitHistory(NamedTuple):
 
 
 def first_state(params: Any) -> tuple[Any, Any, Array]:
-    """Parameters, Adam's moments, and the number of steps that were skipped."""
-    return params, _adam.init(ravel_pytree(params)[0]), jnp.zeros((), int)
+    """Parameters, Adam's moments with the norms of the last gradients, and the number of steps that were skipped."""
+    vector = ravel_pytree(params)[0]
+    return params, (_adam.init(vector), jnp.full(MEMORY, jnp.nan, vector.dtype)), jnp.zeros((), int)
 
 
 def update(state: tuple[Any, Any, Array], gradient: Any, step_size: Array) -> tuple[Any, Any, Array]:
-    """The state after a step of Adam, or with one more skipped where the gradient is not finite."""
-    tree, moments, skipped = state
+    """The state after a step of Adam, or with one more skipped where the gradient is not finite.
+
+    One that is far longer than the last ones were is shortened: a single draw far out would end the training, for Adam
+    divides by the root of the mean square of thousands of steps. Of the first gradient, the length alone is noted.
+    """
+    tree, (moments, norms), skipped = state
     (params, unravel), (slope, _) = ravel_pytree(tree), ravel_pytree(gradient)  # one operation for all of them
-    finite = jnp.isfinite(jnp.square(slope).sum())
-    direction, new_moments = _adam.update(slope, moments)
-    new = params - step_size * direction, new_moments, skipped
-    params, *rest = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, moments, skipped + 1))
-    return unravel(params), *rest
+    norm = jnp.sqrt(jnp.square(slope).sum())
+    finite, typical = jnp.isfinite(norm), jnp.nanquantile(norms, 0.5, method="lower")
+    limit = jnp.minimum(1, LONGEST * typical / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+    direction, new_moments = _adam.update(limit * slope, moments)
+    new = params - step_size * direction, new_moments
+    params, moments = jax.tree.map(lambda a, b: jnp.where(finite & ~jnp.isnan(typical), a, b), new, (params, moments))
+    norms = jnp.where(finite, jnp.append(norms[1:], norm), norms)
+    return unravel(params), (moments, norms), skipped + ~finite
 
 
 def train(

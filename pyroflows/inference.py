@@ -83,7 +83,8 @@ class FlowVI:
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
     two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
-    finite are skipped and counted. Where a phase has 1,000 steps or more, one is recorded as a graph which the others
+    finite are skipped and counted; one of more than ten times the median length of the last 25 is shortened to that.
+    Where a phase has 1,000 steps or more, one is recorded as a graph which the others
     run (``graphs.recorded_step``): what the model reads besides its arguments is taken as it was then.
 
     :param model: Pyro model with continuous latents.

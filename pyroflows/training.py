@@ -1,4 +1,4 @@
-"""What trainings share: Adam that skips steps which are not finite, and the loop that keeps the best held-out score."""
+"""What trainings share: Adam that passes by wild gradients, and the loop that keeps the best held-out score."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+MEMORY, LONGEST = 25, 10.0  # gradients are at most so many times as long as the median of so many before
 CHUNK = 50  # steps between two looks at the held-out data, the keyboard and the progress bar
 
 
@@ -37,6 +38,7 @@ class Ascent:
         parts = self.vector.split([p.numel() for p in self.parameters])
         self.parts = [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
         self.adam = torch.optim.Adam([self.vector], fused=True)
+        self.norms = torch.full_like(self.vector[:1], torch.nan).repeat(MEMORY)  # of the last gradients
 
     def gradient(self, loss: Tensor) -> Tensor:
         """The gradient of a loss, as one vector."""
@@ -44,13 +46,20 @@ class Ascent:
         return torch.cat([g.reshape(-1) for g in gradients])
 
     def update(self, gradient: Tensor, step_size: float) -> Tensor:
-        """Makes a step down the gradient, and returns whether it was skipped: the gradient not finite."""
-        skip = ~torch.isfinite(torch.linalg.vector_norm(gradient))
-        self.vector.grad = gradient
+        """Makes a step down the gradient, and returns whether it was skipped: the gradient not finite.
+
+        One that is far longer than the last ones were is shortened: a single draw far out would end the training, for
+        Adam divides by the root of the mean square of thousands of steps. Of the first, the length alone is noted.
+        """
+        norm, typical = torch.linalg.vector_norm(gradient), self.norms.nanmedian()
+        skip = ~torch.isfinite(norm)
+        limit = (LONGEST * typical / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
+        self.vector.grad = gradient * limit
         self.adam.param_groups[0]["lr"] = step_size
         # as gradient scalers do it: Adam skips the step, and nothing waits for a GPU
-        self.adam.found_inf = skip.float()  # type: ignore[attr-defined]
+        self.adam.found_inf = (skip | torch.isnan(typical)).float()  # type: ignore[attr-defined]
         self.adam.step()
+        self.norms = torch.where(skip, self.norms, torch.cat([self.norms[1:], norm[None]]))
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.parts)
         return skip
