@@ -207,6 +207,29 @@ def test_fit_with_a_context(backend):
     assert backend.numpy(given.log_prob(backend.array(draws))).shape == (2000, 2)
 
 
+@pytest.mark.parametrize("wild", [0, 30])
+def test_a_wild_gradient_does_not_end_the_training(backend, wild):
+    """The first one, whose size nothing tells of, or a later one; steps that are not finite are counted."""
+    training = importlib.import_module(f"{backend.pkg.__name__}.training")
+
+    def gradient(n, w):
+        factor = {wild: 1e20, 40: np.inf}.get(n, 1.0)
+        return factor * 2 * (w - 1)
+
+    if backend.name == "jax":
+        state = training.first_state(backend.array(np.zeros(3)))
+        for n in range(200):
+            state = training.update(state, gradient(n, state[0]), 0.05)
+        w, skipped = state[0], int(state[2])
+    else:
+        w = backend.torch.nn.Parameter(backend.array(np.zeros(3)))
+        ascent = training.Ascent([w])
+        skipped = sum(int(ascent.update(gradient(n, w.detach()), 0.05)) for n in range(200))
+        w = w.detach()
+    np.testing.assert_allclose(backend.numpy(w), 1, atol=0.05)
+    assert skipped == 1
+
+
 def test_fit_skips_steps_that_are_not_finite(backend):
     """A spike, whose log-density overflows in float32 for some batches only, would end a plain Adam."""
     data = np.float32(np.random.default_rng(0).normal(size=(2000, 2)))
