@@ -51,7 +51,8 @@ from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _MOST_LEGS = 4  # of a quarter as many steps again
-_WORTHWHILE = 1.0  # nats of the start's ELBO by which a non-centring has to gain for another one to be tried
+_MAX_ADAPTATIONS = 4  # of the non-centring, each from the start that the one before has found
+_WORTHWHILE = 1.0  # nats of the start's ELBO by which it has to gain for another one to be tried
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
@@ -375,15 +376,21 @@ class FlowVI:
 
         plain = guide.noncentering
         target, start = search(guide.init_loc)
+        if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
+            return target, start
         plain_target, gradients = target, start.gradients
-        while plain is not None and len(start.loc) <= MAX_HESSIAN_DIM:
+        for _ in range(_MAX_ADAPTATIONS):
             x, coordinates = jnp.asarray(start.loc, guide.init_loc.dtype), with_density(guide.coordinates, None)
             u = self._programs(forward, coordinates, log_density, x)[0]
             at, factor = (np.asarray(a, float) for a in self._programs(_at, plain.with_density(None), log_density, u))
             told = pseudo_observations(plain_target, at, np.asarray(u, float), factor, plain.elements)
             kept: Any = guide.noncentering
             guide.set_noncentering(plain.with_pseudo_observations(*told))
-            adapted, again = search(u)
+            try:
+                adapted, again = search(u)
+            except RuntimeError:  # no start there has a finite ELBO
+                guide.set_noncentering(kept)
+                break
             gradients += again.gradients + len(start.loc)
             gain = again.elbo - start.elbo
             if not gain > 0:

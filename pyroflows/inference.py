@@ -41,7 +41,8 @@ from pyroflows.transform_module import Compose, TransformModule
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _MOST_LEGS = 4  # of a quarter as many steps again
-_WORTHWHILE = 1.0  # nats of the start's ELBO by which a non-centring has to gain for another one to be tried
+_MAX_ADAPTATIONS = 4  # of the non-centring, each from the start that the one before has found
+_WORTHWHILE = 1.0  # nats of the start's ELBO by which it has to gain for another one to be tried
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
@@ -355,15 +356,21 @@ class FlowVI:
 
         plain = guide.noncentering
         target, start = search(log_density.prototype)
+        if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
+            return target, start
         plain_target, gradients = target, start.gradients
-        while plain is not None and len(start.loc) <= MAX_HESSIAN_DIM:
+        for _ in range(_MAX_ADAPTATIONS):
             u = guide.coordinates.forward_and_log_det(torch.as_tensor(start.loc).to(log_density.prototype))[0]
             x = plain.inverse_and_log_det(u)[0]
             at, factor, centred = (t.double().numpy(force=True) for t in (x, plain.factor(x), u))
             told = pseudo_observations(plain_target, at, centred, factor, plain.elements)
             kept: Any = guide.noncentering
             guide.set_noncentering(plain.with_pseudo_observations(*told))
-            adapted, again = search(u)
+            try:
+                adapted, again = search(u)
+            except RuntimeError:  # no start there has a finite ELBO
+                guide.set_noncentering(kept)
+                break
             gradients += again.gradients + len(start.loc)
             gain = again.elbo - start.elbo
             if not gain > 0:
