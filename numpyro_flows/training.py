@@ -47,7 +47,8 @@ def update(state: tuple[Any, Any, Array], gradient: Any, step_size: Array) -> tu
     tree, (moments, norms), skipped = state
     (params, unravel), (slope, _) = ravel_pytree(tree), ravel_pytree(gradient)  # one operation for all of them
     norm = jnp.sqrt(jnp.square(slope).sum())
-    finite, typical = jnp.isfinite(norm), jnp.nanquantile(norms, 0.5, method="lower")
+    finite, known = jnp.isfinite(norm), jnp.isfinite(norms).sum()
+    typical = jnp.sort(norms)[jnp.maximum(known - 1, 0) // 2]  # their lower median: sorting puts what is unknown last
     limit = jnp.minimum(1, LONGEST * typical / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
     direction, new_moments = _adam.update(limit * slope, moments)
     new = params - step_size * direction, new_moments

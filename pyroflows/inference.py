@@ -63,7 +63,8 @@ class FlowVI:
 
     1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), where
        latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then with the
-       pseudo-observations that the likelihood amounts to there, as long as that gains a nat. The best is kept.
+       pseudo-observations that the likelihood amounts to there, up to four times while that gains a nat. The best is
+       kept.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO

@@ -80,7 +80,7 @@ def find_modes(
             best_of_paths[-1] = Start(loc, scale_tril, elbo, 0)
 
     for start in starts:
-        path, evaluations = _walk(target, start)
+        path, scale_at_end, evaluations = _walk(target, start)
         gradients += evaluations
         if points_per_path == 1 and any(_distance(other, path[-1]) < _SAME_END for other in best_of_paths):
             continue
@@ -95,8 +95,9 @@ def find_modes(
                 for scale in (0.1, 1.0):
                     consider(point, scale * np.eye(dim))
                 continue
-            gradient, gradients = target.value_and_grad(point)[1], gradients + dim
-            scale_tril = _gaussian_scale(target.hessian(point))
+            gradient, scale_tril = target.value_and_grad(point)[1], scale_at_end
+            if scale_tril is None or index < len(path) - 1:
+                scale_tril, gradients = _gaussian_scale(target.hessian(point)), gradients + dim
             if scale_tril is not None:
                 consider(point, scale_tril)
                 consider(point + scale_tril @ (scale_tril.T @ gradient), scale_tril)
@@ -211,8 +212,9 @@ def pseudo_observations(
     return np.where(told, curvature, 0.0), np.where(told, u + gradient / curvature, 0.0)
 
 
-def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], int]:
-    """The points on the way from a start to a mode, and the gradient evaluations.
+def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None, int]:
+    """The points on the way from a start to a mode, the local Gaussian's scale at the last, where it is known, and the
+    gradient evaluations.
 
     L-BFGS knows the scales of the last steps alone, and may end far from the mode where they differ by orders of
     magnitude between parameters. It goes on from there in coordinates that the Hessian makes alike.
@@ -222,7 +224,7 @@ def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], int]:
         end = path[-1]
         scale_tril, gradients = _gaussian_scale(target.hessian(end)), gradients + len(start)
         if scale_tril is None or not np.linalg.norm(scale_tril.T @ target.value_and_grad(end)[1]) > _ARRIVED:
-            break
+            return path, scale_tril, gradients
 
         def whitened(z: np.ndarray, end: Any = end, scale_tril: Any = scale_tril) -> tuple[float, np.ndarray]:
             value, gradient = target.value_and_grad(end + scale_tril @ z)
@@ -231,7 +233,7 @@ def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], int]:
         leg, evaluations = _ascend(whitened, np.zeros(len(start)))
         path += [end + scale_tril @ z for z in leg[1:]]
         gradients += evaluations
-    return path, gradients
+    return path, None, gradients
 
 
 def _ascend(

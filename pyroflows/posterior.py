@@ -343,12 +343,11 @@ class FlowPosterior:
                 f"draws, and so is every number here. Use another flow=, or float64 ({numbers})."
             )
         if self.misses_modes:
-            where, remedy = (
-                "in another mode",
-                "base=partial(distributions.MixtureBase, num_components=4) and num_starts=16",
-            )
             if len(self._modes) == 1:
                 where, remedy = "in tails that are not its own", "more num_steps="
+            else:
+                where = "in another mode"
+                remedy = "base=partial(distributions.MixtureBase, num_components=4) and num_starts=16"
             return (
                 f"Do not trust: about {self.history.missed:.0%} of the posterior lies where the guide has nearly no "
                 f"mass: {where}, or outside its flow's image. Fit it with {remedy}, another flow=, or reparametrise "

@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -420,6 +421,23 @@ def test_modes_are_parted_by_a_barrier_or_by_distance(fitter):
     assert len(module.distinct(modes, lambda u: np.where(np.abs(u[:, 0] - 3) < 0.1, np.nan, 0.0))) == 2
     far = [modes[0], modes[1]._replace(loc=4 * locs[1])]
     assert len(module.distinct(far, ridge)) == 2
+
+
+def test_more_steps_are_repeated_while_they_pay(fitter):
+    may_mend = fitter.module("inference").may_mend
+    trace = np.concatenate([np.full(500, -2.0), np.full(500, -1.5)])
+    posterior = SimpleNamespace(
+        history=SimpleNamespace(elbo=trace),
+        pareto_k=0.5,
+        elbo=SimpleNamespace(value=-1.5),
+        _log_evidence=lambda: SimpleNamespace(value=-0.9),
+    )
+    assert not may_mend(posterior, 500, 0, np.inf)  # rose by 0.5 where 0.6 are missing
+    assert may_mend(posterior, 500, 1, 0.21) and not may_mend(posterior, 500, 1, 0.19)  # three more such legs
+    assert may_mend(posterior, 500, 3, 0.61) and not may_mend(posterior, 500, 3, 0.59)
+    assert not may_mend(posterior, 500, 4, 10.0)
+    posterior.pareto_k = 0.9
+    assert may_mend(posterior, 500, 0, np.inf) and not may_mend(posterior, 500, 1, 0.0)
 
 
 def test_a_walk_arrives_where_scales_differ_by_orders_of_magnitude(fitter):
