@@ -227,8 +227,9 @@ def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarr
             return path, scale_tril, gradients
 
         def whitened(z: np.ndarray, end: Any = end, scale_tril: Any = scale_tril) -> tuple[float, np.ndarray]:
-            value, gradient = target.value_and_grad(end + scale_tril @ z)
-            return value, scale_tril.T @ gradient
+            with np.errstate(all="ignore"):  # the line search turns back from what is not finite
+                value, gradient = target.value_and_grad(end + scale_tril @ z)
+                return value, scale_tril.T @ gradient
 
         leg, evaluations = _ascend(whitened, np.zeros(len(start)))
         path += [end + scale_tril @ z for z in leg[1:]]
