@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from numpyro_flows.transform_module import check_context
 
@@ -96,8 +97,14 @@ class MLP(eqx.Module):
         return [None] * len(self.layers)
 
 
-# what the gradient needs of activations and masks is computed again from the products: less to write and to read
-@partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False, static_argnums=0)
+# what the gradient needs of activations, masks and the first product, where it is the cheapest, is computed again from
+# the other products: less to write and to read
+@partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names("product"),
+    prevent_cse=False,
+    static_argnums=0,
+)
 def _perceptron(
     activation: str,
     x: Array,
@@ -112,8 +119,10 @@ def _perceptron(
     h = x @ first[:, : x.shape[-1]].T + bias
     if context is not None:
         h = h + context @ first[:, x.shape[-1] :].T
+    if len(first) < first.shape[1]:
+        h = checkpoint_name(h, "product")
     for weight, bias in others:
-        h = ACTIVATIONS[activation](h) @ weight.T + bias
+        h = checkpoint_name(ACTIVATIONS[activation](h) @ weight.T + bias, "product")
     return h
 
 
