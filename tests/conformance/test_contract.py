@@ -31,25 +31,6 @@ def some(cases, *names):
     return [param(case, slow=case.name not in names) for case in cases]
 
 
-# what a stack does is what its layers do, which stand for themselves; of stacks, one of each structure
-STACKS = ("continuous", "realnvp", "iaf", "glow")
-OTHERS = ("residual", "gaussianization")  # whose gradients come by rules of their own
-ALL = [param(case, slow=case.deep and case.name not in STACKS) for case in CASES]
-# a network with a context does all that one without does, and more
-WITH_CONTEXT = [
-    param(case, case.dim, True, slow=case.deep and case.name not in (*STACKS, *OTHERS))
-    for case in CASES
-    if case.context
-]
-VARIANTS = [
-    *WITH_CONTEXT,
-    # in two dimensions the conservation of mass tells as much, and layers tell more than stacks of them
-    *(
-        param(case, dim, False, slow=dim == 2 or case.context and dim == case.dim or case.deep and dim < case.dim)
-        for case in CASES
-        for dim in case.dims
-    ),
-]
 # their structure and their univariate map each stand in another layer
 VARIATIONS = [
     *("coupling-in-place", "coupling-spline-tails", "coupling-mask", "autoregressive-spline", "autoregressive-tails"),
@@ -61,6 +42,33 @@ VARIATIONS = [
     ),
     *("autoregressive-dense-sigmoidal", "autoregressive-circular"),
     *("autoregressive-ordering", "plu", "sylvester-householder"),
+]
+
+# what a stack does is what its layers do, which stand for themselves; of stacks, one of each structure
+STACKS = ("continuous", "realnvp", "iaf", "glow")
+OTHERS = ("residual", "gaussianization")  # whose gradients come by rules of their own
+ALL = [param(case, slow=case.deep and case.name not in STACKS) for case in CASES]
+# a network with a context does all that one without does, and more
+WITH_CONTEXT = [
+    param(case, case.dim, True, slow=case.deep and case.name not in (*STACKS, *OTHERS))
+    for case in CASES
+    if case.context
+]
+
+
+def has_twin(case):
+    """Whether what it consists of stands in other cases as well."""
+    return case.deep or case.name in VARIATIONS
+
+
+VARIANTS = [
+    *WITH_CONTEXT,
+    # in two dimensions the conservation of mass tells as much, and layers tell more than stacks of them
+    *(
+        param(case, dim, False, slow=dim == 2 or case.context and dim == case.dim or dim < case.dim and has_twin(case))
+        for case in CASES
+        for dim in case.dims
+    ),
 ]
 LAYERS = [case.name for case in CASES if not case.deep and case.name not in VARIATIONS]
 

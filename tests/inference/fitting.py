@@ -8,6 +8,11 @@ import pytest
 
 from tests import backends
 
+# of a fixture ``in_float64``: where what jax adds is the time to compile, since torch runs the same test
+slow_in_jax = pytest.mark.parametrize(
+    "in_float64", ["torch", pytest.param("jax", marks=pytest.mark.slow)], indirect=True
+)
+
 
 class Fitter:
     """FlowVI in one package, with numpy in and out; every fit is made once."""

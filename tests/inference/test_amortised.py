@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from tests import backends
+from tests.inference.fitting import slow_in_jax
 
 N = 10  # data of the normal mean
 
@@ -376,6 +377,7 @@ def test_calibration_of_refined_posteriors(lab, no_warnings):
 
 
 @pytest.mark.optimised
+@slow_in_jax
 def test_sets_of_varying_size(lab):
     """The sizes are drawn with the data, and the width of the posterior follows them."""
     encoder = lab.encoder("SetEncoder", 1, 8, (32,))

@@ -9,6 +9,10 @@ from tests.registry import BY_NAME, CASES, FLOWS, Case, H, param
 PIECE = 8192  # points at a time
 
 
+# the suite of parity has shown its densities to be those of torch
+slow_in_jax = pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)], indirect=True)
+
+
 @pytest.fixture(params=["torch", "jax"])
 def backend(request):
     return backends.get(request.param)
@@ -53,8 +57,7 @@ def test_mass_is_conserved_in_one_dimension(backend, case):
     assert np.exp(log_density(backend, case, flow, y[:, None])) @ weights == pytest.approx(1, abs=1e-4)
 
 
-# in jax behind a marker: the suite of parity has shown its densities to be those of torch
-@pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)], indirect=True)
+@slow_in_jax
 @pytest.mark.parametrize("case", masses(2))
 def test_mass_is_conserved_in_two_dimensions(backend, case):
     flow = flow_of(backend, case, 2, sd=0.2)
@@ -195,6 +198,7 @@ def test_tail_maps_stay_finite_and_invert_far_out_in_float32(backend):
                 np.testing.assert_allclose(backend.numpy(log_det), -backend.numpy(opposite), atol=1e-3)
 
 
+@slow_in_jax
 def test_heavy_tails_are_learned_by_a_tail_map_only(backend):
     """Student's t of two degrees of freedom by maximum likelihood: KL(p || q) with and without a tail map."""
     from scipy.stats import t
