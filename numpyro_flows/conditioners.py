@@ -116,7 +116,10 @@ def _perceptron(
         (weight if mask is None else jnp.where(mask, weight, 0), bias)
         for (weight, bias), mask in zip(layers, masks, strict=True)
     ]
-    h = x @ first[:, : x.shape[-1]].T + bias
+    of_x = first[:, : x.shape[-1]].T
+    if len(of_x) < of_x.shape[1]:  # the gradient as a product of few rows: that of few columns takes far longer
+        of_x = lax.optimization_barrier(of_x)
+    h = x @ of_x + bias
     if context is not None:
         h = h + context @ first[:, x.shape[-1] :].T
     if len(first) < first.shape[1]:
