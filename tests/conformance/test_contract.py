@@ -33,17 +33,22 @@ def some(cases, *names):
 
 # their structure and their univariate map each stand in another layer
 VARIATIONS = [
-    *("coupling-in-place", "coupling-spline-tails", "coupling-mask", "autoregressive-spline", "autoregressive-tails"),
-    *(
-        "autoregressive-linear-rational",
-        "elementwise-affine",
-        "elementwise-spline-equal-tails",
-        "block-coupling-spline",
-    ),
-    *("autoregressive-dense-sigmoidal", "autoregressive-circular"),
-    *("autoregressive-ordering", "plu", "sylvester-householder"),
+    "coupling-in-place",
+    "coupling-spline-tails",
+    "coupling-mask",
+    "autoregressive-spline",
+    "autoregressive-tails",
+    "autoregressive-linear-rational",
+    "autoregressive-dense-sigmoidal",
+    "autoregressive-circular",
+    "autoregressive-ordering",
+    "elementwise-affine",
+    "elementwise-spline-equal-tails",
+    "block-coupling-spline",
+    "plu",
+    "sylvester-householder",
 ]
-
+LAYERS = [case.name for case in CASES if not case.deep and case.name not in VARIATIONS]
 # what a stack does is what its layers do, which stand for themselves; of stacks, one of each structure
 STACKS = ("continuous", "realnvp", "iaf", "glow")
 OTHERS = ("residual", "gaussianization")  # whose gradients come by rules of their own
@@ -54,23 +59,20 @@ WITH_CONTEXT = [
     for case in CASES
     if case.context
 ]
-
-
-def has_twin(case):
-    """Whether what it consists of stands in other cases as well."""
-    return case.deep or case.name in VARIATIONS
-
-
 VARIANTS = [
     *WITH_CONTEXT,
     # in two dimensions the conservation of mass tells as much, and layers tell more than stacks of them
     *(
-        param(case, dim, False, slow=dim == 2 or case.context and dim == case.dim or dim < case.dim and has_twin(case))
+        param(
+            case,
+            dim,
+            False,
+            slow=dim == 2 or case.context and dim == case.dim or dim < case.dim and case.name not in LAYERS,
+        )
         for case in CASES
         for dim in case.dims
     ),
 ]
-LAYERS = [case.name for case in CASES if not case.deep and case.name not in VARIATIONS]
 
 
 @pytest.mark.parametrize("case", ALL)

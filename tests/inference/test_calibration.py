@@ -12,7 +12,6 @@ import pytest
 from scipy import stats
 
 from tests import backends
-from tests.inference.fitting import slow_in_jax
 
 
 class Lab:
@@ -129,7 +128,6 @@ def test_the_same_seed_gives_the_same_result(lab):
     assert not np.array_equal(a.true["theta"], c.true["theta"]) and len(set(a.true["theta"])) == 5
 
 
-@slow_in_jax
 def test_workers_give_the_same_result(lab):
     """In processes, which have this one's precision."""
     one, two = (lab.conjugate(failing, num_simulations=8, num_workers=n) for n in (1, 2))
