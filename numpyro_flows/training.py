@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
@@ -18,7 +17,8 @@ from tqdm import tqdm
 MEMORY, LONGEST = 25, 10.0  # gradients are at most so many times as long as the median of so many before
 CHUNK = 50  # steps between two looks at the held-out data, the keyboard and the progress bar
 
-_adam = optax.scale_by_adam()
+_DECAY, _DECAY_OF_SQUARE, _TINY = 0.9, 0.999, 1e-8  # Adam's
+_LARGE = 4096  # elements from which an array is updated by itself
 
 
 class FitHistory(NamedTuple):
@@ -32,29 +32,75 @@ class FitHistory(NamedTuple):
     seconds: float
 
 
-def first_state(params: Any) -> tuple[Any, Any, Array]:
+class Moments(NamedTuple):
+    """What Adam knows of the gradients before, of the parameters in :func:`_parts`."""
+
+    taken: Array  # number of steps that were not skipped
+    mean: list[Array]
+    square: list[Array]
+    norms: Array  # (25,): of the last gradients
+
+
+def first_state(params: Any) -> tuple[Any, Moments, Array]:
     """Parameters, Adam's moments with the norms of the last gradients, and the number of steps that were skipped."""
-    vector = ravel_pytree(params)[0]
-    return params, (_adam.init(vector), jnp.full(MEMORY, jnp.nan, vector.dtype)), jnp.zeros((), int)
+    parts = _parts(params)[0]
+    norms = jnp.full(MEMORY, jnp.nan, jnp.result_type(*parts))
+    mean, square = ([jnp.zeros_like(part) for part in parts] for _ in range(2))
+    none = jnp.zeros((), int)
+    return params, Moments(none, mean, square, norms), none
 
 
-def update(state: tuple[Any, Any, Array], gradient: Any, step_size: Array) -> tuple[Any, Any, Array]:
-    """The state after a step of Adam, or with one more skipped where the gradient is not finite.
+def update(state: tuple[Any, Moments, Array], gradient: Any, step_size: Array) -> tuple[Any, Moments, Array]:
+    """The state after a step of Adam (Kingma & Ba 2015), or with one more skipped where the gradient is not finite.
 
     One that is far longer than the last ones were is shortened: a single draw far out would end the training, for Adam
     divides by the root of the mean square of thousands of steps. Of the first gradient, the length alone is noted.
     """
-    tree, (moments, norms), skipped = state
-    (params, unravel), (slope, _) = ravel_pytree(tree), ravel_pytree(gradient)  # one operation for all of them
-    norm = jnp.sqrt(jnp.square(slope).sum())
+    tree, (taken, mean, square, norms), skipped = state
+    (params, whole), (slopes, _) = _parts(tree), _parts(gradient)
+    norm = jnp.sqrt(sum(jnp.square(slope).sum() for slope in slopes))
     finite, known = jnp.isfinite(norm), jnp.isfinite(norms).sum()
     typical = jnp.sort(norms)[jnp.maximum(known - 1, 0) // 2]  # their lower median: sorting puts what is unknown last
-    limit = jnp.minimum(1, LONGEST * typical / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
-    direction, new_moments = _adam.update(limit * slope, moments)
-    new = params - step_size * direction, new_moments
-    params, moments = jax.tree.map(lambda a, b: jnp.where(finite & ~jnp.isnan(typical), a, b), new, (params, moments))
+    moves = finite & ~jnp.isnan(typical)
+    taken = taken + moves
+    of_mean, of_square = (1 - decay ** jnp.maximum(taken, 1) for decay in (_DECAY, _DECAY_OF_SQUARE))
+    factors = (
+        jnp.minimum(1, LONGEST * typical / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)),
+        jnp.where(moves, _DECAY, 1.0),
+        jnp.where(moves, _DECAY_OF_SQUARE, 1.0),
+        jnp.where(moves, step_size / of_mean, 0.0),
+        1 / jnp.sqrt(of_square),
+    )
+    # the barriers keep XLA from computing the factors for every element, and the moments again for the parameters
+    moves, factors = lax.optimization_barrier((moves, factors))
+    steps = [_step(moves, factors, *part) for part in zip(params, slopes, mean, square, strict=True)]
+    params, mean, square = map(list, zip(*steps, strict=True))
     norms = jnp.where(finite, jnp.append(norms[1:], norm), norms)
-    return unravel(params), (moments, norms), skipped + ~finite
+    return whole(params), Moments(taken, mean, square, norms), skipped + ~finite
+
+
+def _step(
+    moves: Array, factors: tuple[Array, ...], param: Array, slope: Array, mean: Array, square: Array
+) -> tuple[Array, Array, Array]:
+    """The parameters after a step, and the moments of their gradient."""
+    limit, keep, keep_square, rate, scale = (factor.astype(param.dtype) for factor in factors)
+    slope = jnp.where(moves, limit * slope, 0)
+    moments = keep * mean + (1 - keep) * slope, keep_square * square + (1 - keep_square) * jnp.square(slope)
+    mean, square = lax.optimization_barrier(moments)
+    return param - rate * mean / (scale * jnp.sqrt(square) + _TINY), mean, square
+
+
+def _parts(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
+    """Large arrays each by itself, which are not copied so, and the small ones as one vector; and the way back."""
+    leaves, structure = jax.tree.flatten(tree)
+    large = [leaf for leaf in leaves if leaf.size >= _LARGE]
+    vector, apart = ravel_pytree([leaf for leaf in leaves if leaf.size < _LARGE])
+
+    def whole(parts: list[Array]) -> Any:
+        first, rest = iter(parts), iter(apart(parts[-1]) if len(large) < len(leaves) else ())
+        return jax.tree.unflatten(structure, [next(first if leaf.size >= _LARGE else rest) for leaf in leaves])
+
+    return large + [vector] * (len(large) < len(leaves)), whole
 
 
 def train(

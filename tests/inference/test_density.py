@@ -230,6 +230,34 @@ def test_a_wild_gradient_does_not_end_the_training(backend, wild):
     assert skipped == 1
 
 
+def test_steps_are_those_of_adam(backend):
+    """Of small and large arrays (which jax updates apart); the first gradient's length alone is noted."""
+    training, rng = importlib.import_module(f"{backend.pkg.__name__}.training"), np.random.default_rng(0)
+    shapes, rates = ((3,), (70, 90), (2, 2), (5000,)), 0.1 / np.arange(1, 31)
+    params = [rng.normal(size=shape) for shape in shapes]
+    gradients = [[rng.normal(size=shape) for shape in shapes] for _ in rates]
+    expected, means, squares = params, [0.0] * 4, [0.0] * 4
+    for n, (gradient, rate) in enumerate(zip(gradients[1:], rates[1:], strict=True), 1):
+        means = [0.9 * m + 0.1 * g for m, g in zip(means, gradient, strict=True)]
+        squares = [0.999 * s + 0.001 * g**2 for s, g in zip(squares, gradient, strict=True)]
+        expected = [
+            p - rate * m / (1 - 0.9**n) / (np.sqrt(s / (1 - 0.999**n)) + 1e-8)
+            for p, m, s in zip(expected, means, squares, strict=True)
+        ]
+    if backend.name == "jax":
+        state = training.first_state([backend.array(p) for p in params])
+        for gradient, rate in zip(gradients, rates, strict=True):
+            state = training.update(state, [backend.array(g) for g in gradient], rate)
+        found = state[0]
+    else:
+        found = [backend.torch.nn.Parameter(backend.array(p)) for p in params]
+        ascent = training.Ascent(found)
+        for gradient, rate in zip(gradients, rates, strict=True):
+            ascent.update(backend.torch.cat([backend.array(g).reshape(-1) for g in gradient]), rate)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(backend.numpy(a.detach() if backend.name == "torch" else a), b, rtol=1e-9, atol=1e-9)
+
+
 def test_fit_skips_steps_that_are_not_finite(backend):
     """A spike, whose log-density overflows in float32 for some batches only, would end a plain Adam."""
     data = np.float32(np.random.default_rng(0).normal(size=(2000, 2)))
