@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyroflows.numerical import takes_custom_gradients
 from pyroflows.univariate.base import Univariate, check_positive, log_sum_and_mean, numerical_inverse, soft_clip
 
 SPREAD = 1.0  # of the units' shifts at the start: far enough apart for each to learn a part of its own
@@ -85,6 +86,9 @@ class DeepDenseSigmoidal(Univariate):
         return self._network(x, x.new_zeros(self.num_params, 1))
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return self._plain(x, params)
+
+    def _plain(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = self._network(x, params)
         value_0, slope_0 = self._start(x)
         y = x + (1 - self.min_slope) * (value - value_0)
@@ -111,11 +115,100 @@ class DeepSigmoidal(DeepDenseSigmoidal):
         """Its units lie symmetrically and are alike: with ``t = exp(-|x|)`` they need no logarithms each."""
         if self.num_units == 1:
             return super()._start(x)
-        weights = torch.linspace(-SPREAD, SPREAD, self.num_units, dtype=x.dtype, device=x.device).exp()
-        size = torch.where(x < 0, -x, x)
-        t = (-size).exp()
-        off = torch.addcmul(torch.ones_like(weights), t.unsqueeze(-1), weights).reciprocal()
-        upper, lower, square = off.sum(-1), off @ weights, off.square()
-        value = size + upper.log() - lower.log()
-        slope = 1 + t * ((square @ weights) / upper - (square @ weights.square()) / lower)
+        value, slope, *_ = _alike(x, self.num_units)
         return torch.where(x < 0, -value, value), slope
+
+    def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        if self.num_units == 1 or not takes_custom_gradients():
+            return self._plain(x, params)
+        batch = torch.broadcast_shapes(x.shape, params.shape[:-2] + params.shape[-1:])
+        params = params.expand(*batch[:-1], self.num_params, batch[-1])
+        return _Sigmoids.apply(x.expand(batch), params, self)  # type: ignore[no-any-return]
+
+
+class _Sigmoids(torch.autograd.Function):
+    """The map of :class:`DeepSigmoidal` with its gradient in closed form, a third of the operations of autograd's.
+
+    With ``s_k = sigmoid(z_k)``, ``z_k = a_k x + b_k``, and the units' shares ``P_k`` of ``sum_k w_k s_k`` and ``Q_k``
+    of ``sum_k w_k (1 - s_k)``, the network has ``dT/dz_k = g_k = P_k (1 - s_k) + Q_k s_k``,
+    ``dT/dlog w_k = P_k - Q_k`` and the slope ``U + L``, ``U = sum_k P_k (1 - s_k) a_k`` and ``L = sum_k Q_k s_k a_k``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, params: Tensor, network: DeepSigmoidal) -> tuple[Tensor, Tensor]:
+        k, c = network.num_units, 1 - network.min_slope
+        raw, shifts, weights = params.split(k, -2)
+        place = torch.linspace(-SPREAD, SPREAD, k, dtype=x.dtype, device=x.device).unsqueeze(-1)
+        log_a = soft_clip(raw, network.max_log_slope)
+        a = log_a.exp()
+        z = (shifts + place).addcmul_(a, x.unsqueeze(-2))
+        on = z.sigmoid()
+        off = 1 - on
+        largest, size = z.clamp_max(0), torch.maximum(on, off)  # sigmoid(z) is exp(min(z, 0)) max(on, off)
+        upper = largest.add_(weights)
+        lower = upper - z
+        sums = []
+        for part in (upper, lower):
+            top = part.amax(-2, keepdim=True)
+            part.sub_(top).exp_().mul_(size)
+            total = part.sum(-2, keepdim=True)
+            part.div_(total)
+            sums.append(total.log_().add_(top).squeeze(-2))
+        u = off.mul_(upper).mul_(a).sum(-2)
+        rest = torch.mul(lower, on, out=size).mul_(a).sum(-2)
+        value_0, slope_0, *alike = _alike(x, k)
+        difference = sums[0] - sums[1] - torch.where(x < 0, -value_0, value_0)
+        slope = 1 + c * (u + rest - slope_0)
+        ctx.save_for_backward(x, params, log_a, a, on, upper, lower, u, rest, slope, slope_0, *alike)
+        ctx.network = network
+        return torch.add(x, difference, alpha=c), slope.log()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dlog: Tensor) -> tuple[Tensor | None, ...]:
+        x, params, log_a, a, on, upper, lower, u, rest, slope, slope_0, *alike = ctx.saved_tensors
+        network: DeepSigmoidal = ctx.network
+        if torch.is_grad_enabled():  # to be differentiated once more
+            inputs = [x.view_as(x), params.view_as(params)]  # one may be a function of the other: that is not ours
+            outputs = network._plain(*inputs)
+            wanted = [t for t in inputs if t.requires_grad]
+            found = iter(torch.autograd.grad(outputs, wanted, (dy, dlog), create_graph=True))
+            return *(next(found) if t.requires_grad else None for t in inputs), None
+        k, c = network.num_units, 1 - network.min_slope
+        by_value, by_slope = c * dy, c * dlog / slope  # of T - T_0
+        by_upper, by_lower = (by_value - by_slope * u).unsqueeze(-2), (by_value + by_slope * rest).unsqueeze(-2)
+        by, both = by_slope.unsqueeze(-2), (by_slope * (u + rest)).unsqueeze(-2)
+        gradient = torch.empty_like(params)
+        of_raw, of_shifts, of_weights = gradient.split(k, -2)
+        off = 1 - on
+        on_share = lower * on
+        g = torch.addcmul(on_share, upper, off)
+        ga = g * a
+        torch.mul(upper, by_upper, out=of_weights).addcmul_(lower, by_lower, value=-1).addcmul_(ga, by)
+        # d(U + L)/dz = g a (1 - 2 s) - U P (1 - s) + L Q s, where P (1 - s) = g - Q s
+        bent = ga.mul_(off.sub_(on))
+        torch.mul(g, by_upper, out=of_shifts).addcmul_(on_share, both).addcmul_(bent, by)
+        slope_of_a = (log_a * (1 / network.max_log_slope)).square_().neg_().add_(1).mul_(a)
+        torch.mul(of_shifts, x.unsqueeze(-2), out=of_raw).addcmul_(g, by).mul_(slope_of_a)
+        dx = dy - by_value * slope_0 - by_slope * _bend_alike(x, *alike)
+        return dx + torch.mul(of_shifts, a, out=bent).sum(-2), gradient, None
+
+
+def _alike(x: Tensor, k: int) -> tuple[Tensor, ...]:
+    """The network at params of zero: its value at ``|x|``, its slope, and what that's derivative is made of."""
+    weights = torch.linspace(-SPREAD, SPREAD, k, dtype=x.dtype, device=x.device).exp()
+    size = torch.where(x < 0, -x, x)
+    t = (-size).exp()
+    off = torch.addcmul(torch.ones_like(weights), t.unsqueeze(-1), weights).reciprocal()
+    upper, lower = (off @ torch.stack([torch.ones_like(weights), weights], -1)).unbind(-1)
+    of_upper, of_lower = (off.square() @ torch.stack([weights, weights.square()], -1)).unbind(-1)
+    value = size + upper.log() - lower.log()
+    a, b = of_upper / upper, of_lower / lower
+    return value, 1 + t * (a - b), t, off, upper, lower, a, b
+
+
+def _bend_alike(x: Tensor, t: Tensor, off: Tensor, upper: Tensor, lower: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The derivative of that slope."""
+    weights = torch.linspace(-SPREAD, SPREAD, off.shape[-1], dtype=x.dtype, device=x.device).exp()
+    cube = off.square() * off @ torch.stack([weights.square(), weights**3], -1)
+    bend = t * (t * (2 * cube[..., 0] / upper - a * a - 2 * cube[..., 1] / lower + b * b) - (a - b))
+    return torch.where(x < 0, -bend, bend)
