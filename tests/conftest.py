@@ -110,7 +110,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(f"{params['in_float64']}-{item.path.stem}"))
 
 
-_limit = 3 * 2**30  # bytes held, beyond which compiled functions are thrown away
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Searching all that was imported for garbage, again and again, takes a twentieth of the tests' time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 10)
+
+
+def _memory():
+    """Bytes of this machine's memory."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+_limit = max(3 * 2**30, _memory() // 4)  # bytes held, beyond which compiled functions are thrown away
 
 
 def pytest_runtest_teardown(item, nextitem):

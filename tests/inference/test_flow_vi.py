@@ -83,6 +83,7 @@ def test_eight_schools_centred(fitter, no_warnings, options):
         assert (draws["tau"] < 0.5).mean() == pytest.approx(0.101, abs=0.02)
 
 
+@slow_in_jax
 def test_supports(fitter):
     """Draws from priors of every kind of support; the evidence of a model without data is one."""
     posterior = fitter.run("constrained", num_steps=500, num_particles=64)
@@ -776,6 +777,7 @@ def test_a_prior_scale_of_zero_tells_no_observations(fitter):
     assert not precision.any() and not data.any()
 
 
+@slow_in_jax
 def test_noncentering_finds_the_observations_of_correlated_elements(fitter):
     fit_that_finds_the_observations(fitter, "process", num_steps=1, num_starts=1)
 
