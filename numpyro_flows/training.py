@@ -32,7 +32,7 @@ class FitHistory(NamedTuple):
     seconds: float
 
 
-class Moments(NamedTuple):
+class _Moments(NamedTuple):
     """What Adam knows of the gradients before, of the parameters in :func:`_parts`."""
 
     taken: Array  # number of steps that were not skipped
@@ -41,16 +41,16 @@ class Moments(NamedTuple):
     norms: Array  # (25,): of the last gradients
 
 
-def first_state(params: Any) -> tuple[Any, Moments, Array]:
+def first_state(params: Any) -> tuple[Any, _Moments, Array]:
     """Parameters, Adam's moments with the norms of the last gradients, and the number of steps that were skipped."""
     parts = _parts(params)[0]
     norms = jnp.full(MEMORY, jnp.nan, jnp.result_type(*parts))
     mean, square = ([jnp.zeros_like(part) for part in parts] for _ in range(2))
     none = jnp.zeros((), int)
-    return params, Moments(none, mean, square, norms), none
+    return params, _Moments(none, mean, square, norms), none
 
 
-def update(state: tuple[Any, Moments, Array], gradient: Any, step_size: Array) -> tuple[Any, Moments, Array]:
+def update(state: tuple[Any, _Moments, Array], gradient: Any, step_size: Array) -> tuple[Any, _Moments, Array]:
     """The state after a step of Adam (Kingma & Ba 2015), or with one more skipped where the gradient is not finite.
 
     One that is far longer than the last ones were is shortened: a single draw far out would end the training, for Adam
@@ -76,7 +76,7 @@ def update(state: tuple[Any, Moments, Array], gradient: Any, step_size: Array) -
     steps = [_step(moves, factors, *part) for part in zip(params, slopes, mean, square, strict=True)]
     params, mean, square = map(list, zip(*steps, strict=True))
     norms = jnp.where(finite, jnp.append(norms[1:], norm), norms)
-    return whole(params), Moments(taken, mean, square, norms), skipped + ~finite
+    return whole(params), _Moments(taken, mean, square, norms), skipped + ~finite
 
 
 def _step(

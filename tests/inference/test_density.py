@@ -217,9 +217,10 @@ def test_a_wild_gradient_does_not_end_the_training(backend, wild):
         return factor * 2 * (w - 1)
 
     if backend.name == "jax":
+        update = backend.jax.jit(training.update)
         state = training.first_state(backend.array(np.zeros(3)))
         for n in range(200):
-            state = training.update(state, gradient(n, state[0]), 0.05)
+            state = update(state, gradient(n, state[0]), 0.05)
         w, skipped = state[0], int(state[2])
     else:
         w = backend.torch.nn.Parameter(backend.array(np.zeros(3)))
@@ -245,9 +246,10 @@ def test_steps_are_those_of_adam(backend):
             for p, m, s in zip(expected, means, squares, strict=True)
         ]
     if backend.name == "jax":
+        update = backend.jax.jit(training.update)
         state = training.first_state([backend.array(p) for p in params])
         for gradient, rate in zip(gradients, rates, strict=True):
-            state = training.update(state, [backend.array(g) for g in gradient], rate)
+            state = update(state, [backend.array(g) for g in gradient], rate)
         found = state[0]
     else:
         found = [backend.torch.nn.Parameter(backend.array(p)) for p in params]
