@@ -300,7 +300,7 @@ class Jax:
     def vmapped(self, flow: Any, states: list[dict], x: np.ndarray) -> np.ndarray:
         flows = [self.with_state(flow, s) for s in states]
         stacked = self.jax.tree.map(lambda *leaves: self.jnp.stack(leaves), *flows)
-        return np.asarray(self.eqx.filter_vmap(lambda f: f(self.array(x)))(stacked))
+        return np.asarray(self.eqx.filter_jit(self.eqx.filter_vmap(lambda f: f(self.array(x))))(stacked))
 
 
 def _method(flow: Any, x: Any, context: Any, inverse: bool) -> tuple[Any, Any]:

@@ -45,7 +45,7 @@ def test_correlated_gaussian_of_ten_dimensions(fitter):
     rng = np.random.default_rng(1)
     root = rng.normal(size=(10, 10)) * np.geomspace(0.01, 10, 10)[:, None]
     covariance = root @ root.T + 1e-6 * np.eye(10)
-    posterior = fitter.run("gaussian", fitter.array(covariance), num_steps=200, num_particles=64)
+    posterior = fitter.run("gaussian", fitter.array(covariance), flow=_tiny(fitter), num_steps=200, num_particles=64)
     draws = fitter.sample(posterior, 20_000)["z"]
     whitened = np.linalg.solve(np.linalg.cholesky(covariance), (draws - 1.0).T)
     np.testing.assert_allclose(whitened.mean(1), 0, atol=0.05)
