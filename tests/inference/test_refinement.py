@@ -151,7 +151,7 @@ def test_verdicts(fitter, monkeypatch):
 def test_a_mixture_guide_is_refined_across_its_modes(fitter):
     flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
     base = functools.partial(fitter.pkg.distributions.MixtureBase, num_components=2)
-    posterior = fitter.fit("bimodal", flow=flow, base=base, **QUICK, num_starts=6)
+    posterior = fitter.fit("bimodal", flow=flow, base=base, **QUICK, num_starts=12)
     refined = fitter.refine(posterior, "flow_mh", num_samples=500, num_warmup=100)
     right = numpy_draws(refined, group_by_chain=True)["z"][..., 0] > 0
     assert right.mean() == pytest.approx(0.7, abs=0.05)
