@@ -188,7 +188,7 @@ def test_fit_trains_the_base_too(backend):
     if backend.name == "torch":
         base = base.float()
     density, _ = fit(
-        backend, flow_of(backend, "realnvp", 2, 2, (8,)), data, base=base, num_steps=500, learning_rate=3e-2
+        backend, flow_of(backend, "realnvp", 2, 2, (8,)), data, base=base, num_steps=800, learning_rate=3e-2
     )
     value, error = divergence(backend, density, target)
     assert -4 * error < value < 0.1
