@@ -13,7 +13,6 @@ from jax import Array, lax
 from numpyro_flows.conditioners import MLP
 from numpyro_flows.numerical import monotone_root
 from numpyro_flows.transform_module import TransformModule
-from numpyro_flows.transforms.planar import expm1_asinh, log_slope
 from numpyro_flows.univariate.base import soft_clip
 
 _MAX_LOG_GAIN = 3.0
@@ -28,9 +27,10 @@ class BlockAutoregressive(TransformModule):
     so that the image is the whole space (with the paper's ``tanh`` it is nearly a box, which truncates posteriors).
     Zero ``m`` and zero weights off the diagonal are the identity: the start.
 
-    ``log dy_i/dx_i`` is a log-matmul-exp chain through the diagonal blocks (section 3.2). Forward costs one masked
-    network pass, ``O((dim factor)^2)``. The inverse finds ``dim`` scalar roots, one after the other; each evaluates
-    one diagonal chain, ``O(factor^2)``, some ten times, so that all together cost a few passes of the network.
+    ``dy_i/dx_i`` is a product along the diagonal blocks (section 3.2; gains are bounded, so that logarithms can wait).
+    Forward costs one masked network pass, ``O((dim factor)^2)``. The inverse finds ``dim`` scalar roots, one after the
+    other; each evaluates one diagonal chain, ``O(factor^2)``, some ten times, so that all together cost a few passes of
+    the network.
 
     :param dim: size of ``x``.
     :param hidden_factors: units an element in each hidden layer.
@@ -97,13 +97,15 @@ class BlockAutoregressive(TransformModule):
         return layers
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
-        h = x[..., None]
-        log_slopes = jnp.zeros_like(h)  # of every unit by the element that owns it
+        h, index = x[..., None], np.arange(self.dim)
+        slopes = jnp.ones((self.dim, 1), x.dtype)  # of a unit by the element that owns it
         for below, diagonal, unit in self._layers(x, context):
-            mixed = h.reshape(*h.shape[:-2], below.shape[1]) @ below.T
-            h, log_slopes = _apply(mixed.reshape(*mixed.shape[:-1], *diagonal.shape[:2]), diagonal, unit, h, log_slopes)
+            n, o, i = diagonal.shape
+            whole = below.reshape(n, o, n, i).at[index, :, index].set(diagonal).reshape(below.shape)
+            mixed = h.reshape(*h.shape[:-2], n * i) @ whole.T
+            h, slopes = _unit(mixed.reshape(*mixed.shape[:-1], n, o), unit, _pass_on(slopes, diagonal))
         y = h[..., 0]
-        return y[..., ::-1] if self.reverse else y, log_slopes.sum((-1, -2))
+        return y[..., ::-1] if self.reverse else y, jnp.log(slopes).sum((-1, -2))
 
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         y = y[..., ::-1] if self.reverse else y
@@ -118,12 +120,11 @@ class BlockAutoregressive(TransformModule):
             ]
 
             def chain(v):
-                h, inputs = v[..., None, None], []
-                log_slopes = jnp.zeros_like(h)
+                h, inputs, slopes = v[..., None, None], [], jnp.ones((1, 1), v.dtype)
                 for part, diagonal, unit in own:
                     inputs.append(h[..., 0, :])
-                    h, log_slopes = _apply(part, diagonal, unit, h, log_slopes)
-                return h[..., 0, 0], log_slopes[..., 0, 0], inputs
+                    h, slopes = _unit(part + _pass_on(h, diagonal), unit, _pass_on(slopes, diagonal))
+                return h[..., 0, 0], jnp.log(slopes[..., 0, 0]), inputs
 
             v = monotone_root(lambda v: chain(v)[:2], y[..., i], owner="BlockAutoregressive")
             _, slope, inputs = chain(v)
@@ -139,16 +140,20 @@ class BlockAutoregressive(TransformModule):
         return x, log_det
 
 
-def _apply(mixed: Array, diagonal: Array, unit: Array, h: Array, log_slopes: Array) -> tuple[Array, Array]:
-    """One layer: ``mixed`` is the elements' before; ``h`` and ``log_slopes`` ``(..., n, i)`` are the own ones."""
-    gain = soft_clip(unit[..., 0, :, :], _MAX_LOG_GAIN)
-    h = (mixed + jnp.einsum("noi,...ni->...no", diagonal, h)) * jnp.exp(gain)
-    top = lax.stop_gradient(log_slopes.max(-1, keepdims=True))
-    log_slopes = jnp.log(jnp.einsum("noi,...ni->...no", diagonal, jnp.exp(log_slopes - top))) + top + gain
+def _pass_on(h: Array, diagonal: Array) -> Array:
+    """What the diagonal blocks ``(n, o, i)`` make of ``(..., n, i)``."""
+    return jnp.einsum("noi,...ni->...no", diagonal, h)
+
+
+def _unit(mixed: Array, unit: Array, slopes: Array) -> tuple[Array, Array]:
+    """The units' values and slopes, by the element that owns them, from what the weights have made of the last ones."""
+    gain = jnp.exp(soft_clip(unit[..., 0, :, :], _MAX_LOG_GAIN))
+    h, slopes = mixed * gain, slopes * gain
     if unit.shape[-3] == 2:
-        return h + unit[..., 1, :, :], log_slopes
-    m, a = unit[..., 1, :, :], h + unit[..., 2, :, :]
-    return h + expm1_asinh(m) * jnp.tanh(a), log_slopes + log_slope(a, m)
+        return h + unit[..., 1, :, :], slopes
+    log_least, bent = jnp.arcsinh(unit[..., 1, :, :]), jnp.tanh(h + unit[..., 2, :, :])
+    flat = bent**2  # a share of the unit's slope is one, the rest its least or largest slope
+    return h + jnp.expm1(log_least) * bent, slopes * (flat + (1 - flat) * jnp.exp(log_least))
 
 
 def check_factors(factors: Sequence[int]) -> tuple[int, ...]:

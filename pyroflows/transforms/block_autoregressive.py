@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from pyroflows.conditioners import MLP
 from pyroflows.numerical import monotone_root
 from pyroflows.transform_module import TransformModule
-from pyroflows.transforms.planar import expm1_asinh, log_slope
 from pyroflows.univariate.base import soft_clip
 
 _MAX_LOG_GAIN = 3.0
@@ -26,9 +25,10 @@ class BlockAutoregressive(TransformModule):
     so that the image is the whole space (with the paper's ``tanh`` it is nearly a box, which truncates posteriors).
     Zero ``m`` and zero weights off the diagonal are the identity: the start.
 
-    ``log dy_i/dx_i`` is a log-matmul-exp chain through the diagonal blocks (section 3.2). Forward costs one masked
-    network pass, ``O((dim factor)^2)``. The inverse finds ``dim`` scalar roots, one after the other; each evaluates
-    one diagonal chain, ``O(factor^2)``, some ten times, so that all together cost a few passes of the network.
+    ``dy_i/dx_i`` is a product along the diagonal blocks (section 3.2; gains are bounded, so that logarithms can wait).
+    Forward costs one masked network pass, ``O((dim factor)^2)``. The inverse finds ``dim`` scalar roots, one after the
+    other; each evaluates one diagonal chain, ``O(factor^2)``, some ten times, so that all together cost a few passes of
+    the network.
 
     :param dim: size of ``x``.
     :param hidden_factors: units an element in each hidden layer.
@@ -86,13 +86,15 @@ class BlockAutoregressive(TransformModule):
         return layers
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        h = x.unsqueeze(-1)
-        log_slopes = torch.zeros_like(h)  # of every unit by the element that owns it
+        h, slopes = x.unsqueeze(-1), x.new_ones(self.dim, 1)  # of a unit by the element that owns it
         for below, diagonal, unit in self._layers(x, context):
-            mixed = F.linear(h.flatten(-2), below).unflatten(-1, diagonal.shape[:2])
-            h, log_slopes = _apply(mixed, diagonal, unit, h, log_slopes)
+            whole = torch.diagonal_scatter(
+                below.view(*diagonal.shape[:2], self.dim, -1), diagonal.movedim(0, -1), 0, 0, 2
+            )
+            mixed = F.linear(h.flatten(-2), whole.view_as(below)).unflatten(-1, diagonal.shape[:2])
+            h, slopes = _unit(mixed, unit, _pass_on(slopes, diagonal))
         y = h.squeeze(-1)
-        return y.flip(-1) if self.reverse else y, log_slopes.sum((-1, -2))
+        return y.flip(-1) if self.reverse else y, slopes.log().sum((-1, -2))
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = y.flip(-1) if self.reverse else y
@@ -105,13 +107,13 @@ class BlockAutoregressive(TransformModule):
         for i in range(self.dim):
 
             def chain(v: Tensor, i: int = i, mixed: list[Tensor] = mixed) -> tuple[Tensor, Tensor, list[Tensor]]:
-                h, inputs = v[..., None, None], []
-                log_slopes = torch.zeros_like(h)
+                h, inputs, slopes = v[..., None, None], [], v.new_ones(1, 1)
                 for (_, diagonal, unit), part in zip(layers, mixed, strict=True):
                     inputs.append(h.squeeze(-2))
                     own = slice(i, i + 1)
-                    h, log_slopes = _apply(part[..., own, :], diagonal[own], unit[..., own, :], h, log_slopes)
-                return h[..., 0, 0], log_slopes[..., 0, 0], inputs
+                    total = part[..., own, :] + _pass_on(h, diagonal[own])
+                    h, slopes = _unit(total, unit[..., own, :], _pass_on(slopes, diagonal[own]))
+                return h[..., 0, 0], slopes[..., 0, 0].log(), inputs
 
             v = monotone_root(lambda v: chain(v)[:2], y[..., i], owner="BlockAutoregressive")
             _, slope, inputs = chain(v)
@@ -121,16 +123,20 @@ class BlockAutoregressive(TransformModule):
         return torch.stack(solved, -1), log_det
 
 
-def _apply(mixed: Tensor, diagonal: Tensor, unit: Tensor, h: Tensor, log_slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer: ``mixed`` is the elements' before; ``h`` and ``log_slopes`` ``(..., n, i)`` are the own ones."""
-    gain = soft_clip(unit[..., 0, :, :], _MAX_LOG_GAIN)
-    h = (mixed + torch.einsum("noi,...ni->...no", diagonal, h)) * gain.exp()
-    top = log_slopes.amax(-1, keepdim=True).detach()
-    log_slopes = torch.einsum("noi,...ni->...no", diagonal, (log_slopes - top).exp()).log() + top + gain
+def _pass_on(h: Tensor, diagonal: Tensor) -> Tensor:
+    """What the diagonal blocks ``(n, o, i)`` make of ``(..., n, i)``."""
+    return torch.einsum("noi,...ni->...no", diagonal, h)
+
+
+def _unit(mixed: Tensor, unit: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """The units' values and slopes, by the element that owns them, from what the weights have made of the last ones."""
+    gain = soft_clip(unit[..., 0, :, :], _MAX_LOG_GAIN).exp()
+    h, slopes = mixed * gain, slopes * gain
     if unit.shape[-3] == 2:
-        return h + unit[..., 1, :, :], log_slopes
-    m, a = unit[..., 1, :, :], h + unit[..., 2, :, :]
-    return h + expm1_asinh(m) * torch.tanh(a), log_slopes + log_slope(a, m)
+        return h + unit[..., 1, :, :], slopes
+    log_least, bent = torch.asinh(unit[..., 1, :, :]), torch.tanh(h + unit[..., 2, :, :])
+    flat = bent.square()  # a share of the unit's slope is one, the rest its least or largest slope
+    return torch.addcmul(h, log_least.expm1(), bent), slopes * torch.addcmul(flat, 1 - flat, log_least.exp())
 
 
 def check_factors(factors: Sequence[int]) -> tuple[int, ...]:
