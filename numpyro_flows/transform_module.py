@@ -266,6 +266,11 @@ class Repeat(TransformModule):
     def log_det_is_exact(self) -> bool:  # type: ignore[override]
         return self.layers.log_det_is_exact
 
+    @property
+    def _unroll(self) -> bool:
+        """Of two layers: a loop copies each one's parameters, which may take as long as a pass of few draws."""
+        return self.num_layers <= 2
+
     def _scan(self, x: Array, context: Array | None, inverse: bool, start: bool | None = None) -> tuple[Any, Any]:
         arrays, static = eqx.partition(self.layers, eqx.is_array)
 
@@ -280,7 +285,7 @@ class Repeat(TransformModule):
             return (x, total + log_det), fitted
 
         (x,) = with_axes_of(context, x)  # the carry needs its final batch shape from the start
-        return lax.scan(step, (x, jnp.zeros(x.shape[:-1], x.dtype)), arrays, reverse=inverse)
+        return lax.scan(step, (x, jnp.zeros(x.shape[:-1], x.dtype)), arrays, reverse=inverse, unroll=self._unroll)
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         return self._scan(x, context, inverse=False)[0]
@@ -297,7 +302,7 @@ class Repeat(TransformModule):
             return (x, total + log_det, score), None
 
         x, score = with_axes_of(context, x, score)
-        return lax.scan(step, (x, jnp.zeros(x.shape[:-1], x.dtype), score), arrays)[0]
+        return lax.scan(step, (x, jnp.zeros(x.shape[:-1], x.dtype), score), arrays, unroll=self._unroll)[0]
 
     def _fitted(self, x: Array, context: Array | None, inverse: bool, start: bool) -> tuple[Any, Array, Array]:
         (y, log_det), arrays = self._scan(x, context, inverse, start)
