@@ -140,7 +140,15 @@ def expm1_asinh(x: Array) -> Array:
     return jnp.expm1(jnp.arcsinh(x))
 
 
+def slope(t: Array, raw: Array) -> Array:
+    """``1 + m (1 - t^2)`` with ``m = expm1_asinh(raw) > -1``, the slope of ``a + m tanh(a)`` by its ``t = tanh(a)``.
+
+    A sum of positive terms.
+    """
+    square = t**2
+    return square + (1 - square) * jnp.exp(jnp.arcsinh(raw))
+
+
 def log_slope(a: Array, raw: Array) -> Array:
-    """``log(1 + m tanh'(a))`` with ``m = expm1_asinh(raw) > -1``, as the log of a sum of positive terms."""
-    square = jnp.tanh(a) ** 2
-    return jnp.log(square + (1 - square) * jnp.exp(jnp.arcsinh(raw)))
+    """The logarithm of :func:`slope`, by ``a``."""
+    return jnp.log(slope(jnp.tanh(a), raw))

@@ -126,7 +126,15 @@ def expm1_asinh(x: Tensor) -> Tensor:
     return torch.expm1(torch.asinh(x))
 
 
+def slope(t: Tensor, raw: Tensor) -> Tensor:
+    """``1 + m (1 - t^2)`` with ``m = expm1_asinh(raw) > -1``, the slope of ``a + m tanh(a)`` by its ``t = tanh(a)``.
+
+    A sum of positive terms.
+    """
+    square = t.square()
+    return torch.addcmul(square, 1 - square, torch.exp(torch.asinh(raw)))
+
+
 def log_slope(a: Tensor, raw: Tensor) -> Tensor:
-    """``log(1 + m tanh'(a))`` with ``m = expm1_asinh(raw) > -1``, as the log of a sum of positive terms."""
-    square = torch.tanh(a).square()
-    return torch.log(square + (1 - square) * torch.exp(torch.asinh(raw)))
+    """The logarithm of :func:`slope`, by ``a``."""
+    return torch.log(slope(torch.tanh(a), raw))
