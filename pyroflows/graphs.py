@@ -23,6 +23,16 @@ _VIEWS_AND_COPIES = {
 _SUMS = {_aten.add.Tensor, _aten.sub.Tensor, _aten.add.Scalar, _aten.sub.Scalar}
 _PRODUCTS = {_aten.mul.Tensor, _aten.div.Tensor, _aten.mul.Scalar, _aten.div.Scalar, _aten.pow.Tensor_Scalar}
 _SMALL = 2**14  # numbers, which a constant may always take
+_BY_NUMBER = {  # the like operations between tensors
+    **{op: op for op in (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)},
+    **{_aten.add.Scalar: _aten.add.Tensor, _aten.sub.Scalar: _aten.sub.Tensor},
+    **{_aten.mul.Scalar: _aten.mul.Tensor, _aten.div.Scalar: _aten.div.Tensor, _aten.rsub.Scalar: _aten.sub.Tensor},
+}
+_BOUND = {  # operations with a binding that takes the same arguments, and reads them faster
+    *("add", "sub", "mul", "div", "neg", "exp", "log", "log1p", "expm1", "sigmoid", "tanh", "relu", "sqrt", "addcmul"),
+    *("mm", "addmm", "bmm", "t", "transpose", "sum", "cat", "stack", "unbind", "split_with_sizes", "where", "flip"),
+    *("tril", "masked_fill"),
+}
 
 
 def recorded_step(function: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
@@ -95,6 +105,7 @@ def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool =
             recorded.register_buffer(f"_folded{number}", values[node], persistent=False)
             with graph.inserting_before(node):
                 node.replace_all_uses_with(graph.get_attr(f"_folded{number}"))
+    _numbers_to_tensors(recorded, values)
     graph.eliminate_dead_code()
     graph.lint()
     recorded.recompile()
@@ -135,6 +146,29 @@ def _merge_equal(graph: fx.Graph) -> None:
             seen[key] = node
 
 
+def _numbers_to_tensors(recorded: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """Makes the tensors once that torch makes of numbers at every call, which takes as long as a small product."""
+    names: dict[tuple[float, torch.dtype], str] = {}
+    for node in list(recorded.graph.nodes):
+        target = _BY_NUMBER.get(node.target)
+        if target is None or len(node.args) < 2 or node.kwargs or not isinstance(node.args[1], float | int):
+            continue
+        source, number, *factor = node.args  # of the second, in sums
+        of, result = values.get(source), values[node]
+        if not isinstance(of, Tensor) or of.dtype != result.dtype or not result.dtype.is_floating_point:
+            continue
+        if result.device.type != "cpu":  # where a number is an argument of the kernel
+            continue
+        name = names.setdefault((number, result.dtype), f"_number{len(recorded._buffers)}")
+        if name not in recorded._buffers:
+            recorded.register_buffer(name, torch.tensor(number, dtype=result.dtype, device="cpu"), persistent=False)
+        with recorded.graph.inserting_before(node):
+            pair = source, recorded.graph.get_attr(name)
+            reverse = node.target is _aten.rsub.Scalar
+            node.target, node.args = target, pair[::-1] if reverse else pair
+            node.kwargs = {"alpha": factor[0]} if factor else {}
+
+
 def compiled(recorded: fx.GraphModule) -> Callable[..., Any]:
     """The graph as a plain function: what it calls and what it holds are looked up once, not at every call.
 
@@ -169,8 +203,8 @@ def compiled(recorded: fx.GraphModule) -> Callable[..., Any]:
             lines.append(f"return {written(node.args[0])}")
         elif node.target is operator.getitem:
             lines.append(f"{node.name} = {written(node.args[0])}[{written(node.args[1])}]")
-        else:  # of an overload, the function beneath
-            function = bound(node.target, getattr(node.target, "_op", node.target))
+        else:
+            function = bound(node.target, _function(node.target))
             arguments = [written(a) for a in node.args] + [f"{k}={written(a)}" for k, a in node.kwargs.items()]
             lines.append(f"{node.name} = {function}({', '.join(arguments)})")
         done = [n.name for n in node.all_input_nodes if last_user[n] is node and n.op == "call_function"]
@@ -184,6 +218,15 @@ def compiled(recorded: fx.GraphModule) -> Callable[..., Any]:
             return run(*args)
 
     return call
+
+
+def _function(target: Any) -> Any:
+    """What runs an operation: torch's binding, or else of an overload the function beneath."""
+    packet = getattr(target, "overloadpacket", None)
+    name = packet.__name__ if packet is not None and str(packet).startswith("aten.") else ""
+    if name == "view":
+        return torch._C.TensorBase.view
+    return getattr(torch._C._VariableFunctions, name) if name in _BOUND else getattr(target, "_op", target)
 
 
 class _Run(fx.Interpreter):

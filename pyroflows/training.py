@@ -34,6 +34,7 @@ class Ascent:
 
     def __init__(self, parameters: Sequence[Tensor]):
         self.parameters = list(parameters)
+        self.places = [p.detach() for p in self.parameters]  # their memory
         self.vector = torch.cat([p.detach().reshape(-1) for p in self.parameters])
         parts = self.vector.split([p.numel() for p in self.parameters])
         self.parts = [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
@@ -45,6 +46,7 @@ class Ascent:
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([g.reshape(-1) for g in gradients])
 
+    @torch.no_grad()
     def update(self, gradient: Tensor, step_size: float) -> Tensor:
         """Makes a step down the gradient, and returns whether it was skipped: the gradient not finite.
 
@@ -52,7 +54,7 @@ class Ascent:
         Adam divides by the root of the mean square of thousands of steps. Of the first, the length alone is noted.
         """
         norm, typical = torch.linalg.vector_norm(gradient), self.norms.nanmedian()
-        skip = ~torch.isfinite(norm)
+        skip = ~(norm < torch.inf)
         limit = (LONGEST * typical / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
         self.vector.grad = gradient * limit
         self.adam.param_groups[0]["lr"] = step_size
@@ -60,8 +62,7 @@ class Ascent:
         self.adam.found_inf = (skip | torch.isnan(typical)).float()  # type: ignore[attr-defined]
         self.adam.step()
         self.norms = torch.where(skip, self.norms, torch.cat([self.norms[1:], norm[None]]))
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.parts)
+        torch._foreach_copy_(self.places, self.parts)
         return skip
 
 

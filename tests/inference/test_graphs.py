@@ -74,6 +74,41 @@ def test_constants_take_no_more_memory_than_the_data():
     assert sizes == [20_000]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_become_tensors_once(dtype):
+    """Of the same type: results keep theirs, and so do those of integers."""
+    x, count = torch.randn(5, dtype=dtype), torch.arange(5)
+
+    def function(x):
+        y = torch.rsub(x, 0.3, alpha=2.0) * 3 - 1.7 + x / 7 + torch.sub(1, x)
+        return y + (count * 2 + x.long() * 3) + (x.long() * 0.1).to(y)
+
+    graph = simplified(make_fx(function)(x), x)
+    numbers = [n for n in graph.graph.nodes if any(isinstance(a, float) for a in n.args)]
+    assert len(numbers) == 1  # of the integers, whose product is of another type
+    for run in (graph, compiled(graph)):
+        assert run(2 * x).dtype == dtype
+        torch.testing.assert_close(run(2 * x), function(2 * x), rtol=0, atol=0)
+
+
+def test_a_compiled_graph_calls_what_its_operations_are():
+    """Those with torch's own bindings too, by all of their arguments."""
+    x = torch.randn(3, 4, dtype=torch.float64)
+
+    def function(x):
+        a, b = torch.split_with_sizes(x, [1, 3], -1)
+        c = torch.cat([a, b.flip(-1)], -1).sum(0, keepdim=True) + torch.stack([x, x.sigmoid()], 1).sum([0, 1])
+        d = torch.addcmul(c, x, x.tanh(), value=0.5).masked_fill(x > 0.2, 2.0).unbind(1)[0]
+        e = (
+            torch.where(x > 0, x.exp(), x.abs().log1p()).transpose(0, 1) @ x.tril(-1)
+            + torch.addmm(c[0], x, x.t() @ x)[0]
+        )
+        return d.sum() + torch.add(e, c, alpha=3).relu().sqrt().view(2, 8).sum(1, dtype=torch.float64)
+
+    graph = simplified(make_fx(function)(x), x)
+    torch.testing.assert_close(compiled(graph)(2 * x), function(2 * x), rtol=0, atol=0)
+
+
 def test_what_is_changed_in_place_and_used_nowhere_else_is_simplified_too():
     x = torch.randn(4, dtype=torch.float64)
     graph = simplified(make_fx(lambda x: ((2 * x).sigmoid_() + 0.0).masked_fill_(x < 0, 1.0))(x), x)
