@@ -93,6 +93,7 @@ def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool =
         same = _unchanged(node, run)
         if same is not None:
             node.replace_all_uses_with(same)
+    _merge_equal(graph)
     # a batch of draws times the data may be large: no more is kept than the model's own constants take
     largest = max([_SMALL, *(values[node].numel() for node in constants if node.op == "get_attr")])
     kept = {n for n in constants if not isinstance(values[n], Tensor) or values[n].numel() <= largest}
@@ -236,12 +237,14 @@ class _Run(fx.Interpreter):
         super().__init__(module)
         self.values: dict[fx.Node, Any] = {}
         self.strides: dict[fx.Node, Any] = {}
+        self.contiguous: dict[fx.Node, bool] = {}
         self.constants: set[fx.Node] = set()
         self.views: dict[fx.Node, Any] = {}  # of tensors that may change, in place
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         self.strides[n] = value.stride() if isinstance(value, Tensor) else None
+        self.contiguous[n] = isinstance(value, Tensor) and value.is_contiguous()
         if n.op == "get_attr":
             constant = isinstance(value, Tensor) and not value.requires_grad
         else:
@@ -285,6 +288,9 @@ def _unchanged(node: fx.Node, run: _Run) -> fx.Node | None:
         inner = source.args[0]
         summed = math.prod(values[source].shape[dim] for dim in node.args[1])  # type: ignore[union-attr, misc]
         return inner if summed == 1 and _alike(values[node], values[inner]) else None  # type: ignore[index, return-value]
+    part = _part_of_cat(node, run)
+    if part is not None:
+        return part
     if node.target is _aten.t.default and source.target is _aten.t.default:
         return source.args[0]  # type: ignore[return-value]
     if node.target in _VIEWS_AND_COPIES:  # copies may be made for the sake of their order in memory
@@ -301,6 +307,33 @@ def _unchanged(node: fx.Node, run: _Run) -> fx.Node | None:
         value = values[other] if isinstance(other, fx.Node) else other
         if isinstance(kept, fx.Node) and is_constant and _all(value, neutral) and _alike(values[node], values[kept]):
             return kept
+    return None
+
+
+def _part_of_cat(node: fx.Node, run: _Run) -> fx.Node | None:
+    """The tensor that an operation takes out of joined ones, if it does: layers split what the last one has joined."""
+    source: Any = node.args[0]
+    if node.target is operator.getitem and source.target is _aten.split_with_sizes.default:
+        joined, sizes, dim = (*source.args, 0)[:3]
+        start, which = sum(sizes[: node.args[1]]), node.args[1]  # type: ignore[misc]
+        length = sizes[which]
+    elif node.target is _aten.slice.Tensor and len(node.args) == 4:
+        joined, dim, start, _ = node.args  # type: ignore[assignment]
+        length = run.values[node].shape[dim]
+    else:
+        return None
+    if not isinstance(joined, fx.Node) or joined.target is not _aten.cat.default:
+        return None
+    parts, across = (*joined.args, 0)[:2]
+    whole = run.values[joined]
+    if across % whole.ndim != dim % whole.ndim or start < 0:  # type: ignore[operator]
+        return None
+    position = 0
+    for part in parts:  # type: ignore[union-attr]
+        if position == start and run.values[part].shape[dim] == length and _alike(run.values[node], run.values[part]):
+            same_order = run.strides[part] == run.strides[node] or run.contiguous[part]
+            return part if same_order else None
+        position += run.values[part].shape[dim]
     return None
 
 
