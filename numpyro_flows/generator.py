@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -17,6 +19,7 @@ from jax.extend import random
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
+_jit = partial(jax.jit, inline=True)  # models that are run, not traced, would dispatch every operation
 _APART = np.uint32(0x80000000)  # between the counters of a key's children and those of its numbers
 
 
@@ -36,17 +39,20 @@ def threefry(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
     return first, second
 
 
+@_jit
 def _seed(seed: Array) -> Array:
     shift = lax.full_like(seed, 32)
     high = lax.shift_right_logical(seed, shift) if seed.dtype.itemsize == 8 else jnp.zeros_like(seed)
     return jnp.stack([high.astype(np.uint32), seed.astype(np.uint32)])
 
 
+@partial(_jit, static_argnums=1)
 def _split(key: Array, shape: Sequence[int]) -> Array:
     counter = lax.iota(np.uint32, math.prod(shape))
     return jnp.stack(threefry(key, counter, counter ^ _APART), -1).reshape(*shape, 2)
 
 
+@_jit
 def _fold_in(key: Array, data: Any) -> Array:
     return jnp.stack(threefry(key, jnp.zeros_like(data), data))
 
@@ -57,6 +63,7 @@ def _words(key: Array, n: int) -> Array:
     return jnp.concatenate(threefry(key, counter, counter + np.uint32(half)))[:n]
 
 
+@partial(_jit, static_argnums=(1, 2))
 def _random_bits(key: Array, bit_width: int, shape: Sequence[int]) -> Array:
     n = math.prod(shape)
     if bit_width == 64:
