@@ -21,7 +21,6 @@ from tqdm import tqdm
 from numpyro_flows import flows
 from numpyro_flows.distributions import Base, FlexibleBase, MixtureBase
 from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient, unfolded
-from numpyro_flows.evidence import PARETO_K_GOOD
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import check_base
 from numpyro_flows.initialization import (
@@ -692,7 +691,7 @@ def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
     """Whether a fit leaves something to be desired; by what is cheap first."""
     elbo = posterior.elbo
     gap = posterior._log_evidence().value - elbo.value
-    if not posterior.pareto_k < PARETO_K_GOOD or gap > _GAP_POOR + 2 * elbo.standard_error or posterior.misses_modes:
+    if not posterior.weights_are_reliable or gap > _GAP_POOR + 2 * elbo.standard_error or posterior.misses_modes:
         return True
     before = posterior.history.gradients
     suspicious = posterior.departure.suspicious
@@ -702,7 +701,7 @@ def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
 
 def is_near(posterior: FlowPosterior) -> bool:
     """Whether a poor fit is one that more steps could mend."""
-    return posterior.pareto_k < PARETO_K_GOOD and posterior._log_evidence().value - posterior.elbo.value < _GAP_NEAR
+    return posterior.weights_are_reliable and posterior._log_evidence().value - posterior.elbo.value < _GAP_NEAR
 
 
 def may_mend(posterior: FlowPosterior, num_steps: int, legs: int, gain: float) -> bool:
@@ -714,7 +713,7 @@ def may_mend(posterior: FlowPosterior, num_steps: int, legs: int, gain: float) -
     if legs:
         return legs < _MOST_LEGS and gain > gap / (_MOST_LEGS - legs)
     trace, window = posterior.history.elbo, min(num_steps, _WINDOW)
-    if not posterior.pareto_k < PARETO_K_GOOD or len(trace) < num_steps + window or not window:
+    if not posterior.weights_are_reliable or len(trace) < num_steps + window or not window:
         return True  # nothing foretells it
     last, before = trace[-window:], trace[-num_steps - window :][:window]
     return bool(gap - (np.nanmean(last) - np.nanmean(before)) < _GAP_POOR)
@@ -723,7 +722,7 @@ def may_mend(posterior: FlowPosterior, num_steps: int, legs: int, gain: float) -
 def is_better(found: FlowPosterior, than: FlowPosterior) -> bool:
     """Whether a fit is closer to the posterior, by its ELBO, and not at the price of what can be trusted."""
     if found.misses_modes == than.misses_modes:
-        worse = not found.pareto_k < PARETO_K_GOOD and than.pareto_k < PARETO_K_GOOD
+        worse = not found.weights_are_reliable and than.weights_are_reliable
     else:
         worse = found.misses_modes
     return found.elbo.value > than.elbo.value and not worse

@@ -15,7 +15,7 @@ from jax import Array, lax
 from numpyro_flows import _arviz, diagnosis, evidence, refinement, serialization
 from numpyro_flows.diagnosis import Departure
 from numpyro_flows.distributions import BASES, FlowDistribution
-from numpyro_flows.evidence import PARETO_K_GOOD, Estimate
+from numpyro_flows.evidence import Estimate
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import FACTORIES
 from numpyro_flows.initialization import MAX_HESSIAN_DIM, Start, missed_mass
@@ -248,9 +248,19 @@ class FlowPosterior:
         """Importance draws are worth as many independent ones: ``1 / sum(w^2)`` of the smoothed weights."""
         return float(1 / np.square(np.exp(self._psis[0])).sum())
 
+    @property
+    def weights_are_reliable(self) -> bool:
+        """Whether importance weights can be trusted: a Pareto k below 0.7, or weights that are nearly equal.
+
+        A guide that is the posterior but for a hundredth of the weights' variance may have a heavy tail of weights
+        close to one, which matters to nothing.
+        """
+        return evidence.are_reliable(self.pareto_k, self.effective_sample_size / self.num_draws)
+
     def _warn_if_unreliable(self, what: str) -> None:
         fix = "Try a richer flow=, more num_steps= or refine(method='nuts')."
-        evidence.warn_if_unreliable(self.pareto_k, what, fix, stacklevel=3)
+        if not self.weights_are_reliable:
+            evidence.warn_unreliable(self.pareto_k, what, fix, stacklevel=3)
 
     def _look_at(self, modes: tuple[Start, ...], rng: np.random.Generator, log_density: Callable | None = None) -> None:
         """Notes in the history what share of the posterior around ``modes`` the guide misses.
@@ -366,7 +376,7 @@ class FlowPosterior:
                 f"mass: {where}, or outside its flow's image. Fit it with {remedy}, another flow=, or reparametrise "
                 f"({numbers})."
             )
-        if not k < PARETO_K_GOOD:
+        if not self.weights_are_reliable:
             return (
                 "Do not trust: the guide misses mass. Try refine(method='nuts', adapt=True), a richer flow= or "
                 f"reparametrise ({numbers})."

@@ -231,7 +231,8 @@ class RefinedPosterior:
                 "weights: refine with method='nuts' or 'flow_mh'."
             )
         if method == "bridge":
-            evidence.warn_if_unreliable(self.pareto_k, "log_evidence", "Try a richer flow= or more num_steps=.")
+            if not self.posterior.weights_are_reliable:
+                evidence.warn_unreliable(self.pareto_k, "log_evidence", "Try a richer flow= or more num_steps=.")
             return evidence.bridge(self.posterior._log_ratios, self.log_model - self.log_guide)
         return evidence.harmonic(self._log_concentrated(temperature) - self.log_model)
 
@@ -270,7 +271,7 @@ class RefinedPosterior:
         if self.interrupted and draws < ESS_PER_CHAIN_GOOD:
             return f"Interrupted after {draws} draws a chain: run again to the end ({numbers})."
         if self.method == "resample":
-            if not self.pareto_k < evidence.PARETO_K_GOOD:
+            if not self.posterior.weights_are_reliable:
                 return f"Do not trust: importance weights cannot mend this guide. Use refine('nuts') ({numbers})."
             return f"Good: the guide's error is mended as far as its weights tell ({numbers})."
         longer = "more num_samples=" + ("" if self.method == "nuts" else ", or refine(method='nuts')")

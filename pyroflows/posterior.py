@@ -15,7 +15,7 @@ from torch import Tensor
 from pyroflows import _arviz, diagnosis, evidence, refinement, serialization
 from pyroflows.diagnosis import Departure
 from pyroflows.distributions import BASES, FlowDistribution
-from pyroflows.evidence import PARETO_K_GOOD, Estimate
+from pyroflows.evidence import Estimate
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import FACTORIES
 from pyroflows.initialization import MAX_HESSIAN_DIM, Start, missed_mass
@@ -225,9 +225,19 @@ class FlowPosterior:
         """Importance draws are worth as many independent ones: ``1 / sum(w^2)`` of the smoothed weights."""
         return float(1 / np.square(np.exp(self._psis[0])).sum())
 
+    @property
+    def weights_are_reliable(self) -> bool:
+        """Whether importance weights can be trusted: a Pareto k below 0.7, or weights that are nearly equal.
+
+        A guide that is the posterior but for a hundredth of the weights' variance may have a heavy tail of weights
+        close to one, which matters to nothing.
+        """
+        return evidence.are_reliable(self.pareto_k, self.effective_sample_size / self.num_draws)
+
     def _warn_if_unreliable(self, what: str) -> None:
         fix = "Try a richer flow=, more num_steps= or refine(method='nuts')."
-        evidence.warn_if_unreliable(self.pareto_k, what, fix, stacklevel=3)
+        if not self.weights_are_reliable:
+            evidence.warn_unreliable(self.pareto_k, what, fix, stacklevel=3)
 
     def _look_at(self, modes: tuple[Start, ...], rng: np.random.Generator, log_density: Callable | None = None) -> None:
         """Notes in the history what share of the posterior around ``modes`` the guide misses.
@@ -353,7 +363,7 @@ class FlowPosterior:
                 f"mass: {where}, or outside its flow's image. Fit it with {remedy}, another flow=, or reparametrise "
                 f"({numbers})."
             )
-        if not k < PARETO_K_GOOD:
+        if not self.weights_are_reliable:
             return (
                 "Do not trust: the guide misses mass. Try refine(method='nuts', adapt=True), a richer flow= or "
                 f"reparametrise ({numbers})."

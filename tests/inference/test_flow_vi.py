@@ -1,11 +1,13 @@
 """FlowVI and FlowPosterior against closed forms and known answers, with default settings, in both packages."""
 
+import copy
 import functools
 import importlib
 import io
 import math
 import pickle
 import re
+import warnings
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
@@ -180,6 +182,24 @@ def test_pareto_k(fitter, k):
     assert found == pytest.approx(k, abs=0.12)
     weights = np.exp(log_weights)
     assert weights.sum() == pytest.approx(1) and (np.diff(weights[np.argsort(ratios)]) >= 0).all()
+
+
+@pytest.mark.parametrize("scale, reliable", [(1.0, False), (3e-4, True)])
+def test_a_tail_of_weights_close_to_one_is_no_alarm(fitter, scale, reliable):
+    """A guide that is nearly the posterior may have weights of any Pareto k: none of them counts."""
+    posterior = copy.copy(fitter.fit("conjugate", fitter.array(DATA), num_particles=64))
+    for known in ("_psis", "departure", "moment_error"):
+        vars(posterior).pop(known, None)
+    tail = stats.genpareto(0.9).rvs(posterior.num_draws, random_state=0)
+    posterior._log_ratios = np.log1p(scale * tail)
+    assert posterior.pareto_k > 0.75 and posterior.weights_are_reliable == reliable
+    assert posterior.verdict().startswith("Good" if reliable else "Do not trust: the guide misses mass")
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        posterior.log_evidence()
+    assert [str(w.message).split(",")[0] for w in raised] == (
+        [] if reliable else [f"log_evidence: Pareto k is {posterior.pareto_k:.2f}"]
+    )
 
 
 def test_saved_and_loaded(fitter, tmp_path):
@@ -427,7 +447,7 @@ def test_more_steps_are_repeated_while_they_pay(fitter):
     trace = np.concatenate([np.full(500, -2.0), np.full(500, -1.5)])
     posterior = SimpleNamespace(
         history=SimpleNamespace(elbo=trace),
-        pareto_k=0.5,
+        weights_are_reliable=True,
         elbo=SimpleNamespace(value=-1.5),
         _log_evidence=lambda: SimpleNamespace(value=-0.9),
     )
@@ -435,7 +455,7 @@ def test_more_steps_are_repeated_while_they_pay(fitter):
     assert may_mend(posterior, 500, 1, 0.21) and not may_mend(posterior, 500, 1, 0.19)  # three more such legs
     assert may_mend(posterior, 500, 3, 0.61) and not may_mend(posterior, 500, 3, 0.59)
     assert not may_mend(posterior, 500, 4, 10.0)
-    posterior.pareto_k = 0.9
+    posterior.weights_are_reliable = False
     assert may_mend(posterior, 500, 0, np.inf) and not may_mend(posterior, 500, 1, 0.0)
 
 
