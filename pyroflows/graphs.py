@@ -312,27 +312,25 @@ def _unchanged(node: fx.Node, run: _Run) -> fx.Node | None:
 
 def _part_of_cat(node: fx.Node, run: _Run) -> fx.Node | None:
     """The tensor that an operation takes out of joined ones, if it does: layers split what the last one has joined."""
-    source: Any = node.args[0]
-    if node.target is operator.getitem and source.target is _aten.split_with_sizes.default:
-        joined, sizes, dim = (*source.args, 0)[:3]
-        start, which = sum(sizes[: node.args[1]]), node.args[1]  # type: ignore[misc]
-        length = sizes[which]
-    elif node.target is _aten.slice.Tensor and len(node.args) == 4:
-        joined, dim, start, _ = node.args  # type: ignore[assignment]
+    args: Any = node.args
+    joined: Any
+    if node.target is operator.getitem and args[0].target is _aten.split_with_sizes.default:
+        joined, sizes, dim = (*args[0].args, 0)[:3]
+        start, length = sum(sizes[: args[1]]), sizes[args[1]]
+    elif node.target is _aten.slice.Tensor and len(args) == 4:
+        joined, dim, start, _ = args
         length = run.values[node].shape[dim]
     else:
         return None
-    if not isinstance(joined, fx.Node) or joined.target is not _aten.cat.default:
+    if joined.target is not _aten.cat.default or start < 0:
         return None
     parts, across = (*joined.args, 0)[:2]
-    whole = run.values[joined]
-    if across % whole.ndim != dim % whole.ndim or start < 0:  # type: ignore[operator]
+    if (across - dim) % run.values[joined].ndim:
         return None
     position = 0
-    for part in parts:  # type: ignore[union-attr]
+    for part in parts:
         if position == start and run.values[part].shape[dim] == length and _alike(run.values[node], run.values[part]):
-            same_order = run.strides[part] == run.strides[node] or run.contiguous[part]
-            return part if same_order else None
+            return part if run.contiguous[part] or run.strides[part] == run.strides[node] else None
         position += run.values[part].shape[dim]
     return None
 

@@ -91,6 +91,24 @@ def test_numbers_become_tensors_once(dtype):
         torch.testing.assert_close(run(2 * x), function(2 * x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("sizes, joined", [([2, 3], 1), ([3, 2], 2)], ids=["where joined", "elsewhere once"])
+def test_what_is_joined_and_split_again_stays_apart(sizes, joined):
+    x = torch.randn(4, 5, dtype=torch.float64)
+
+    def function(x):
+        a, b = x.split([2, 3], -1)
+        for _ in range(3):
+            y = torch.cat([a.tanh(), b.cos()], -1)
+            a, b = y.split(sizes, 1)
+        rows = torch.cat([a, a + 1])
+        return rows[:4] + rows[4:] * rows[2:6], b, y[:, : sizes[0]]
+
+    graph = simplified(make_fx(function)(x), x)
+    assert sum(node.target is torch.ops.aten.cat.default for node in graph.graph.nodes) == joined
+    for found, wanted in zip(compiled(graph)(2 * x), function(2 * x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_a_compiled_graph_calls_what_its_operations_are():
     """Those with torch's own bindings too, by all of their arguments."""
     x = torch.randn(3, 4, dtype=torch.float64)
