@@ -94,6 +94,7 @@ def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool =
         if same is not None:
             node.replace_all_uses_with(same)
     _merge_equal(graph)
+    _share_matrices(recorded, run)
     # a batch of draws times the data may be large: no more is kept than the model's own constants take
     largest = max([_SMALL, *(values[node].numel() for node in constants if node.op == "get_attr")])
     kept = {n for n in constants if not isinstance(values[n], Tensor) or values[n].numel() <= largest}
@@ -145,6 +146,31 @@ def _merge_equal(graph: fx.Graph) -> None:
             node.replace_all_uses_with(seen[key])
         else:
             seen[key] = node
+
+
+def _share_matrices(recorded: fx.GraphModule, run: _Run) -> None:
+    """Makes one product of a batch of products with the same matrix, as of many draws of coefficients with the data."""
+    graph, values = recorded.graph, run.values
+    for number, node in enumerate(list(graph.nodes)):
+        if node.target is not _aten.bmm.default:
+            continue
+        a, b = node.args
+        batch, rows, columns = values[node].shape
+        left, right = (run.strides[x][0] == 0 for x in (a, b))
+        if batch < 2 or not (right or left and columns == 1):
+            continue
+        shared, other = (b, a) if right else (a, b)
+        with graph.inserting_before(node):
+            if shared in run.constants:
+                recorded.register_buffer(f"_shared{number}", values[shared][0], persistent=False)
+                matrix = graph.get_attr(f"_shared{number}")
+            else:
+                matrix = graph.call_function(_aten.select.int, (shared, 0, 0))
+            if not right:
+                matrix = graph.call_function(_aten.t.default, (matrix,))
+            flat = graph.call_function(_aten.reshape.default, (other, [-1, values[other].shape[2 if right else 1]]))
+            product = graph.call_function(_aten.mm.default, (flat, matrix))
+            node.replace_all_uses_with(graph.call_function(_aten.view.default, (product, [batch, rows, columns])))
 
 
 def _numbers_to_tensors(recorded: fx.GraphModule, values: dict[fx.Node, Any]) -> None:

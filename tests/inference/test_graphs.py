@@ -109,6 +109,30 @@ def test_what_is_joined_and_split_again_stays_apart(sizes, joined):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rows, columns", [(1, 6), (2, 6), (6, 1), (6, 2)])
+@pytest.mark.parametrize("shared", ["left", "right", "changing"])
+def test_products_with_one_matrix_are_one_product(rows, columns, shared):
+    x = torch.randn(5, 3, max(rows, columns), dtype=torch.float64)
+    data = torch.randn(3, columns if shared == "right" else rows, dtype=torch.float64)
+    weight = data.clone().requires_grad_()
+
+    def function(x):
+        if shared == "right":
+            return torch.bmm(x[:, :, :rows].mT, data.expand(5, -1, -1)) + 1
+        matrix = weight if shared == "changing" else data
+        return torch.bmm(matrix.t().expand(5, -1, -1), x[:, :, :columns]).view(5, -1) + 1
+
+    graph = simplified(make_fx(function)(x), x)
+    expected = 0 if shared == "right" or columns == 1 else 1
+    assert sum(node.target is torch.ops.aten.bmm.default for node in graph.graph.nodes) == expected
+    with torch.no_grad():
+        weight.add_(1)
+    torch.testing.assert_close(compiled(graph)(2 * x), function(2 * x), rtol=1e-13, atol=1e-13)
+    point = x.clone().requires_grad_()
+    found, wanted = (torch.autograd.grad(call(point).square().sum(), point)[0] for call in (graph, function))
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+
+
 def test_a_compiled_graph_calls_what_its_operations_are():
     """Those with torch's own bindings too, by all of their arguments."""
     x = torch.randn(3, 4, dtype=torch.float64)
