@@ -23,6 +23,11 @@ _VIEWS_AND_COPIES = {
 _SUMS = {_aten.add.Tensor, _aten.sub.Tensor, _aten.add.Scalar, _aten.sub.Scalar}
 _PRODUCTS = {_aten.mul.Tensor, _aten.div.Tensor, _aten.mul.Scalar, _aten.div.Scalar, _aten.pow.Tensor_Scalar}
 _SMALL = 2**14  # numbers, which a constant may always take
+_POINTWISE = {  # operations on each number by itself
+    *(getattr(_aten, name).default for name in ("neg", "exp", "log", "log1p", "sqrt", "reciprocal", "sigmoid", "tanh")),
+    *(getattr(_aten, name).default for name in ("abs", "lgamma", "digamma", "softplus")),
+    *(_SUMS | _PRODUCTS | {_aten.rsub.Scalar}),
+}
 _BY_NUMBER = {  # the like operations between tensors
     **{op: op for op in (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)},
     **{_aten.add.Scalar: _aten.add.Tensor, _aten.sub.Scalar: _aten.sub.Tensor},
@@ -93,11 +98,12 @@ def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool =
         same = _unchanged(node, run)
         if same is not None:
             node.replace_all_uses_with(same)
+    _expand_results(graph, run)
     _merge_equal(graph)
     _share_matrices(recorded, run)
     # a batch of draws times the data may be large: no more is kept than the model's own constants take
-    largest = max([_SMALL, *(values[node].numel() for node in constants if node.op == "get_attr")])
-    kept = {n for n in constants if not isinstance(values[n], Tensor) or values[n].numel() <= largest}
+    largest = max([_SMALL, *(_size(values[node]) for node in constants if node.op == "get_attr")])
+    kept = {n for n in constants if not isinstance(values[n], Tensor) or _size(values[n]) <= largest}
     if not differentiable:  # else they would be constants to autograd
         values.update(run.views)
         kept.update(run.views)
@@ -146,6 +152,47 @@ def _merge_equal(graph: fx.Graph) -> None:
             node.replace_all_uses_with(seen[key])
         else:
             seen[key] = node
+
+
+def _expand_results(graph: fx.Graph, run: _Run) -> None:
+    """Expands what is computed of a tensor, not the tensor: a scale's logarithm is one, however many data there are."""
+    values = run.values
+    for node in list(graph.nodes):
+        args: Any = node.args if node.target in _POINTWISE else (None,)
+        source, *others = args
+        if not isinstance(source, fx.Node) or source.target is not _aten.expand.default:
+            continue
+        base, result = source.args[0], values[node]
+        alike = [values[base], values[source], *(values[other] for other in others if isinstance(other, fx.Node))]
+        if any(x.dtype != result.dtype for x in alike) or any(x.dim() for x in alike[2:]):
+            continue
+        if alike[0].numel() >= result.numel() or alike[1].shape != result.shape or not _takes_any_order(node, run):
+            continue
+        with graph.inserting_before(node):
+            of_base = graph.call_function(node.target, (base, *others), node.kwargs)
+            expanded = graph.call_function(_aten.expand.default, (of_base, list(result.shape)))
+        small = result.new_empty(()).expand(alike[0].shape)
+        if node in run.constants:
+            run.constants.update((of_base, expanded))
+            small = node.target(*(values[x] if isinstance(x, fx.Node) else x for x in of_base.args), **node.kwargs)
+        for new, value in ((of_base, small), (expanded, small.expand(result.shape))):
+            run.note(new, value)
+        node.replace_all_uses_with(expanded)
+
+
+def _takes_any_order(node: fx.Node, run: _Run) -> bool:
+    """Whether nothing depends on the order of a result in memory, as views do, and the results of these."""
+    for user in node.users:
+        others = [x for x in user.all_input_nodes if x is not node and run.values[x].dim()]
+        if user.target not in _POINTWISE:
+            return False
+        if not (
+            all(run.contiguous[x] and run.values[x].shape == run.values[user].shape for x in others)
+            if others
+            else _takes_any_order(user, run)
+        ):
+            return False
+    return True
 
 
 def _share_matrices(recorded: fx.GraphModule, run: _Run) -> None:
@@ -269,8 +316,6 @@ class _Run(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.strides[n] = value.stride() if isinstance(value, Tensor) else None
-        self.contiguous[n] = isinstance(value, Tensor) and value.is_contiguous()
         if n.op == "get_attr":
             constant = isinstance(value, Tensor) and not value.requires_grad
         else:
@@ -278,12 +323,20 @@ class _Run(fx.Interpreter):
             constant = n.op == "call_function" and _is_pure(n) and known
         if constant:
             self.constants.add(n)
-            self.values[n] = value
+            self.note(n, value)
             return value
         if n.op == "get_attr" or (_is_view(n) and all(source in self.views for source in n.all_input_nodes)):
             self.views[n] = value
-        self.values[n] = value.new_empty(()).expand(value.shape) if isinstance(value, Tensor) else None
+        self.note(n, value)
         return value
+
+    def note(self, n: fx.Node, value: Any) -> None:
+        """Remembers a constant, or the shape of another value, and its order in memory."""
+        tensor = isinstance(value, Tensor)
+        self.strides[n], self.contiguous[n] = (value.stride(), value.is_contiguous()) if tensor else (None, False)
+        if n not in self.constants:
+            value = value.new_empty(()).expand(value.shape) if tensor else None
+        self.values[n] = value
 
 
 def _schema(node: fx.Node) -> Any:
@@ -359,6 +412,11 @@ def _part_of_cat(node: fx.Node, run: _Run) -> fx.Node | None:
             return part if run.contiguous[part] or run.strides[part] == run.strides[node] else None
         position += run.values[part].shape[dim]
     return None
+
+
+def _size(x: Tensor) -> int:
+    """Numbers in memory."""
+    return x.untyped_storage().nbytes() // x.element_size()
 
 
 def _all(value: Any, number: int) -> bool:

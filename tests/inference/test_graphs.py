@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 
 import pyro  # noqa: E402
 import pyro.distributions as dist  # noqa: E402
+from torch import fx  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
@@ -130,6 +131,27 @@ def test_products_with_one_matrix_are_one_product(rows, columns, shared):
     torch.testing.assert_close(compiled(graph)(2 * x), function(2 * x), rtol=1e-13, atol=1e-13)
     point = x.clone().requires_grad_()
     found, wanted = (torch.autograd.grad(call(point).square().sum(), point)[0] for call in (graph, function))
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+
+
+def test_what_is_computed_of_a_tensor_is_expanded_not_the_tensor():
+    x, data = torch.rand(4, 1, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+
+    def function(x):
+        scale = x.expand(4, 6)
+        kept = scale.sqrt().view(24)  # whose order in memory counts
+        return -((data - 1) ** 2) / (2 * scale**2) - scale.log() + kept.sum() + (x.expand(4, 6) * 3).sum(0)
+
+    graph = simplified(make_fx(function)(x), x)
+    ran = fx.Interpreter(graph)
+    ran.garbage_collect_values = False
+    ran.run(x)
+    sizes = {node.target: value.numel() for node, value in ran.env.items() if node.op == "call_function"}
+    assert sizes[torch.ops.aten.log.default] == 4 and sizes[torch.ops.aten.sqrt.default] == 24
+    for call in (graph, compiled(graph)):
+        torch.testing.assert_close(call(2 * x), function(2 * x), rtol=1e-14, atol=1e-14)
+    point = x.clone().requires_grad_()
+    found, wanted = (torch.autograd.grad(call(point).sum(), point)[0] for call in (graph, function))
     torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
 
 
