@@ -162,7 +162,8 @@ def _expand_results(graph: fx.Graph, run: _Run) -> None:
         source, *others = args
         if not isinstance(source, fx.Node) or source.target is not _aten.expand.default:
             continue
-        base, result = source.args[0], values[node]
+        base: Any = source.args[0]
+        result = values[node]
         alike = [values[base], values[source], *(values[other] for other in others if isinstance(other, fx.Node))]
         if any(x.dtype != result.dtype for x in alike) or any(x.dim() for x in alike[2:]):
             continue
