@@ -28,6 +28,7 @@ _POINTWISE = {  # operations on each number by itself
     *(getattr(_aten, name).default for name in ("abs", "lgamma", "digamma", "softplus")),
     *(_SUMS | _PRODUCTS | {_aten.rsub.Scalar}),
 }
+_ALONG_AN_AXIS = {_aten._log_softmax.default, _aten._softmax.default}
 _BY_NUMBER = {  # the like operations between tensors
     **{op: op for op in (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)},
     **{_aten.add.Scalar: _aten.add.Tensor, _aten.sub.Scalar: _aten.sub.Tensor},
@@ -158,13 +159,18 @@ def _expand_results(graph: fx.Graph, run: _Run) -> None:
     """Expands what is computed of a tensor, not the tensor: a scale's logarithm is one, however many data there are."""
     values = run.values
     for node in list(graph.nodes):
-        args: Any = node.args if node.target in _POINTWISE else (None,)
+        args: Any = node.args if node.target in _POINTWISE | _ALONG_AN_AXIS else (None,)
         source, *others = args
         if not isinstance(source, fx.Node) or source.target is not _aten.expand.default:
             continue
         base: Any = source.args[0]
         result = values[node]
         alike = [values[base], values[source], *(values[other] for other in others if isinstance(other, fx.Node))]
+        if node.target in _ALONG_AN_AXIS:
+            others[0] -= result.dim() if others[0] >= 0 else 0  # from the end
+            axis, shape = others[0], values[base].shape
+            if len(shape) < -axis or shape[axis] != result.shape[axis]:
+                continue
         if any(x.dtype != result.dtype for x in alike) or any(x.dim() for x in alike[2:]):
             continue
         if alike[0].numel() >= result.numel() or alike[1].shape != result.shape or not _takes_any_order(node, run):

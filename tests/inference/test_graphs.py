@@ -155,6 +155,24 @@ def test_what_is_computed_of_a_tensor_is_expanded_not_the_tensor():
     torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("shape, small", [((4, 1, 3), True), ((3,), True), ((4, 6, 1), False), ((1, 1), False)])
+def test_shares_are_normalised_before_they_are_expanded(shape, small):
+    """Unless along the very axis: weights of a mixture, for as many data."""
+    x, data = torch.randn(shape, dtype=torch.float64), torch.randn(4, 6, 3, dtype=torch.float64)
+
+    def function(x):
+        return (data + x.expand(4, 6, 3).log_softmax(2)).logsumexp(-1) + (data * x.expand(4, 6, 3).softmax(-1)).sum(-1)
+
+    graph = simplified(make_fx(function)(x), x)
+    ran = fx.Interpreter(graph)
+    ran.garbage_collect_values = False
+    ran.run(x)
+    sizes = {node.target: value.numel() for node, value in ran.env.items() if node.op == "call_function"}
+    for target in (torch.ops.aten._log_softmax.default, torch.ops.aten._softmax.default):
+        assert sizes[target] == (x.numel() if small else 72)
+    torch.testing.assert_close(compiled(graph)(2 * x), function(2 * x), rtol=1e-14, atol=1e-14)
+
+
 def test_a_compiled_graph_calls_what_its_operations_are():
     """Those with torch's own bindings too, by all of their arguments."""
     x = torch.randn(3, 4, dtype=torch.float64)
