@@ -23,6 +23,7 @@ _jit = partial(jax.jit, inline=True)  # models that are run, not traced, would d
 _APART = np.uint32(0x80000000)  # between the counters of a key's children and those of its numbers
 
 
+@_jit
 def threefry(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
     """Threefry-2x32 with 20 rounds: two random words for each pair of counters.
 
@@ -39,31 +40,33 @@ def threefry(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
     return first, second
 
 
-@_jit
 def _seed(seed: Array) -> Array:
     shift = lax.full_like(seed, 32)
     high = lax.shift_right_logical(seed, shift) if seed.dtype.itemsize == 8 else jnp.zeros_like(seed)
     return jnp.stack([high.astype(np.uint32), seed.astype(np.uint32)])
 
 
-@partial(_jit, static_argnums=1)
 def _split(key: Array, shape: Sequence[int]) -> Array:
-    counter = lax.iota(np.uint32, math.prod(shape))
-    return jnp.stack(threefry(key, counter, counter ^ _APART), -1).reshape(*shape, 2)
+    return _children(key, math.prod(shape)).reshape(*shape, 2)
 
 
-@_jit
+@partial(_jit, static_argnums=1)
+def _children(key: Array, n: int) -> Array:
+    counter = lax.iota(np.uint32, n)
+    return jnp.stack(threefry(key, counter, counter ^ _APART), -1)
+
+
 def _fold_in(key: Array, data: Any) -> Array:
     return jnp.stack(threefry(key, jnp.zeros_like(data), data))
 
 
+@partial(_jit, static_argnums=1)
 def _words(key: Array, n: int) -> Array:
     half = -(-n // 2)
     counter = lax.iota(np.uint32, half)
     return jnp.concatenate(threefry(key, counter, counter + np.uint32(half)))[:n]
 
 
-@partial(_jit, static_argnums=(1, 2))
 def _random_bits(key: Array, bit_width: int, shape: Sequence[int]) -> Array:
     n = math.prod(shape)
     if bit_width == 64:
