@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +10,6 @@ import numpy as np
 from scipy.special import logsumexp
 
 from pyroflows import _arviz
-
-PARETO_K_GOOD = 0.7  # below it Pareto-smoothed importance sampling is reliable (Vehtari et al. 2024)
-SHARE_OF_EVEN = 0.99  # of draws which weights of a variance of one percent are worth
 
 
 class Estimate(NamedTuple):
@@ -157,25 +153,6 @@ def _predictive(posteriors: dict[str, Any]) -> dict[str, list]:
         for column, values in columns.items():
             values.append(row[column])
     return columns
-
-
-def are_reliable(pareto_k: float, share: float) -> bool:
-    """Whether importance weights can be trusted: by Pareto k, or because they are nearly equal, whatever their tail.
-
-    Then no mean by the guide's own draws is off by more than a tenth of a standard deviation (Cauchy-Schwarz).
-
-    :param share: their effective sample size over the number of draws.
-    """
-    return pareto_k < PARETO_K_GOOD or share > SHARE_OF_EVEN
-
-
-def warn_unreliable(pareto_k: float, what: str, fix: str, *, stacklevel: int = 3) -> None:
-    """Warns that importance weights cannot be trusted."""
-    warnings.warn(
-        f"{what}: Pareto k is {pareto_k:.2f}, above {PARETO_K_GOOD}: the guide misses mass of the posterior, and "
-        f"importance weights cannot mend it. {fix}",
-        stacklevel=stacklevel + 1,
-    )
 
 
 def _log_mean(x: np.ndarray) -> float:

@@ -191,14 +191,12 @@ def _expand_results(graph: fx.Graph, run: _Run) -> None:
 def _takes_any_order(node: fx.Node, run: _Run) -> bool:
     """Whether nothing depends on the order of a result in memory, as views do, and the results of these."""
     for user in node.users:
-        others = [x for x in user.all_input_nodes if x is not node and run.values[x].dim()]
         if user.target not in _POINTWISE:
             return False
-        if not (
-            all(run.contiguous[x] and run.values[x].shape == run.values[user].shape for x in others)
-            if others
-            else _takes_any_order(user, run)
-        ):
+        others = [x for x in user.all_input_nodes if x is not node and run.values[x].dim()]
+        if not others and not _takes_any_order(user, run):
+            return False
+        if not all(run.contiguous[x] and run.values[x].shape == run.values[user].shape for x in others):
             return False
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,8 @@ from pyroflows.transforms import TriangularAffine
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
 _MANY = 10_000  # and over the flow
+PARETO_K_GOOD = 0.7  # below it Pareto-smoothed importance sampling is reliable (Vehtari et al. 2024)
+SHARE_OF_EVEN = 0.99  # of draws, which weights of a variance of one percent are worth
 GAP_GOOD = 0.05  # nats of KL divergence from the posterior, below which draws can be used as they are
 MEAN_ERROR_GOOD, SD_ERROR_GOOD = 0.1, 0.1  # in standard deviations, and in logarithms of their ratio
 MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
@@ -229,15 +232,20 @@ class FlowPosterior:
     def weights_are_reliable(self) -> bool:
         """Whether importance weights can be trusted: a Pareto k below 0.7, or weights that are nearly equal.
 
-        A guide that is the posterior but for a hundredth of the weights' variance may have a heavy tail of weights
-        close to one, which matters to nothing.
+        Weights of a variance of one percent move no mean by more than a tenth of a standard deviation
+        (Cauchy-Schwarz), whatever the shape of their tail.
         """
-        return evidence.are_reliable(self.pareto_k, self.effective_sample_size / self.num_draws)
+        return self.pareto_k < PARETO_K_GOOD or self.effective_sample_size > SHARE_OF_EVEN * self.num_draws
 
-    def _warn_if_unreliable(self, what: str) -> None:
-        fix = "Try a richer flow=, more num_steps= or refine(method='nuts')."
+    def _warn_if_unreliable(
+        self, what: str, fix: str = "Try a richer flow=, more num_steps= or refine(method='nuts')."
+    ) -> None:
         if not self.weights_are_reliable:
-            evidence.warn_unreliable(self.pareto_k, what, fix, stacklevel=3)
+            warnings.warn(
+                f"{what}: Pareto k is {self.pareto_k:.2f}, above {PARETO_K_GOOD}: the guide misses mass of the "
+                f"posterior, and importance weights cannot mend it. {fix}",
+                stacklevel=3,
+            )
 
     def _look_at(self, modes: tuple[Start, ...], rng: np.random.Generator, log_density: Callable | None = None) -> None:
         """Notes in the history what share of the posterior around ``modes`` the guide misses.

@@ -222,8 +222,7 @@ class RefinedPosterior:
                 "weights: refine with method='nuts' or 'flow_mh'."
             )
         if method == "bridge":
-            if not self.posterior.weights_are_reliable:
-                evidence.warn_unreliable(self.pareto_k, "log_evidence", "Try a richer flow= or more num_steps=.")
+            self.posterior._warn_if_unreliable("log_evidence", "Try a richer flow= or more num_steps=.")
             return evidence.bridge(self.posterior._log_ratios, self.log_model - self.log_guide)
         return evidence.harmonic(self._log_concentrated(temperature) - self.log_model)
 

@@ -30,6 +30,14 @@ def operations(graph):
     return sum(node.op == "call_function" for node in graph.graph.nodes)
 
 
+def result_sizes(graph, x):
+    """Numbers in the result of each kind of operation, the last of its kind."""
+    run = fx.Interpreter(graph)
+    run.garbage_collect_values = False
+    run.run(x)
+    return {node.target: value.numel() for node, value in run.env.items() if node.op == "call_function"}
+
+
 def density(x):
     """As distributions write it: normalisers of data alone, zeros to add to, in-place changes, results nobody needs."""
     total = torch.zeros_like(x[..., 0])
@@ -143,10 +151,7 @@ def test_what_is_computed_of_a_tensor_is_expanded_not_the_tensor():
         return -((data - 1) ** 2) / (2 * scale**2) - scale.log() + kept.sum() + (x.expand(4, 6) * 3).sum(0)
 
     graph = simplified(make_fx(function)(x), x)
-    ran = fx.Interpreter(graph)
-    ran.garbage_collect_values = False
-    ran.run(x)
-    sizes = {node.target: value.numel() for node, value in ran.env.items() if node.op == "call_function"}
+    sizes = result_sizes(graph, x)
     assert sizes[torch.ops.aten.log.default] == 4 and sizes[torch.ops.aten.sqrt.default] == 24
     for call in (graph, compiled(graph)):
         torch.testing.assert_close(call(2 * x), function(2 * x), rtol=1e-14, atol=1e-14)
@@ -164,10 +169,7 @@ def test_shares_are_normalised_before_they_are_expanded(shape, small):
         return (data + x.expand(4, 6, 3).log_softmax(2)).logsumexp(-1) + (data * x.expand(4, 6, 3).softmax(-1)).sum(-1)
 
     graph = simplified(make_fx(function)(x), x)
-    ran = fx.Interpreter(graph)
-    ran.garbage_collect_values = False
-    ran.run(x)
-    sizes = {node.target: value.numel() for node, value in ran.env.items() if node.op == "call_function"}
+    sizes = result_sizes(graph, x)
     for target in (torch.ops.aten._log_softmax.default, torch.ops.aten._softmax.default):
         assert sizes[target] == (x.numel() if small else 72)
     torch.testing.assert_close(compiled(graph)(2 * x), function(2 * x), rtol=1e-14, atol=1e-14)
