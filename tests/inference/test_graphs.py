@@ -160,8 +160,8 @@ def test_what_is_computed_of_a_tensor_is_expanded_not_the_tensor():
     torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("shape, small", [((4, 1, 3), True), ((3,), True), ((4, 6, 1), False), ((1, 1), False)])
-def test_shares_are_normalised_before_they_are_expanded(shape, small):
+@pytest.mark.parametrize("shape, size", [((4, 1, 3), 12), ((3,), 3), ((4, 6, 1), 72), ((1, 1), 3)])
+def test_shares_are_normalised_before_they_are_expanded(shape, size):
     """Unless along the very axis: weights of a mixture, for as many data."""
     x, data = torch.randn(shape, dtype=torch.float64), torch.randn(4, 6, 3, dtype=torch.float64)
 
@@ -171,8 +171,118 @@ def test_shares_are_normalised_before_they_are_expanded(shape, small):
     graph = simplified(make_fx(function)(x), x)
     sizes = result_sizes(graph, x)
     for target in (torch.ops.aten._log_softmax.default, torch.ops.aten._softmax.default):
-        assert sizes[target] == (x.numel() if small else 72)
+        assert sizes[target] == size
     torch.testing.assert_close(compiled(graph)(2 * x), function(2 * x), rtol=1e-14, atol=1e-14)
+
+
+def large_operations(graph, x, size):
+    run = fx.Interpreter(graph)
+    run.garbage_collect_values = False
+    run.run(x)
+    views = (torch.ops.aten.expand.default, torch.ops.aten.view.default, torch.ops.aten.unsqueeze.default)
+    nodes = [n for n in run.env if n.op == "call_function" and n.target not in views]
+    return [n.target.overloadpacket.__name__ for n in nodes if run.env[n].numel() >= size]
+
+
+def normal_likelihood(x, data):
+    """As distributions write it, of a location that varies with the data and a scale that does not."""
+    loc, scale = x[:, :1] + x[:, 1:2] * data.flip(0), x[:, 2:].exp().expand(len(x), len(data))
+    return (-((data - loc) ** 2) / (2 * scale**2) - scale.log() - 0.5 * np.log(2 * np.pi)).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_the_same_for_all_data_is_applied_to_sums(dtype):
+    x, data = torch.randn(20, 3, dtype=dtype), torch.randn(1000, dtype=dtype) + 3.0
+    graph = simplified(recorded(partial(normal_likelihood, data=data), x), x)
+    assert large_operations(graph, x, 20_000) == ["mul", "add", "sub", "pow"]
+
+    def with_gradient(call):
+        point = (x + 0.1).requires_grad_()
+        value = call(point)
+        return value, torch.autograd.grad(value.square().sum(), point)[0]
+
+    tolerance = {"rtol": 1e-4, "atol": 1e-2} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-9}
+    expected = with_gradient(partial(normal_likelihood, data=data))
+    for call in (graph, compiled(graph)):
+        for found, wanted in zip(with_gradient(call), expected, strict=True):
+            torch.testing.assert_close(found, wanted, **tolerance)
+
+
+def test_a_step_passes_few_times_over_draws_times_data():
+    data = torch.randn(1000, dtype=torch.float64) + 3.0
+    weight = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+
+    def step():
+        x = torch.randn(20, 3, dtype=torch.float64) * 0.1 + weight
+        loss = normal_likelihood(x, data).mean()
+        return loss.detach(), torch.autograd.grad(loss, weight)[0]
+
+    graph = simplified(make_fx(step)(), differentiable=False)
+    names = [n.target.overloadpacket.__name__ for n in graph.graph.nodes if n.op == "call_function"]
+    written_over = [n for n in graph.graph.nodes if "out" in n.kwargs]
+    assert len(written_over) >= 3 and names.count("sum") <= 8
+    call = compiled(graph)
+    for value in (0.0, 0.3):
+        with torch.no_grad():
+            weight.fill_(value)
+        torch.manual_seed(0)
+        expected = step()
+        for _ in range(2):  # nothing that is needed again is written over
+            torch.manual_seed(0)
+            with torch.no_grad():
+                found = call()
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_differences_from_a_mean_are_summed_as_they_are():
+    """The sum of the data, less as many means, would have lost its digits."""
+    x, data = torch.full((4, 1), 1e4), 1e4 + torch.linspace(-1.0, 1.5, 5001)
+    graph = simplified(recorded(lambda x: ((data - x.expand(4, 5001)) * 2).sum(-1), x), x)
+    expected = 2 * (data.double() - 1e4).sum().expand(4)
+    torch.testing.assert_close(graph(x).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_product_is_scaled_once(sign):
+    x, data = torch.rand(8, 1, dtype=torch.float64) + 1, torch.randn(1000, dtype=torch.float64)
+
+    def function(x):
+        scaled = (data * x).exp() * 2.0 / 0.25
+        return -(scaled * x.expand(8, 1000) if sign > 0 else scaled / x.expand(8, 1000)).sin() + x * 0.0
+
+    graph = simplified(recorded(function, x), x)
+    names = large_operations(graph, x, 8000)
+    assert (
+        sum(name in ("mul", "div", "neg") for name in names) == 3
+    )  # data * x, the one scale, and the sign of the sine
+    torch.testing.assert_close(compiled(graph)(2 * x), function(2 * x), rtol=1e-13, atol=0)
+
+
+def test_only_what_nothing_needs_any_more_is_written_over():
+    """Neither what is returned, nor what a view shows that is read later, nor parameters or data."""
+    data, weight = torch.rand(5000, dtype=torch.float64), torch.ones(5000, dtype=torch.float64, requires_grad=True)
+
+    def step():
+        a = torch.randn(5000, dtype=torch.float64).exp() * weight.detach()
+        rows, returned = a.view(50, 100), a + data
+        b = a.sqrt()  # its operand is read by way of rows
+        c = (b + rows.sum(0).repeat(50)).exp()
+        square = torch.randn(80, 80, dtype=torch.float64).exp()
+        return returned, data.neg().neg(), c.neg(), (weight * 2).detach(), square - square.t()
+
+    graph = simplified(make_fx(step)(), differentiable=False)
+    assert any("out" in n.kwargs for n in graph.graph.nodes)
+    call, before = compiled(graph), (data.clone(), weight.detach().clone())
+    for _ in range(2):
+        torch.manual_seed(1)
+        expected = step()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            found = call()
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close((data, weight.detach()), before, rtol=0, atol=0)
 
 
 def test_a_compiled_graph_calls_what_its_operations_are():
