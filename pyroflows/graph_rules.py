@@ -22,6 +22,7 @@ _VIEWS_AND_COPIES = {
 _SUMS = {_aten.add.Tensor, _aten.sub.Tensor, _aten.add.Scalar, _aten.sub.Scalar}
 _PRODUCTS = {_aten.mul.Tensor, _aten.div.Tensor, _aten.mul.Scalar, _aten.div.Scalar, _aten.pow.Tensor_Scalar}
 _QUOTIENTS = {_aten.div.Tensor, _aten.div.Scalar}
+_SHORT = 16  # numbers in a row, of which loops do not make use
 _LARGE = 2**12  # numbers, from which fewer passes over them are worth some operations on few
 _POINTWISE = {  # operations on each number by itself
     *(getattr(_aten, name).default for name in ("neg", "exp", "log", "log1p", "sqrt", "reciprocal", "sigmoid", "tanh")),
@@ -139,8 +140,8 @@ def unchanged(node: fx.Node, run: Run) -> fx.Node | None:
     part = _part_of_cat(node, run)
     if part is not None:
         return part
-    if node.target is _aten.t.default and source.target is _aten.t.default:
-        return source.args[0]  # type: ignore[return-value]
+    if node.target in (_aten.t.default, _aten.transpose.int) and source.target is node.target:
+        return source.args[0] if source.args[1:] == node.args[1:] else None  # type: ignore[return-value]
     if node.target in _VIEWS_AND_COPIES:  # copies may be made for the sake of their order in memory
         same = run.strides[node] == run.strides[source] and _alike(values[node], values[source])
         return source if same else None
@@ -181,6 +182,72 @@ def _part_of_cat(node: fx.Node, run: Run) -> fx.Node | None:
             return part if run.contiguous[part] or run.strides[part] == run.strides[node] else None
         position += run.values[part].shape[dim]
     return None
+
+
+def transpose_results(graph: fx.Graph, run: Run) -> None:
+    """Transposes the results of operations on one tensor, not the tensor, so that transpositions meet and cancel."""
+    for node in list(graph.nodes):
+        args: Any = node.args
+        if node.target not in _POINTWISE or len(node.all_input_nodes) != 1 or node.kwargs or node in run.constants:
+            continue
+        if isinstance(args[0], fx.Node) and args[0].target is _aten.transpose.int:
+            of, *axes = args[0].args
+            with graph.inserting_before(node):
+                new = run.add(graph, _aten.transpose.int, run.add(graph, node.target, of, *args[1:]), *axes)
+            node.replace_all_uses_with(new)
+
+
+def lay_out_for_reductions(graph: fx.Graph, run: Run) -> bool:
+    """Keeps apart in memory what is summed over a short last axis, as of a mixture's components; whether there is any.
+
+    Loops over two or three neighbours take several times as long as those over a long row. Results are the same, in
+    another order in memory: what is known of them has to be found out anew.
+    """
+    found = False
+    for node in list(graph.nodes):
+        if node.target not in _POINTWISE or node.kwargs or node in run.constants:
+            continue
+        result, operands = run.values[node], node.all_input_nodes
+        if result.dim() < 2 or result.numel() < _LARGE:
+            continue
+        if not 1 < result.shape[-1] <= min(_SHORT, result.shape[-2] // 4):
+            continue
+        if any(
+            x not in run.values or (run.values[x].shape == result.shape and 0 not in run.strides[x]) for x in operands
+        ):
+            continue  # the result has the order of such an operand in memory
+        if not _is_reduced(node, run):
+            continue
+        with graph.inserting_before(node):
+            turned = {x: _transposed(x, run) for x in operands}
+            new = graph.call_function(node.target, tuple(turned.get(x, x) for x in node.args))
+            back = graph.call_function(_aten.transpose.int, (new, -2, -1))
+        node.replace_all_uses_with(back)
+        found = True
+    return found
+
+
+def _transposed(x: fx.Node, run: Run) -> fx.Node:
+    dim = run.values[x].dim()
+    if dim == 0:
+        return x
+    target, args = (_aten.transpose.int, (x, -2, -1)) if dim > 1 else (_aten.unsqueeze.default, (x, -1))
+    return x.graph.call_function(target, args)
+
+
+def _is_reduced(node: fx.Node, run: Run) -> bool:
+    """Whether all that is computed of a result, number by number, ends in reductions, and one along the last axis."""
+    shape, to_do, along_last = run.values[node].shape, [node], False
+    while to_do:
+        for user in to_do.pop().users:
+            if user.target in _POINTWISE and run.values[user].shape == shape:
+                to_do.append(user)
+            elif user.target in (_aten.logsumexp.default, _aten.sum.dim_IntList):
+                axes: Any = user.args[1]
+                along_last |= any(_from_the_end(axis, run.values[node]) == -1 for axis in axes)
+            else:
+                return False
+    return along_last
 
 
 def expand_results(graph: fx.Graph, run: Run) -> None:
@@ -276,15 +343,17 @@ def _of_a_sum(total: fx.Node, run: Run) -> tuple[fx.Node, fx.Node] | None:
     x: Any = total.args[0]
     dims: Any = total.args[1]
     graph, args = total.graph, x.args
-    if list(x.users) != [total] or x.kwargs or not _of_one_kind(x, run):
-        return None
     if x.target is _aten.neg.default:
         inner = run.add(graph, _aten.sum.dim_IntList, args[0], dims, True)
         return run.add(graph, x.target, inner), inner
+    if list(x.users) != [total] or x.kwargs or not _of_one_kind(x, run):
+        return None
     if x.target not in _SUMS | _PRODUCTS - {_aten.pow.Tensor_Scalar} | {_aten.rsub.Scalar} or len(args) != 2:
         return None
     shape = run.values[x].shape
     same = [not isinstance(a, fx.Node) or all(_has_copies(a, d, run) for d in dims) for a in args]
+    if x.target is _aten.mul.Tensor and not any(same):
+        return _of_a_sum_of_products(total, run)
     varying, other = args if same[1] else args[::-1]
     if all(same) or not any(same) or (x.target in _QUOTIENTS and same[0]):
         return None
@@ -299,6 +368,26 @@ def _of_a_sum(total: fx.Node, run: Run) -> tuple[fx.Node, fx.Node] | None:
         n = math.prod(shape[d] for d in dims)
         other = run.add(graph, _aten.mul.Scalar, other, n) if isinstance(other, fx.Node) else other * n
     return run.add(graph, x.target, *((inner, other) if same[1] else (other, inner))), inner
+
+
+def _of_a_sum_of_products(total: fx.Node, run: Run) -> tuple[fx.Node, fx.Node] | None:
+    """A sum of products with a number that has a factor of its own, in terms of the sum without that factor."""
+    x: Any = total.args[0]
+    dims: Any = total.args[1]
+    for a, b in (x.args, x.args[::-1]):
+        found = _scaled(a, run) if list(a.users) == [x] else None
+        if found is None:
+            continue
+        core, power, by = found
+        if isinstance(by, fx.Node) and not all(_has_copies(by, dim, run) for dim in dims):
+            continue
+        plain = run.add(x.graph, _aten.mul.Tensor, core, b)
+        inner = run.add(x.graph, _aten.sum.dim_IntList, plain, dims, True)
+        if not isinstance(by, fx.Node):
+            return run.add(x.graph, _aten.mul.Scalar, inner, by**power), inner
+        by = _one_of_copies(by, set(dims), run)
+        return run.add(x.graph, _aten.mul.Tensor if power == 1 else _aten.div.Tensor, inner, by), inner
+    return None
 
 
 def _is_a_term(x: fx.Node, dims: list[int], run: Run) -> bool:
@@ -340,6 +429,87 @@ def scale_once(graph: fx.Graph, run: Run) -> None:
                 by = by if number == 1 else run.add(graph, _aten.mul.Scalar, by, number**power)
                 scaled = run.add(graph, _aten.mul.Tensor if power == 1 else _aten.div.Tensor, core, by)
         node.replace_all_uses_with(scaled)
+
+
+def shift_once(graph: fx.Graph, run: Run) -> None:
+    """Adds one shift to many numbers, not several one after the other."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users or node in run.constants:
+            continue
+        dims = {dim for dim, n in _sizes(run.values[node]) if n > 1} if node.target in _SUMS else set()
+        core, shifts = node, list[tuple[int, Any]]()
+        while (found := _shifted(core, run)) is not None and (not shifts or len(core.users) == 1):
+            inner, sign, by = found
+            common = {dim for dim in dims if not isinstance(by, fx.Node) or _has_copies(by, dim, run)}
+            if not common:
+                break
+            core, dims = inner, common
+            shifts.append((sign, by))
+        if len(shifts) < 2:
+            continue
+        with graph.inserting_before(node):
+            number = sum(sign * by for sign, by in shifts if not isinstance(by, fx.Node))
+            total = None
+            for sign, by in shifts:
+                if isinstance(by, fx.Node):
+                    by = _one_of_copies(by, dims, run)
+                    by = by if sign == 1 else run.add(graph, _aten.neg.default, by)
+                    total = by if total is None else run.add(graph, _aten.add.Tensor, total, by)
+            if total is not None and number != 0:
+                total = run.add(graph, _aten.add.Scalar, total, number)
+            by = number if total is None else total
+            shifted = run.add(graph, _aten.add.Scalar if total is None else _aten.add.Tensor, core, by)
+        node.replace_all_uses_with(shifted)
+
+
+def _shifted(node: fx.Node, run: Run) -> tuple[fx.Node, int, Any] | None:
+    """What a large tensor differs from by a shift, 1 or -1, its sign, and the shift."""
+    if node.target not in _SUMS or node.kwargs or len(node.args) != 2 or not _of_one_kind(node, run):
+        return None
+    size = run.values[node].numel()
+    pairs: Any = [node.args, node.args[::-1]] if node.target is _aten.add.Tensor else [node.args]
+    for core, by in pairs:
+        if size < _LARGE or not isinstance(core, fx.Node) or core in run.constants or run.values[core].numel() != size:
+            continue
+        number = _number(by, run)
+        return core, -1 if node.target in (_aten.sub.Tensor, _aten.sub.Scalar) else 1, by if number is None else number
+    return None
+
+
+def add_scaled(graph: fx.Graph, run: Run) -> None:
+    """Adds a multiple of a tensor in one operation."""
+    for node in list(graph.nodes):
+        if node.target not in (_aten.add.Tensor, _aten.sub.Tensor) or node.kwargs or node in run.constants:
+            continue
+        if len(node.args) != 2 or not all(isinstance(x, fx.Node) for x in node.args) or not _of_one_kind(node, run):
+            continue
+        pairs: Any = [node.args, node.args[::-1]] if node.target is _aten.add.Tensor else [node.args]
+        for x, y in pairs:
+            found = _multiple(y, run) if len(y.users) == 1 and run.values[y].dim() else None
+            if found is None or not _of_one_kind(y, run) or not run.values[y].dtype.is_floating_point:
+                continue
+            of, number = found
+            opposite = _aten.sub.Tensor if node.target is _aten.add.Tensor else _aten.add.Tensor
+            with graph.inserting_before(node):
+                if number == -1:
+                    new = run.add(graph, opposite, x, of)
+                else:
+                    new = run.add(graph, node.target, x, of, alpha=number)
+            node.replace_all_uses_with(new)
+            break
+
+
+def _multiple(node: fx.Node, run: Run) -> tuple[fx.Node, float] | None:
+    """The tensor of which another one is a multiple by a number, and the number."""
+    if node.op != "call_function" or node.kwargs:
+        return None
+    if node.target is _aten.neg.default:
+        return node.args[0], -1.0  # type: ignore[return-value]
+    if node.target in _PRODUCTS - {_aten.pow.Tensor_Scalar} and isinstance(node.args[0], fx.Node):
+        number = _number(node.args[1], run)
+        if number:
+            return node.args[0], 1 / number if node.target in _QUOTIENTS else number
+    return None
 
 
 def _scaled(node: fx.Node, run: Run) -> tuple[fx.Node, int, fx.Node | float] | None:
@@ -434,7 +604,8 @@ def reuse_memory(graph: fx.Graph, run: Run) -> None:
         for x in node.all_input_nodes:
             owner = _owner(x)
             free = owner.target in _FRESH and owner not in run.constants
-            if not free or not run.contiguous.get(x) or not _alike(result, run.values[x]):
+            in_place = run.strides.get(x) == run.strides[node] and _alike(result, run.values[x])
+            if not free or not in_place or any(n > 1 and _has_copies(x, dim, run) for dim, n in _sizes(result)):
                 continue
             others = [y for y in node.all_input_nodes if y is not x]
             if all(place[user] <= place[node] for user in _readers(owner)) and owner not in map(_owner, others):

@@ -13,15 +13,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflows.graph_rules import (
     Run,
+    add_scaled,
     expand_results,
+    lay_out_for_reductions,
     merge_equal,
     numbers_to_tensors,
     reuse_memory,
     scale_once,
     schema_of,
     share_matrices,
+    shift_once,
     sum_first,
     take_for_functional,
+    transpose_results,
     unchanged,
 )
 
@@ -83,12 +87,10 @@ def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool =
                 node.replace_all_uses_with(node.args[0])
     merge_equal(graph)
     graph.eliminate_dead_code()
-    run = Run(recorded)
-    with torch.no_grad():
-        run.run(*inputs)
-    values, constants = run.values, run.constants
+    run = _followed(recorded, inputs)
+    transpose_results(graph, run)
     for node in list(graph.nodes):
-        if node.op != "call_function" or node in constants:
+        if node.op != "call_function" or node in run.constants:
             continue
         same = unchanged(node, run)
         if same is not None:
@@ -96,7 +98,13 @@ def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool =
     expand_results(graph, run)
     sum_first(graph, run)
     scale_once(graph, run)
+    shift_once(graph, run)
+    add_scaled(graph, run)
     merge_equal(graph)
+    if lay_out_for_reductions(graph, run):
+        graph.eliminate_dead_code()
+        run = _followed(recorded, inputs)
+    values, constants = run.values, run.constants
     share_matrices(recorded, run)
     # a batch of draws times the data may be large: no more is kept than the model's own constants take
     largest = max([_SMALL, *(_size(values[node]) for node in constants if node.op == "get_attr")])
@@ -117,6 +125,13 @@ def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool =
     graph.lint()
     recorded.recompile()
     return recorded
+
+
+@torch.no_grad()
+def _followed(recorded: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Run:
+    run = Run(recorded)
+    run.run(*inputs)
+    return run
 
 
 def compiled(recorded: fx.GraphModule) -> Callable[..., Any]:

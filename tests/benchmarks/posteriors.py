@@ -1,12 +1,14 @@
 """FlowVI with default settings against gold-standard draws: one row a posterior, in markdown.
 
-    python -m tests.benchmarks.posteriors --backend numpyro [--seeds 1] [--max-dim 30] [--peers [name ...]] [names ...]
+    python -m tests.benchmarks.posteriors --backend numpyro [--seeds 1] [--max-dim 30] [--processes 1]
+        [--peers [name ...]] [names ...]
 
 Columns: unconstrained dimension, ELBO, log evidence, Pareto k, largest mean error in reference standard deviations and
 range of the ratios of standard deviations (of the guide's draws, and after importance resampling), maximum mean
-discrepancy to the reference draws (likewise), gradient evaluations, seconds. With ``--peers``, a second table of the
-same by ``peers``, on as many steps of as many draws as FlowVI takes at most (``--peer-steps``, ``--peer-particles``).
-float64, defaults only. Reads its data from the folder that ``PYROFLOWS_DATA`` names.
+discrepancy to the reference draws (likewise), gradient evaluations, seconds; with several seeds, a second table of the
+worst of them. ``--processes`` share the fits. With ``--peers``, a table of the same by ``peers``, on as many steps of
+as many draws as FlowVI takes at most (``--peer-steps``, ``--peer-particles``). float64, defaults only. Reads its data
+from the folder that ``PYROFLOWS_DATA`` names.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import groupby, product
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,12 +65,79 @@ def scalars(draws: dict[str, np.ndarray], posterior: Any) -> np.ndarray:
     return flatten(draws, posterior.mapping)[1]
 
 
-def errors(x: np.ndarray, posterior: Any) -> str:
-    """Largest |mean error| in reference sds, and the range of sd ratios."""
+class Errors(NamedTuple):
+    """Largest |mean error| in reference standard deviations, and the range of the ratios of these."""
+
+    mean: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}, {self.least:.2f}-{self.most:.2f}"
+
+
+def errors(x: np.ndarray, posterior: Any) -> Errors:
     reference = posterior.reference
-    mean = np.abs((x.mean(0) - reference.mean) / reference.sd).max()
     ratios = x.std(0) / reference.sd
-    return f"{mean:.3f}, {ratios.min():.2f}-{ratios.max():.2f}"
+    return Errors(np.abs((x.mean(0) - reference.mean) / reference.sd).max(), ratios.min(), ratios.max())
+
+
+class Fit(NamedTuple):
+    """What FlowVI makes of a posterior; errors and discrepancies are of the guide's draws and of resampled ones."""
+
+    name: str
+    dimension: int
+    seed: int
+    elbo: float
+    log_evidence: float
+    pareto_k: float
+    errors: tuple[Errors, Errors]
+    discrepancies: tuple[float, float]
+    gradients: int
+    seconds: float
+
+
+def measured(backend: str, name: str, seed: int) -> Fit:
+    posterior = importlib.import_module(f"tests.benchmarks.models.{backend}_models").get(name)
+    fitted = fitter(backend)(posterior, seed)
+    plain, resampled = (scalars(draws, posterior) for draws in draws_of(backend, fitted, seed))
+    return Fit(
+        name.split("-")[-1], posterior.dimension, seed, fitted.elbo.value, fitted._log_evidence().value,
+        fitted.pareto_k, (errors(plain, posterior), errors(resampled, posterior)),
+        (peers.mmd(plain, posterior.reference.draws), peers.mmd(resampled, posterior.reference.draws)),
+        fitted.history.gradients, fitted.history.seconds,
+    )  # fmt: skip
+
+
+def all_measured(backend: str, names: list[str], seeds: int, processes: int) -> Iterator[Fit]:
+    """One fit after the other, as they are done."""
+    tasks = [(backend, name, seed) for name, seed in product(names, range(seeds))]
+    if processes == 1:
+        yield from (measured(*task) for task in tasks)
+        return
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(measured, *task) for task in tasks]):
+            yield future.result()
+
+
+def print_worst(fits: list[Fit]) -> None:
+    """The table of the README: of all seeds, the worst number or the range."""
+    columns = ("posterior", "d", "log evidence", "ELBO", "Pareto k", "mean, sd", "resampled: mean, sd")
+    print()
+    print_row(*columns, "million gradients", "s")
+    print("|" + "---|" * 9)
+    for (name, dimension), group in groupby(sorted(fits), key=lambda fit: fit[:2]):
+        seeds = list(group)
+        worst = [
+            Errors(max(e.mean for e in kind), min(e.least for e in kind), max(e.most for e in kind))
+            for kind in zip(*(fit.errors for fit in seeds), strict=True)
+        ]
+        gradients, seconds = [fit.gradients / 1e6 for fit in seeds], [fit.seconds for fit in seeds]
+        print_row(
+            name, dimension, f"{np.mean([fit.log_evidence for fit in seeds]):.3f}",
+            f"{min(fit.elbo for fit in seeds):.3f}", f"{max(fit.pareto_k for fit in seeds):.2f}", *worst,
+            f"{min(gradients):.2f}-{max(gradients):.2f}", f"{min(seconds):.0f}-{max(seconds):.0f}",
+        )  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -104,9 +177,10 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--max-dim", type=int, help="of the posteriors; 13 unless some are named")
     short = {name.split("-")[-1]: name for name in POSTERIORS}  # as the table has them
+    parser.add_argument("--processes", type=int, default=1, help="that share the fits of FlowVI")
     parser.add_argument("names", nargs="*", type=lambda name: short.get(name, name), choices=[*POSTERIORS, []])
     options = parser.parse_args()
-    fit = fitter(options.backend)
+    fitter(options.backend)
     models = importlib.import_module(f"tests.benchmarks.models.{options.backend}_models")
     names = options.names or [name for name in POSTERIORS if name in available()]
     if not names:
@@ -120,16 +194,17 @@ def main() -> None:
             "MMD", "gradients", "s",
         )  # fmt: skip
         print("|" + "---|" * 12)
-    for posterior in () if options.only_peers else posteriors:
-        for seed in range(options.seeds):
-            fitted = fit(posterior, seed)
-            draws = [scalars(d, posterior) for d in draws_of(options.backend, fitted, seed)]
-            compared = [(errors(x, posterior), f"{peers.mmd(x, posterior.reference.draws):.3f}") for x in draws]
+        began, fits = time.perf_counter(), []
+        for fit in all_measured(options.backend, [p.name for p in posteriors], options.seeds, options.processes):
+            fits.append(fit)
             print_row(
-                posterior.name.split("-")[-1], posterior.dimension, seed, f"{fitted.elbo.value:.3f}",
-                fitted._log_evidence(), f"{fitted.pareto_k:.2f}", *compared[0], *compared[1], fitted.history.gradients,
-                f"{fitted.history.seconds:.0f}",
+                *fit[:3], f"{fit.elbo:.3f}", f"{fit.log_evidence:.3f}", f"{fit.pareto_k:.2f}", fit.errors[0],
+                f"{fit.discrepancies[0]:.3f}", fit.errors[1], f"{fit.discrepancies[1]:.3f}", fit.gradients,
+                f"{fit.seconds:.0f}",
             )  # fmt: skip
+        if options.seeds > 1:
+            print_worst(fits)
+        print(f"\nIn all: {(time.perf_counter() - began) / 60:.1f} minutes.")
     if options.peers is None:
         return
     print("\n| posterior | peer | seed | ELBO | mean, sd | MMD | gradients | s |\n|" + "---|" * 8)
