@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.conditioners import MLP, Linear, check_network
-from pyroflows.numerical import fixed_point_root
+from pyroflows.numerical import fixed_point_root, takes_custom_gradients
 from pyroflows.transform_module import TransformModule
 
 LOG_DETS = ("exact", "unbiased")
@@ -119,10 +120,9 @@ class Residual(TransformModule):
         """``g(x)`` and the slopes of the activations in each hidden layer."""
         h, slopes = F.linear(x, weights[0]) + biases[0], []
         for raw, weight, bias in zip(self.slopes, weights[1:], biases[1:], strict=True):
-            beta = F.softplus(raw)
-            gate = torch.sigmoid(beta * h)
-            slopes.append((gate + beta * h * gate * (1 - gate)) / _LIP_SWISH)
-            h = F.linear(h * gate / _LIP_SWISH, weight) + bias
+            active, slope = (_LipSwish.apply if takes_custom_gradients() else _LipSwish.plain)(h, F.softplus(raw))
+            slopes.append(slope)
+            h = F.linear(active, weight) + bias
         return h, slopes
 
     def _log_det(self, weights: list[Tensor], slopes: list[Tensor], rate: Tensor) -> Tensor:
@@ -144,6 +144,32 @@ class Residual(TransformModule):
                 neumann = neumann + weight * power
         surrogate = (neumann * _push(weights, slopes, noise)).sum(-1)  # only its gradient counts
         return value + surrogate - surrogate.detach()
+
+
+class _LipSwish(torch.autograd.Function):
+    """``h sigmoid(beta h) / 1.1`` and its slope; for the gradient, autograd would keep four times as many numbers."""
+
+    @staticmethod
+    def plain(h: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = beta * h
+        gate = scaled.sigmoid() / _LIP_SWISH
+        return h * gate, gate * (1 + scaled * scaled.neg().sigmoid())
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        active, slope = _LipSwish.plain(h, beta)
+        ctx.save_for_backward(h, beta, slope)
+        return active, slope
+
+    @staticmethod
+    def backward(ctx: Any, by_active: Tensor, by_slope: Tensor) -> tuple[Tensor, Tensor]:
+        h, beta, slope = ctx.saved_tensors
+        scaled = beta * h
+        gate = scaled.sigmoid()
+        bend = gate * (1 - gate) / _LIP_SWISH
+        by = by_slope * bend * (2 + scaled * (1 - 2 * gate))
+        by_beta = h * (by_active * h * bend + by)
+        return by_active * slope + beta * by, by_beta.sum_to_size(beta.shape)
 
 
 def _jacobian(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
@@ -181,16 +207,52 @@ def spectral_bound(weight: Tensor) -> Tensor:
 
     By the Frobenius norm of the 256th power of the Gram matrix, which lies above its largest eigenvalue's.
     """
-    power = weight.mT @ weight if weight.shape[-1] <= weight.shape[-2] else weight @ weight.mT
+    own = takes_custom_gradients() and weight.requires_grad
+    return _SpectralBound.apply(weight) if own else _bound(weight, False)[0]  # type: ignore[no-any-return]
+
+
+def _bound(weight: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The bound ``b``, and its gradient if wanted.
+
+    With the Gram matrix ``G`` and ``b = tr(G^512)^(1 / 1024)`` this is ``b W G^511 / tr(G^512)``, a product of
+    ``P = G^k / |G^k|`` and ``R = G^(k - 1) / |G^k|`` at ``k = 256``.
+    """
+    wide = weight.shape[-1] > weight.shape[-2]
+    power = weight @ weight.mT if wide else weight.mT @ weight
     log_norm = torch.zeros_like(power[..., 0, 0])
+    rest = torch.eye(power.shape[-1]).to(power) if with_gradient else None
     for n in range(5):  # scaled each time before it is raised to the fourth power, lest it vanish
         norm = (power.square().sum((-1, -2)) + torch.finfo(power.dtype).tiny).sqrt()
         log_norm = log_norm + norm.log() / 4.0**n
+        norm = norm[..., None, None]
+        power, rest = power / norm, None if rest is None else rest / norm
         if n < 4:
-            power = power / norm[..., None, None]
-            power = power @ power
-            power = power @ power
-    return torch.exp(0.5 * log_norm)
+            squared = power @ power
+            rest = None if rest is None else squared @ (power @ rest)
+            power = squared @ squared
+    bound = torch.exp(0.5 * log_norm)
+    if rest is None:
+        return bound, None
+    share = rest @ power
+    return bound, bound * (share @ weight if wide else weight @ share)
+
+
+class _SpectralBound(torch.autograd.Function):
+    """:func:`spectral_bound` with the gradient that is found along with it, in place of all powers."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        bound, gradient = _bound(weight, True)
+        ctx.save_for_backward(weight, gradient)
+        return bound
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor) -> Tensor:
+        weight, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated once more
+            weight = weight.view_as(weight)
+            return torch.autograd.grad(_bound(weight, False)[0], weight, by, create_graph=True)[0]
+        return by * gradient
 
 
 def check_residual(hidden_dims: Sequence[int], lipschitz: float, log_det: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyroflows.numerical import takes_custom_gradients
 from pyroflows.univariate.base import Univariate, soft_clip
 
 
@@ -44,15 +46,66 @@ class Affine(Univariate):
     def num_params(self) -> int:
         return 2
 
-    def _unpack(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = params.unbind(-2)
-        return shift, soft_clip(raw, self.max_log_scale)
-
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._unpack(params)
-        return torch.addcmul(shift, x, log_scale.exp()), log_scale
+        return _apply(_Forward, x, params, self.max_log_scale)
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._unpack(params)
-        log_det = -log_scale
+        return _apply(_Inverse, y, params, self.max_log_scale)
+
+
+def _apply(kind: Any, x: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    alike = x.shape == params.shape[:-2] + params.shape[-1:] and x.dtype == params.dtype
+    if alike and takes_custom_gradients():
+        return kind.apply(x, params, limit)  # type: ignore[no-any-return]
+    return kind.plain(x, params, limit)  # type: ignore[no-any-return]
+
+
+class _Forward(torch.autograd.Function):
+    """``y = x * exp(log_scale) + shift``, which keeps x and the log-scale for the gradient; autograd keeps one more."""
+
+    @staticmethod
+    def plain(x: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+        shift, raw = params.unbind(-2)
+        log_scale = soft_clip(raw, limit)
+        return torch.addcmul(shift, x, log_scale.exp()), log_scale
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+        y, log_scale = _Forward.plain(x, params, limit)
+        ctx.save_for_backward(x, log_scale)  # of an input and a result, second derivatives are autograd's
+        ctx.limit = limit
+        return y, log_scale
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dlog: Tensor) -> tuple[Tensor | None, ...]:
+        x, log_scale = ctx.saved_tensors
+        dx = dy * log_scale.exp()
+        return dx, _of_params(dy, torch.addcmul(dlog, dx, x), log_scale, ctx.limit), None
+
+
+class _Inverse(torch.autograd.Function):
+    """``x = (y - shift) * exp(-log_scale)``, likewise, of its results alone."""
+
+    @staticmethod
+    def plain(y: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+        shift, raw = params.unbind(-2)
+        log_det = -soft_clip(raw, limit)
         return (y - shift) * log_det.exp(), log_det
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+        x, log_det = _Inverse.plain(y, params, limit)
+        ctx.save_for_backward(x, log_det)
+        ctx.limit = limit
+        return x, log_det
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dlog: Tensor) -> tuple[Tensor | None, ...]:
+        x, log_det = ctx.saved_tensors
+        dy = dx * log_det.exp()
+        return dy, -_of_params(dy, torch.addcmul(dlog, dx, x), log_det, ctx.limit), None
+
+
+def _of_params(shift: Tensor, log_scale: Tensor, value: Tensor, limit: float) -> Tensor:
+    """The gradient of the parameters by those of the shift and of the log-scale, which is ``value``."""
+    return torch.stack([shift, torch.addcmul(log_scale, log_scale * value, value, value=-(limit**-2))], -2)

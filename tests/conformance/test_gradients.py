@@ -1,0 +1,63 @@
+"""Gradients written by hand in torch, and those of these: against finite differences, and autograd of the plain way."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pyroflows import univariate  # noqa: E402
+from pyroflows.transforms.residual import _bound, _LipSwish, spectral_bound  # noqa: E402
+from pyroflows.univariate import affine  # noqa: E402
+
+
+def tensors(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return tuple(2 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+
+
+AFFINE, SIGMOIDS = univariate.Affine(2.0), univariate.DeepSigmoidal(4)
+CASES = {  # function, the same in plain operations, inputs
+    "affine": (
+        AFFINE.forward_and_log_det,
+        lambda x, params: affine._Forward.plain(x, params, 2.0),
+        tensors((3, 2), (3, 2, 2)),
+    ),
+    "affine, inverse": (
+        AFFINE.inverse_and_log_det,
+        lambda y, params: affine._Inverse.plain(y, params, 2.0),
+        tensors((3, 2), (3, 2, 2)),
+    ),
+    "sigmoids": (SIGMOIDS.forward_and_log_det, SIGMOIDS._plain, tensors((3, 2), (3, 12, 2))),
+    "LipSwish": (_LipSwish.apply, _LipSwish.plain, tensors((3, 2), (2,))),
+    "spectral bound, tall": (spectral_bound, lambda weight: _bound(weight, False)[0], tensors((4, 3))),
+    "spectral bound, wide": (spectral_bound, lambda weight: _bound(weight, False)[0], tensors((2, 3))),
+    "spectral bound, of equal singular values": (
+        spectral_bound,
+        lambda weight: _bound(weight, False)[0],
+        (2 * torch.eye(3, dtype=torch.float64) + 0.001 * tensors((3, 3))[0],),
+    ),
+}
+
+
+@pytest.mark.parametrize("function, plain, inputs", CASES.values(), ids=CASES)
+def test_gradients_written_by_hand(function, plain, inputs):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    outputs, same = (call(*inputs) for call in (function, plain))
+    torch.testing.assert_close(outputs, same, rtol=1e-14, atol=1e-14)
+    leaf = torch.utils._pytree.tree_leaves(outputs)[0]
+    assert isinstance(leaf.grad_fn, torch.autograd.function.BackwardCFunction)  # not autograd's
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    first, second = (
+        torch.autograd.grad(sum(y.square().sum() for y in torch.utils._pytree.tree_leaves(call(*inputs))), inputs)
+        for call in (function, plain)
+    )
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_written_by_hand_are_left_out_where_torch_func_is_at_work():
+    x, params = tensors((3, 2), (3, 2, 2))
+    expected = torch.autograd.functional.jacobian(AFFINE.forward_and_log_det, (x, params))
+    found = torch.func.jacrev(AFFINE.forward_and_log_det, argnums=(0, 1))(x, params)
+    forward = torch.func.jacfwd(AFFINE.forward_and_log_det, argnums=(0, 1))(x, params)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(forward, expected)
