@@ -68,13 +68,15 @@ def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool =
 
     What a model computes of its data alone (logarithms of scales, normalisers) is computed once, and so are repeated
     operations, and views of parameters. What it computes of a scale, of shares, or of a product with the data is
-    computed for each draw, not for each draw and datum. Tensors that require a gradient may change between calls, in
-    place, and count as no constants; nor do random draws. A graph that changes tensors in place, which might be
-    constants, is left as it is.
+    computed for each draw, not for each draw and datum; what is the same for all data is applied to sums over them, and
+    a tensor of draws times data is scaled and shifted once. Results agree to rounding. Tensors that require a gradient
+    may change between calls, in place, and count as no constants; nor do random draws. A graph that changes tensors in
+    place, which might be constants, is left as it is.
 
     :param recorded: a graph of ``make_fx``.
     :param inputs: of the graph.
-    :param differentiable: whether gradients are taken through the graph; they flow past ``detach`` otherwise.
+    :param differentiable: whether gradients are taken through the graph; they flow past ``detach`` otherwise, and large
+        results are written over what is needed no more.
     """
     graph = recorded.graph
     for node in graph.nodes:

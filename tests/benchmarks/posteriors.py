@@ -98,8 +98,9 @@ class Fit(NamedTuple):
 
 
 def measured(backend: str, name: str, seed: int) -> Fit:
+    fit = fitter(backend)  # sets the precision of the data
     posterior = importlib.import_module(f"tests.benchmarks.models.{backend}_models").get(name)
-    fitted = fitter(backend)(posterior, seed)
+    fitted = fit(posterior, seed)
     plain, resampled = (scalars(draws, posterior) for draws in draws_of(backend, fitted, seed))
     return Fit(
         name.split("-")[-1], posterior.dimension, seed, fitted.elbo.value, fitted._log_evidence().value,
@@ -116,8 +117,11 @@ def all_measured(backend: str, names: list[str], seeds: int, processes: int) -> 
         yield from (measured(*task) for task in tasks)
         return
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(measured, *task) for task in tasks]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(measured, *task) for task in tasks]):
+                yield future.result()
+        finally:  # of an error, too, or Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def print_worst(fits: list[Fit]) -> None:
