@@ -29,8 +29,13 @@ _POINTWISE = {  # operations on each number by itself
     *(getattr(_aten, name).default for name in ("abs", "lgamma", "digamma", "softplus")),
     *(_SUMS | _PRODUCTS | {_aten.rsub.Scalar}),
 }
-_FRESH = {*_POINTWISE, _aten.mm.default, _aten.addmm.default, _aten.sum.dim_IntList}  # results with memory of their own
 _ALONG_AN_AXIS = {_aten._log_softmax.default, _aten._softmax.default}
+_FRESH = {  # results with memory of their own
+    *(getattr(_aten, name).default for name in ("mm", "addmm", "bmm", "cat", "stack", "addcmul", "logsumexp")),
+    *(getattr(_aten, name).default for name in ("silu", "silu_backward", "relu", "threshold_backward")),
+    *(getattr(_aten, name).default for name in ("sigmoid_backward", "tanh_backward")),
+    *(_POINTWISE | _ALONG_AN_AXIS | {_aten.sum.dim_IntList, _aten.where.self}),
+}
 _BY_NUMBER = {  # the like operations between tensors
     **{op: op for op in (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)},
     **{_aten.add.Scalar: _aten.add.Tensor, _aten.sub.Scalar: _aten.sub.Tensor},
@@ -237,11 +242,12 @@ def _transposed(x: fx.Node, run: Run) -> fx.Node:
 
 def _is_reduced(node: fx.Node, run: Run) -> bool:
     """Whether all that is computed of a result, number by number, ends in reductions, and one along the last axis."""
-    shape, to_do, along_last = run.values[node].shape, [node], False
+    shape, seen, to_do, along_last = run.values[node].shape, {node}, [node], False
     while to_do:
         for user in to_do.pop().users:
             if user.target in _POINTWISE and run.values[user].shape == shape:
-                to_do.append(user)
+                to_do += [user] if user not in seen else []
+                seen.add(user)
             elif user.target in (_aten.logsumexp.default, _aten.sum.dim_IntList):
                 axes: Any = user.args[1]
                 along_last |= any(_from_the_end(axis, run.values[node]) == -1 for axis in axes)
@@ -308,7 +314,7 @@ def _of_one_kind(node: fx.Node, run: Run) -> bool:
 
 def sum_first(graph: fx.Graph, run: Run) -> None:
     """Sums over the data before it scales or shifts: what is the same for all of them is applied to the sums."""
-    sums = []
+    sums = _Sums(run)
     for node in list(graph.nodes):
         if node.target not in (_aten.sum.default, _aten.sum.dim_IntList) or node.kwargs or node in run.constants:
             continue
@@ -316,36 +322,59 @@ def sum_first(graph: fx.Graph, run: Run) -> None:
         axes: Any = node.args[1] if len(node.args) > 1 and node.args[1] else range(of.dim())
         if of.numel() < _LARGE or not of.dtype.is_floating_point:
             continue
-        with graph.inserting_before(node):
-            dims = sorted(_from_the_end(axis, of) for axis in axes)
-            total = run.add(graph, _aten.sum.dim_IntList, node.args[0], dims, True)
-            same = run.add(graph, _aten.view.default, total, list(run.values[node].shape))
-        node.replace_all_uses_with(same if run.values[total].shape != run.values[node].shape else total)
-        sums.append(total)
-    graph.eliminate_dead_code()
+        total = sums.of(node.args[0], sorted(_from_the_end(axis, of) for axis in axes))
+        if run.values[total].shape != run.values[node].shape:
+            with graph.inserting_before(node):
+                total = run.add(graph, _aten.view.default, total, list(run.values[node].shape))
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
     merge_equal(graph)
-    while sums:
-        total = sums.pop()
-        if not total.users:
-            continue
-        with graph.inserting_before(total):
-            found = _of_a_sum(total, run)
-        if found is not None:
-            replacement, inner = found
-            total.replace_all_uses_with(replacement)
-            merge_equal(graph)
-            graph.eliminate_dead_code()
-            sums.append(inner)
+    graph.eliminate_dead_code()  # lest it count among the users of what it is made of
+    sums.known = {key: total for key, total in sums.known.items() if total.users}
+    changed = True
+    while changed:
+        changed = False
+        for total in [total for total in sums.known.values() if total.users]:
+            with graph.inserting_before(total):
+                replacement = _of_a_sum(total, run, sums)
+            if replacement is not None:
+                total.replace_all_uses_with(replacement)
+                sums.forget(total)
+                changed = True
 
 
-def _of_a_sum(total: fx.Node, run: Run) -> tuple[fx.Node, fx.Node] | None:
-    """A sum in terms of another one, and that one; ``None`` where there is no sum of less."""
+class _Sums:
+    """Sums which keep their dimensions, each made once."""
+
+    def __init__(self, run: Run):
+        self.run, self.known = run, dict[Any, fx.Node]()
+
+    def of(self, x: fx.Node, dims: list[int]) -> fx.Node:
+        key = x, tuple(dims)
+        if key not in self.known:
+            with x.graph.inserting_after(x):
+                self.known[key] = self.run.add(x.graph, _aten.sum.dim_IntList, x, dims, True)
+        return self.known[key]
+
+    def forget(self, node: fx.Node) -> None:
+        """Erases what nothing uses any more."""
+        if node.users or node.op != "call_function" or not is_pure(node):
+            return
+        if node.target is _aten.sum.dim_IntList:
+            self.known.pop((node.args[0], tuple(node.args[1])), None)  # type: ignore[arg-type]
+        operands = node.all_input_nodes
+        node.graph.erase_node(node)
+        for operand in operands:
+            self.forget(operand)
+
+
+def _of_a_sum(total: fx.Node, run: Run, sums: _Sums) -> fx.Node | None:
+    """A sum in terms of another one; ``None`` where there is no sum of less."""
     x: Any = total.args[0]
     dims: Any = total.args[1]
     graph, args = total.graph, x.args
     if x.target is _aten.neg.default:
-        inner = run.add(graph, _aten.sum.dim_IntList, args[0], dims, True)
-        return run.add(graph, x.target, inner), inner
+        return run.add(graph, x.target, sums.of(args[0], dims))
     if list(x.users) != [total] or x.kwargs or not _of_one_kind(x, run):
         return None
     if x.target not in _SUMS | _PRODUCTS - {_aten.pow.Tensor_Scalar} | {_aten.rsub.Scalar} or len(args) != 2:
@@ -353,7 +382,7 @@ def _of_a_sum(total: fx.Node, run: Run) -> tuple[fx.Node, fx.Node] | None:
     shape = run.values[x].shape
     same = [not isinstance(a, fx.Node) or all(_has_copies(a, d, run) for d in dims) for a in args]
     if x.target is _aten.mul.Tensor and not any(same):
-        return _of_a_sum_of_products(total, run)
+        return _of_a_sum_of_products(total, run, sums)
     varying, other = args if same[1] else args[::-1]
     if all(same) or not any(same) or (x.target in _QUOTIENTS and same[0]):
         return None
@@ -361,16 +390,16 @@ def _of_a_sum(total: fx.Node, run: Run) -> tuple[fx.Node, fx.Node] | None:
         return None
     if x.target not in _PRODUCTS and not _is_a_term(varying, dims, run):
         return None
-    inner = run.add(graph, _aten.sum.dim_IntList, varying, dims, True)
+    inner = sums.of(varying, dims)
     if isinstance(other, fx.Node):
         other = _one_of_copies(other, set(dims), run)
     if x.target not in _PRODUCTS:
         n = math.prod(shape[d] for d in dims)
         other = run.add(graph, _aten.mul.Scalar, other, n) if isinstance(other, fx.Node) else other * n
-    return run.add(graph, x.target, *((inner, other) if same[1] else (other, inner))), inner
+    return run.add(graph, x.target, *((inner, other) if same[1] else (other, inner)))
 
 
-def _of_a_sum_of_products(total: fx.Node, run: Run) -> tuple[fx.Node, fx.Node] | None:
+def _of_a_sum_of_products(total: fx.Node, run: Run, sums: _Sums) -> fx.Node | None:
     """A sum of products with a number that has a factor of its own, in terms of the sum without that factor."""
     x: Any = total.args[0]
     dims: Any = total.args[1]
@@ -381,12 +410,13 @@ def _of_a_sum_of_products(total: fx.Node, run: Run) -> tuple[fx.Node, fx.Node] |
         core, power, by = found
         if isinstance(by, fx.Node) and not all(_has_copies(by, dim, run) for dim in dims):
             continue
-        plain = run.add(x.graph, _aten.mul.Tensor, core, b)
-        inner = run.add(x.graph, _aten.sum.dim_IntList, plain, dims, True)
+        with x.graph.inserting_before(x):
+            plain = run.add(x.graph, _aten.mul.Tensor, core, b)
+        inner = sums.of(plain, dims)
         if not isinstance(by, fx.Node):
-            return run.add(x.graph, _aten.mul.Scalar, inner, by**power), inner
+            return run.add(x.graph, _aten.mul.Scalar, inner, by**power)
         by = _one_of_copies(by, set(dims), run)
-        return run.add(x.graph, _aten.mul.Tensor if power == 1 else _aten.div.Tensor, inner, by), inner
+        return run.add(x.graph, _aten.mul.Tensor if power == 1 else _aten.div.Tensor, inner, by)
     return None
 
 
@@ -622,10 +652,13 @@ def _owner(node: fx.Node) -> fx.Node:
 
 def _readers(owner: fx.Node) -> Iterator[fx.Node]:
     """All that reads a result, or what may share its memory."""
-    for user in owner.users:
-        yield user
-        if _may_share(user) is not None:
-            yield from _readers(user)
+    seen, to_do = {owner}, [owner]
+    while to_do:
+        for user in to_do.pop().users:
+            yield user
+            if user not in seen and _may_share(user) is not None:
+                seen.add(user)
+                to_do.append(user)
 
 
 def _may_share(node: fx.Node) -> fx.Node | None:
