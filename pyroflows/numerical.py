@@ -126,13 +126,14 @@ def readable(x: Tensor) -> bool:
 
 
 def takes_custom_gradients() -> bool:
-    """Whether a gradient written by hand (a ``torch.autograd.Function``) can be used here: in eager reverse mode.
+    """Whether a gradient written by hand (a ``torch.autograd.Function``) can be used here: in eager reverse mode."""
+    return torch.is_grad_enabled() and is_eager()
 
-    ``torch.func``, forward mode, ``torch.compile`` and ``torch.jit`` need plain operations.
-    """
+
+def is_eager() -> bool:
+    """Whether operations are run, not seen by ``torch.func``, forward mode, ``torch.compile`` or ``torch.jit``."""
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
         and forward_ad._current_level < 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyroflows.numerical import takes_custom_gradients
+from pyroflows.numerical import is_eager
 from pyroflows.univariate.base import Univariate, check_positive, log_sum_and_mean, numerical_inverse, soft_clip
 
 SPREAD = 1.0  # of the units' shifts at the start: far enough apart for each to learn a part of its own
@@ -119,11 +119,14 @@ class DeepSigmoidal(DeepDenseSigmoidal):
         return torch.where(x < 0, -value, value), slope
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        if self.num_units == 1 or not takes_custom_gradients():
+        if self.num_units == 1 or not is_eager():
             return self._plain(x, params)
         batch = torch.broadcast_shapes(x.shape, params.shape[:-2] + params.shape[-1:])
-        params = params.expand(*batch[:-1], self.num_params, batch[-1])
-        return _Sigmoids.apply(x.expand(batch), params, self)  # type: ignore[no-any-return]
+        x, params = x.expand(batch), params.expand(*batch[:-1], self.num_params, batch[-1])
+        if torch.is_grad_enabled():
+            return _Sigmoids.apply(x, params, self)  # type: ignore[no-any-return]
+        y, log_det, *_ = _Sigmoids.terms(x, params, self)
+        return y, log_det
 
 
 class _Sigmoids(torch.autograd.Function):
@@ -136,6 +139,14 @@ class _Sigmoids(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, params: Tensor, network: DeepSigmoidal) -> tuple[Tensor, Tensor]:
+        y, log_det, *terms = _Sigmoids.terms(x, params, network)
+        ctx.save_for_backward(x, params, *terms)
+        ctx.network = network
+        return y, log_det
+
+    @staticmethod
+    def terms(x: Tensor, params: Tensor, network: DeepSigmoidal) -> tuple[Tensor, ...]:
+        """The value, the logarithm of the slope, and what the gradient is made of."""
         k, c = network.num_units, 1 - network.min_slope
         raw, shifts, weights = params.split(k, -2)
         place = torch.linspace(-SPREAD, SPREAD, k, dtype=x.dtype, device=x.device).unsqueeze(-1)
@@ -159,9 +170,8 @@ class _Sigmoids(torch.autograd.Function):
         value_0, slope_0, *alike = _alike(x, k)
         difference = sums[0] - sums[1] - torch.where(x < 0, -value_0, value_0)
         slope = 1 + c * (u + rest - slope_0)
-        ctx.save_for_backward(x, params, log_a, a, on, upper, lower, u, rest, slope, slope_0, *alike)
-        ctx.network = network
-        return torch.add(x, difference, alpha=c), slope.log()
+        y = torch.add(x, difference, alpha=c)
+        return y, slope.log(), log_a, a, on, upper, lower, u, rest, slope, slope_0, *alike
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dlog: Tensor) -> tuple[Tensor | None, ...]:
