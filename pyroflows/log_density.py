@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, fx
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -147,10 +147,22 @@ class LogDensity:
         return {**self.__dict__, "_graphs": {}}  # recorded again when needed
 
     def _record(self, u: Tensor) -> None:
-        """Adds the graph for batches like ``u``."""
+        """Adds the graph for batches like ``u``, simplified where that gives the same."""
+
+        def recorded() -> fx.GraphModule:
+            return make_fx(torch.func.functionalize(lambda u: torch.func.vmap(self._single)(u)))(u)
+
         with pyro.validation_enabled(False):
-            graph = make_fx(torch.func.functionalize(lambda u: torch.func.vmap(self._single)(u)))(u)
-        self._graphs[(tuple(u.shape), u.dtype, u.device)] = compiled(simplified(graph, u.detach()))
+            graph = recorded()
+            with torch.no_grad():
+                expected = graph(u)
+            try:  # some rules are for large batches alone
+                call = compiled(simplified(graph, u.detach()))
+                with torch.no_grad():
+                    same = close(call(u), expected)
+            except Exception:  # whatever a model does that a rule has not foreseen
+                same = False
+            self._graphs[(tuple(u.shape), u.dtype, u.device)] = call if same else compiled(recorded())
 
     def _value_and_grad_seeded(self, u: Tensor, mode: str) -> tuple[Tensor, Tensor]:
         """Values and gradients with the same random stream for every draw, so that minibatches agree."""

@@ -14,9 +14,10 @@ from torch import fx  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
-from pyroflows import FlowVI, flows, inference  # noqa: E402
+from pyroflows import FlowVI, flows, inference, log_density  # noqa: E402
 from pyroflows.distributions import MixtureBase  # noqa: E402
 from pyroflows.graphs import compiled, recorded_step, simplified  # noqa: E402
+from pyroflows.guides import AutoFlow  # noqa: E402
 from tests.inference.models_pyro import eight_schools  # noqa: E402
 
 SCALE = torch.tensor([1.5, 0.5, 2.0], dtype=torch.float64)
@@ -458,6 +459,23 @@ def test_a_step_that_a_graph_cannot_hold_is_left_as_it_is():
     calls = []
     step = gradient_step(weight, lambda x: (calls.append(0), x * len(calls))[1])  # and by what is outside
     assert recorded_step(step, weight.device) is step
+
+
+@pytest.mark.parametrize("failure", ["raises", "is wrong for large batches"])
+def test_a_density_is_recorded_as_it_is_where_simplifying_it_fails(monkeypatch, failure):
+    def broken(graph, u, **options):
+        if failure == "raises":
+            raise TypeError("an operation that no rule has foreseen")
+        if len(u) < 100:
+            return simplified(graph, u, **options)
+        return make_fx(lambda u: u.sum(-1))(u)
+
+    expected = AutoFlow(eight_schools).log_density()
+    monkeypatch.setattr(log_density, "simplified", broken)
+    density = AutoFlow(eight_schools).log_density()
+    u = torch.randn(200, expected.dim)
+    assert density.mode == "traced"
+    torch.testing.assert_close(density(u), expected(u), rtol=1e-5, atol=1e-5)
 
 
 def minibatches():
