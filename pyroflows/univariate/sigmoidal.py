@@ -13,6 +13,7 @@ from pyroflows.numerical import is_eager
 from pyroflows.univariate.base import Univariate, check_positive, log_sum_and_mean, numerical_inverse, soft_clip
 
 SPREAD = 1.0  # of the units' shifts at the start: far enough apart for each to learn a part of its own
+_AT_ONCE = 2**16  # units of vectors that a pass takes on a CPU: what fits its cache
 CONTRAST = 2.0  # of the mixing weights of hidden layers at the start, for the same reason
 
 
@@ -123,6 +124,14 @@ class DeepSigmoidal(DeepDenseSigmoidal):
             return self._plain(x, params)
         batch = torch.broadcast_shapes(x.shape, params.shape[:-2] + params.shape[-1:])
         x, params = x.expand(batch), params.expand(*batch[:-1], self.num_params, batch[-1])
+        rows = len(x) if x.dim() < 2 or not x.numel() else max(1, _AT_ONCE // (self.num_units * x[0].numel()))
+        if rows >= len(x) or x.device.type != "cpu":
+            return self._closed(x, params)
+        parts = [self._closed(*part) for part in zip(x.split(rows), params.split(rows), strict=True)]
+        y, log_det = (torch.cat(column) for column in zip(*parts, strict=True))
+        return y, log_det
+
+    def _closed(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled():
             return _Sigmoids.apply(x, params, self)  # type: ignore[no-any-return]
         y, log_det, *_ = _Sigmoids.terms(x, params, self)

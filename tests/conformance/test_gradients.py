@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 
 from pyroflows import univariate  # noqa: E402
 from pyroflows.transforms.residual import _bound, _LipSwish, spectral_bound  # noqa: E402
-from pyroflows.univariate import affine  # noqa: E402
+from pyroflows.univariate import affine, sigmoidal  # noqa: E402
 
 
 def tensors(*shapes):
@@ -61,3 +61,24 @@ def test_gradients_written_by_hand_are_left_out_where_torch_func_is_at_work():
     forward = torch.func.jacfwd(AFFINE.forward_and_log_det, argnums=(0, 1))(x, params)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(forward, expected)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_large_batches_of_sigmoids_are_taken_in_parts(monkeypatch, with_gradient):
+    inputs = [x.requires_grad_(with_gradient) for x in tensors((5, 2, 3), (5, 1, 12, 3))]
+    with torch.set_grad_enabled(with_gradient):
+        whole = SIGMOIDS.forward_and_log_det(*inputs)
+        sizes, terms = [], sigmoidal._Sigmoids.terms
+
+        def counted(x, *rest):
+            sizes.append(len(x))
+            return terms(x, *rest)
+
+        monkeypatch.setattr(sigmoidal, "_AT_ONCE", 50)
+        monkeypatch.setattr(sigmoidal._Sigmoids, "terms", counted)
+        parts = SIGMOIDS.forward_and_log_det(*inputs)
+    assert sizes == [2, 2, 1]
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+    if with_gradient:
+        found, expected = (torch.autograd.grad(sum(y.sum() for y in outputs), inputs) for outputs in (parts, whole))
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
