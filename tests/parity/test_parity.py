@@ -134,6 +134,7 @@ OWN = {
     "parameters",
     "readable",
     "settled",
+    "is_eager",
     "takes_custom_gradients",
     "triangular_fixed_point",
     "batched",
