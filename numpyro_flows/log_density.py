@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from jax import Array
 from numpyro import distributions as dist
 from numpyro import handlers
@@ -146,7 +147,7 @@ def _is_data(site: dict[str, Any]) -> bool:
 
 def prototype_trace(model: Callable, args: tuple, kwargs: dict, init_loc_fn: Callable = init_to_uniform) -> dict:
     """One trace of a seeded model, with latents at the values of ``init_loc_fn``."""
-    with handlers.block():
+    with handlers.block(), numpyro.validation_enabled(False):  # what is out of its support shows in the density
         return handlers.trace(handlers.substitute(model, substitute_fn=init_loc_fn)).get_trace(*args, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from pyroflows.graphs import close, compiled, simplified
 
@@ -81,7 +83,7 @@ class LogDensity:
 
     def _single(self, u: Tensor) -> Tensor:
         """Log-density of one vector ``(dim,)``."""
-        with self._latents(self._unpack(u)) as latents:
+        with NotRaising(), self._latents(self._unpack(u)) as latents:
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         return trace.log_prob_sum() + latents.log_det
 
@@ -93,7 +95,8 @@ class LogDensity:
         if self._nesting is None:
             self._nesting = self._plate_nesting()
         nesting = self._nesting
-        with _Unconstrained(self._unpack(u), nesting) as latents, pyro.plate("_draws", len(u), dim=-1 - nesting):
+        plate = pyro.plate("_draws", len(u), dim=-1 - nesting)
+        with NotRaising(), _Unconstrained(self._unpack(u), nesting) as latents, plate:
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         trace.compute_log_prob()
         total = latents.log_det
@@ -150,7 +153,8 @@ class LogDensity:
         """Adds the graph for batches like ``u``, simplified where that gives the same."""
 
         def recorded() -> fx.GraphModule:
-            return make_fx(torch.func.functionalize(lambda u: torch.func.vmap(self._single)(u)))(u)
+            batched = torch.func.functionalize(lambda u: torch.func.vmap(self._single)(u))
+            return make_fx(batched, {torch.ops.aten.copy.default: _copied})(u)
 
         with pyro.validation_enabled(False):
             graph = recorded()
@@ -252,7 +256,7 @@ class LogDensity:
     @torch.no_grad()
     def _map(self, single: Callable, batch: Any) -> Any:
         """``single`` over the leading axis, by ``vmap`` where the density can."""
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), NotRaising():
             if self.mode in ("traced", "vmap"):
                 return torch.func.vmap(single)(batch)
             leaves, spec = torch.utils._pytree.tree_flatten(batch)
@@ -268,6 +272,39 @@ class LogDensity:
         return {name: site["value"].numpy(force=True) for name, site in trace.nodes.items() if _is_data(site)}
 
 
+def _copied(into: Tensor, values: Tensor, non_blocking: bool = False) -> Tensor:
+    """What stands in ``into`` once ``values`` are written there, which has no derivative as an operation of its own."""
+    return values.to(into).expand(into.shape)
+
+
+class NotRaising(TorchFunctionMode):
+    """Matrices that cannot be factored or inverted give NaN: a draw of no finite log-density, and not a fit's end."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        checked = _CHECKED.get(func)
+        if checked is None or kwargs and "out" in kwargs:
+            return func(*args, **(kwargs or {}))
+        result, info = checked(*args, **(kwargs or {}))
+        failed = (info > 0).reshape(info.shape + (1,) * (result.dim() - info.dim()))
+        return torch.where(failed, math.nan, result)
+
+
+def _cholesky(matrix: Tensor, upper: bool = False) -> tuple[Tensor, Tensor]:
+    result, info = torch.linalg.cholesky_ex(matrix, upper=upper)
+    return result, info
+
+
+_CHECKED: dict[Callable, Callable] = {
+    torch.linalg.cholesky: _cholesky,
+    torch.cholesky: _cholesky,
+    Tensor.cholesky: _cholesky,
+    torch.linalg.inv: torch.linalg.inv_ex,
+    torch.inverse: torch.linalg.inv_ex,
+    Tensor.inverse: torch.linalg.inv_ex,
+    torch.linalg.solve: torch.linalg.solve_ex,
+}
+
+
 def _is_data(site: dict[str, Any]) -> bool:
     return (
         site["type"] == "sample"
@@ -278,7 +315,27 @@ def _is_data(site: dict[str, Any]) -> bool:
     )
 
 
-class _Unconstrained(Messenger):
+class _Unvalidated(Messenger):
+    """Runs with distributions that take any value: those made before the run may have been told to refuse some."""
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if isinstance(msg["fn"], torch.distributions.Distribution):
+            msg["fn"] = _unvalidated(msg["fn"])
+
+
+def _unvalidated(fn: torch.distributions.Distribution) -> torch.distributions.Distribution:
+    parts = {
+        name: _unvalidated(part)
+        for name, part in vars(fn).items()
+        if isinstance(part, torch.distributions.Distribution)
+    }
+    if fn._validate_args or any(part is not getattr(fn, name) for name, part in parts.items()):
+        fn = copy.copy(fn)
+        vars(fn).update(parts, _validate_args=False)
+    return fn
+
+
+class _Unconstrained(_Unvalidated):
     """Sets latent sites from unconstrained values and adds up the Jacobians of their supports.
 
     With ``nesting``, the values carry a leading axis of draws, which is put to the left of ``nesting`` plates.
@@ -290,6 +347,7 @@ class _Unconstrained(Messenger):
         self.log_det: Any = 0.0
 
     def _pyro_sample(self, msg: dict) -> None:
+        super()._pyro_sample(msg)
         if msg["name"] not in self.values or msg["is_observed"]:
             return
         bijection, u = biject_to(msg["fn"].support), self.unconstrained(msg["name"], msg["fn"])
@@ -331,10 +389,29 @@ def prototype_trace(
     """One trace of a model, with latents at the values of ``init_loc_fn``."""
 
     def init(site: dict) -> Tensor:  # strategies know continuous sites only
-        return site["fn"].sample() if site["fn"].support.is_discrete else init_loc_fn(site)
+        return site["fn"].sample() if site["fn"].support.is_discrete else start_of(init_loc_fn, site)
 
-    with poutine.block(), torch.no_grad():
+    # what is out of its support, or cannot be factored, shows in the density
+    with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), NotRaising(), _Unvalidated():
         return poutine.trace(InitMessenger(init)(model)).get_trace(*args, **kwargs)
+
+
+def start_of(init_loc_fn: Callable, site: dict) -> Tensor:
+    """A site's value by an initialisation strategy. These draw from the prior, which an improper one cannot."""
+    fn = proper = site["fn"]
+    while isinstance(proper, pyro.distributions.Independent | pyro.distributions.MaskedDistribution):
+        proper = proper.base_dist
+    if isinstance(proper, pyro.distributions.ImproperUniform):
+        site = {**site, "fn": _Drawable(fn.support, fn.batch_shape, fn.event_shape)}
+    return init_loc_fn(site)
+
+
+class _Drawable(pyro.distributions.ImproperUniform):
+    """Draws the image of standard normal numbers in the unconstrained space."""
+
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        bijection, shape = biject_to(self.support), self.shape(torch.Size(sample_shape))
+        return bijection(torch.randn(bijection.inverse_shape(shape)))
 
 
 def check_finite(trace: poutine.Trace, owner: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyroflows.graphs import close
 from pyroflows.log_density import LogDensity, _Unconstrained
+from pyroflows.numerical import cholesky
 from pyroflows.transform_module import TransformModule
 
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution)
@@ -176,7 +177,7 @@ def _conditioned(
         centre = loc + precision * s**2 * (data - loc)
         return ((value - centre) / s if inverse else centre + s * value), s.log()
     eye = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
-    root = torch.linalg.cholesky(eye + (scale.mT * precision.unsqueeze(-2)) @ scale)
+    root = cholesky(eye + (scale.mT * precision.unsqueeze(-2)) @ scale)
     told = scale.mT @ (precision * (data - loc)).unsqueeze(-1)
     shift = torch.linalg.solve_triangular(root, told, upper=False)
     log_scale = scale.diagonal(dim1=-2, dim2=-1).log() - root.diagonal(dim1=-2, dim2=-1).log()

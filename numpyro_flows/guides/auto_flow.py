@@ -112,7 +112,7 @@ class AutoFlow(AutoContinuous):
         seeded = handlers.seed(self.model, key)
         check_latents(prototype_trace(seeded, args, kwargs, self.init_loc_fn), owner)
         try:
-            with handlers.seed(rng_seed=key):
+            with handlers.seed(rng_seed=key), numpyro.validation_enabled(False):
                 super()._setup_prototype(*args, **kwargs)
         except RuntimeError as error:
             if "initial parameters" not in str(error):

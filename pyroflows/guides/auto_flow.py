@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pyroflows import flows, serialization
 from pyroflows.distributions import Base, FlowDistribution, standard_base
 from pyroflows.encoders import StandardizedEncoder
-from pyroflows.log_density import LogDensity, check_finite, check_latents, prototype_trace
+from pyroflows.log_density import LogDensity, NotRaising, check_finite, check_latents, prototype_trace, start_of
 from pyroflows.noncentering import Noncentering, noncentering_of
 from pyroflows.prior_predictive import PriorPredictive, Simulations, batched
 from pyroflows.transform_module import Compose, TransformModule
@@ -28,6 +28,7 @@ from pyroflows.univariate import Affine
 
 _MAX_LOG_SCALE = 12.0  # of an amortised guide: posteriors may be so much narrower than the first scale, or wider
 _NUM_PILOTS = 500  # simulations by which an encoder's data are standardised
+_NUM_TRIALS = 100  # of a start, as the ecosystems' NUTS takes
 _REGISTERED = WeakTensorKeyDictionary()  # the parameters that a guide of this process has put into the param store
 
 
@@ -90,7 +91,7 @@ class AutoFlow(AutoContinuous):
         check_guide_scale(init_scale, base_df)
         check_base(base, base_df, "AutoFlow")
         check_encoding(encoder, data, noncentered, "AutoFlow")
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(model, init_loc_fn=partial(start_of, init_loc_fn))
         self._raw_model, self._init_loc_fn = (model,), init_loc_fn
         self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
         self.base, self.noncentered, self.data = base, noncentered, data
@@ -102,13 +103,7 @@ class AutoFlow(AutoContinuous):
         self._num_pilots = _NUM_PILOTS
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with pyro.validation_enabled(False):  # what is out of its support shows in the density, with its site's name
-            trace = prototype_trace(self._raw_model[0], args, kwargs, self._init_loc_fn)
-            check_latents(trace, type(self).__name__)
-            check_finite(trace, type(self).__name__)
-        self.model_params = list(trace.param_nodes)
-        with torch.no_grad():
-            super()._setup_prototype(*args, **kwargs)
+        self._find_start(args, kwargs)
         loc = self._init_loc()
         if self.encoder is None:
             flow = self.flow(self.latent_dim)
@@ -128,6 +123,23 @@ class AutoFlow(AutoContinuous):
             self.learned_base = check_built_base(self.base(self.latent_dim)).to(loc)
         with pyro.poutine.block():
             self._create_plates(*args, **kwargs)  # which NeuTraReparam asks a guide for that FlowVI has trained
+
+    def _find_start(self, args: tuple, kwargs: dict) -> None:
+        """Sets up the prototype at the first values of ``init_loc_fn`` where the log-density is finite."""
+        owner = type(self).__name__
+        with pyro.validation_enabled(False), NotRaising(), torch.no_grad():
+            trace = prototype_trace(self._raw_model[0], args, kwargs, self._init_loc_fn)
+            check_latents(trace, owner)
+            self.model_params = list(trace.param_nodes)
+            for _ in range(_NUM_TRIALS):
+                super()._setup_prototype(*args, **kwargs)
+                with pyro.poutine.block(), torch.random.fork_rng(devices=[]):
+                    value = self._log_density(args, kwargs, mode="loop")(self._init_loc()[None])
+                if value.isfinite():
+                    return
+                trace = prototype_trace(self._raw_model[0], args, kwargs, self._init_loc_fn)
+            check_finite(trace, owner)
+            raise ValueError(f"{owner}: no finite log-density in {_NUM_TRIALS} tries: give init_loc_fn= another.")
 
     def _location_and_scale(self, loc: Tensor, scale: float | Tensor) -> TransformModule:
         like = self._init_loc()

@@ -31,6 +31,7 @@ from pyroflows.guides.plates import (
     location_and_scale,
     subsamples,
 )
+from pyroflows.log_density import start_of
 from pyroflows.transform_module import TransformModule
 
 LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
@@ -159,7 +160,7 @@ class AutoHierarchicalFlow(AutoGuide):
                 return poutine.trace(InitMessenger(value)(self.model)).get_trace(*args, **kwargs)
 
     def _initial_value(self, site: dict) -> Tensor:
-        return first_value(site) if site["fn"].support.is_discrete else self.init_loc_fn(site)
+        return first_value(site) if site["fn"].support.is_discrete else start_of(self.init_loc_fn, site)
 
     def _priors(
         self, seed: int, args: tuple, kwargs: dict, trace: poutine.Trace, moved: set[str], last: bool = False

@@ -93,6 +93,22 @@ def sometimes_nan():
     numpyro.factor("trap", jnp.where(z > 3.0, jnp.sqrt(3.0 - z), 0.0))
 
 
+def improper(x):
+    mean = numpyro.sample("mean", dist.ImproperUniform(dist.constraints.real, (), ()))
+    scale = numpyro.sample("scale", dist.ImproperUniform(dist.constraints.positive, (), ()))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", dist.Normal(mean, scale), obs=x)
+
+
+def sometimes_singular(x):
+    """A correlation ``r``, whose covariance matrix has no Cholesky factor where ``|r| > 1``."""
+    r = numpyro.sample("r", dist.Normal(0.0, 1.0))
+    one = jnp.ones_like(r)
+    factor = jnp.linalg.cholesky(jnp.stack([jnp.stack([one, r], -1), jnp.stack([r, one], -1)], -2))
+    factor = factor[..., None, :, :]
+    numpyro.factor("x", dist.MultivariateNormal(jnp.zeros(2), scale_tril=factor).log_prob(x).sum(-1))
+
+
 def bimodal(loc=((-3.0, -3.0), (3.0, 3.0)), scale=((0.5, 0.5), (0.3, 0.8))):
     """Two normals of masses 0.3 and 0.7, far apart unless told otherwise; the log evidence is zero."""
     loc, scale = jnp.asarray(loc), jnp.asarray(scale)

@@ -94,6 +94,22 @@ def sometimes_nan():
     pyro.factor("trap", torch.where(z > 3.0, torch.sqrt(3.0 - z), 0.0))
 
 
+def improper(x):
+    mean = pyro.sample("mean", dist.ImproperUniform(dist.constraints.real, (), ()))
+    scale = pyro.sample("scale", dist.ImproperUniform(dist.constraints.positive, (), ()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, scale), obs=x)
+
+
+def sometimes_singular(x):
+    """A correlation ``r``, whose covariance matrix has no Cholesky factor where ``|r| > 1``."""
+    r = pyro.sample("r", dist.Normal(0.0, 1.0))
+    one = torch.ones_like(r)
+    factor = torch.linalg.cholesky(torch.stack([torch.stack([one, r], -1), torch.stack([r, one], -1)], -2))
+    factor = factor[..., None, :, :]
+    pyro.factor("x", dist.MultivariateNormal(torch.zeros(2), scale_tril=factor).log_prob(x).sum(-1))
+
+
 def bimodal(loc=((-3.0, -3.0), (3.0, 3.0)), scale=((0.5, 0.5), (0.3, 0.8))):
     """Two normals of masses 0.3 and 0.7, far apart unless told otherwise; the log evidence is zero."""
     loc, scale = torch.as_tensor(loc), torch.as_tensor(scale)

@@ -26,8 +26,9 @@ from pyro.infer import (  # noqa: E402
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
-from pyro.infer.autoguide.initialization import init_to_mean, init_to_value  # noqa: E402
+from pyro.infer.autoguide.initialization import init_to_mean, init_to_sample, init_to_value  # noqa: E402
 from pyro.infer.reparam import NeuTraReparam  # noqa: E402
+from pyro.nn import PyroModule, PyroSample  # noqa: E402
 
 from pyroflows import AutoFlow, flows  # noqa: E402
 from pyroflows.distributions import MixtureBase  # noqa: E402
@@ -359,6 +360,73 @@ def test_log_density_respects_masks_and_scales():
     density = AutoFlow(model, small).log_density()
     torch.testing.assert_close(density(u), expected)
     torch.testing.assert_close(LogDensity(model, (), {}, density.shapes, density.prototype, mode="plates")(u), expected)
+
+
+MODES = ("traced", "vmap", "plates", "loop")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_matrix_without_a_factor_makes_its_draw_alone_not_finite(mode):
+    def model():
+        r = pyro.sample("r", dist.Normal(0.0, 1.0))
+        one = torch.ones_like(r)
+        matrix = torch.stack([torch.stack([one, r], -1), torch.stack([r, one], -1)], -2)
+        pyro.factor("a", torch.linalg.cholesky(matrix)[..., 1, 1])
+        pyro.factor("b", torch.linalg.inv(torch.where((r > 2.5)[..., None, None], 0.0, matrix))[..., 0, 0])
+        pyro.factor("c", torch.linalg.solve(matrix, matrix[..., 0])[..., 0])
+
+    guide = AutoFlow(model, small)
+    guide()
+    density = LogDensity(model, (), {}, guide.log_density().shapes, guide.log_density().prototype, mode=mode)
+    r = torch.tensor([0.5, 1.5, -0.2, 3.0])
+    expected = dist.Normal(0.0, 1.0).log_prob(r) + (1 - r**2).sqrt() + 1 / (1 - r**2) + 1
+    assert expected.isfinite().tolist() == [True, False, True, False]
+    torch.testing.assert_close(density(r[:, None]), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_distributions_made_before_the_run_take_what_is_not_finite(mode):
+    class Regression(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.slope = PyroSample(dist.Normal(0.0, 1.0, validate_args=True).expand([2]).to_event(1))
+
+        def forward(self):
+            pyro.sample("y", dist.Normal(self.slope.sum(-1), 1.0), obs=torch.tensor(0.5))
+
+    density = AutoFlow(Regression(), small).log_density()
+    assert density.mode == "traced"
+    density = LogDensity(density.model, (), {}, density.shapes, density.prototype, mode=mode)
+    assert density(torch.tensor([[0.1, 0.2], [0.1, torch.nan]])).isfinite().tolist() == [True, False]
+
+
+def test_a_model_that_writes_into_its_matrices_is_recorded():
+    x = torch.linspace(0, 1, 5)
+
+    def model():
+        length = pyro.sample("length", dist.LogNormal(0.0, 1.0))
+        matrix = 2.0 * (-0.5 * ((x[:, None] - x) / length) ** 2).exp()
+        matrix.view(-1)[:: len(x) + 1] += 0.1  # as Pyro's Gaussian processes do
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(5), matrix), obs=x)
+
+    density = AutoFlow(model, small).log_density()
+    assert density.mode == "traced"
+    plain = LogDensity(model, (), {}, density.shapes, density.prototype, mode="loop")
+    u = torch.tensor([[0.3], [-0.5]])
+    torch.testing.assert_close(density(u), plain(u))
+    torch.testing.assert_close(density.value_and_grad(u[0]), plain.value_and_grad(u[0]))
+
+
+def test_another_start_is_tried_where_the_first_is_not_finite():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("half", torch.where(z > 0.5, 0.0, -torch.inf))
+
+    pyro.set_rng_seed(0)
+    for _ in range(10):
+        guide = AutoFlow(model, small, init_loc_fn=init_to_sample)
+        guide()
+        assert float(guide.log_density().prototype) > 0.5
 
 
 @pytest.mark.parametrize("flow", [flows.realnvp(3), 3])

@@ -242,6 +242,35 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped(fitter):
     assert "steps were skipped" in out.getvalue()
 
 
+def test_improper_priors(fitter, no_warnings):
+    """Posterior and evidence of a normal's mean and scale under flat priors are in closed form."""
+    posterior = fitter.run("improper", fitter.array(DATA), num_steps=600, num_particles=64)
+    n, squares = len(DATA), DATA.var() * len(DATA)
+    draws = fitter.resample(posterior, 20_000)
+    df = n - 2  # of the mean; sum of squares / scale^2 is chi-square of as many
+    assert draws["mean"].mean() == pytest.approx(DATA.mean(), abs=0.02)
+    assert draws["mean"].std() == pytest.approx((squares / n / (df - 2)) ** 0.5, rel=0.04)
+    assert (squares / draws["scale"] ** 2).mean() == pytest.approx(df, rel=0.02)
+    evidence = -0.5 * math.log(n) - (n - 1) / 2 * math.log(2 * math.pi) - math.log(2)
+    evidence += math.lgamma(df / 2) - df / 2 * math.log(squares / 2)
+    assert posterior.log_evidence().value == pytest.approx(evidence, abs=0.01)
+
+
+def test_draws_whose_matrix_has_no_cholesky_factor_are_not_finite(fitter):
+    data = np.random.default_rng(0).multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 20)
+    posterior = fitter.run("sometimes_singular", fitter.array(data), num_steps=600, num_particles=64)
+    assert posterior.history.skipped < 600
+    grid, step = np.linspace(-0.999, 0.999, 4001, retstep=True)
+    covariances = np.array([[[1, r], [r, 1]] for r in grid])
+    log_likelihood = [stats.multivariate_normal.logpdf(data, cov=c).sum() for c in covariances]
+    log_joint = np.array(log_likelihood) + stats.norm.logpdf(grid)
+    weights = np.exp(log_joint - log_joint.max())
+    mean = (weights * grid).sum() / weights.sum()
+    assert fitter.resample(posterior, 20_000)["r"].mean() == pytest.approx(mean, abs=0.01)
+    evidence = np.log(weights.sum() * step) + log_joint.max()
+    assert posterior.log_evidence().value == pytest.approx(evidence, abs=0.02)
+
+
 def test_a_bad_fit_is_not_trusted(fitter):
     posterior = fitter.run("funnel", noncentered=False, num_steps=1, base=None)
     assert posterior.guide.noncentering is None

@@ -126,6 +126,7 @@ ROOMS = [
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
     "Ascent",
+    "cholesky",
     "differentiable",
     "first_weights",
     "flow_module",
@@ -134,6 +135,7 @@ OWN = {
     "parameters",
     "readable",
     "settled",
+    "start_of",
     "is_eager",
     "takes_custom_gradients",
     "triangular_fixed_point",
@@ -144,6 +146,7 @@ OWN = {
     "train",
     "update",
     "ByGammas",
+    "NotRaising",
     "AmortisedFlowVI.infer_many",
     "forward",
     "hessian",
