@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflows.numerical import takes_custom_gradients
+from pyroflows.numerical import is_eager, takes_custom_gradients
 from pyroflows.univariate.base import Univariate, soft_clip
 
 
@@ -53,9 +53,17 @@ class Affine(Univariate):
         return _apply(_Inverse, y, params, self.max_log_scale)
 
 
+def _alike(x: Tensor, params: Tensor) -> bool:
+    return x.shape == params.shape[:-2] + params.shape[-1:] and x.dtype == params.dtype
+
+
+def _in_place(x: Tensor, params: Tensor) -> bool:
+    """Whether results may take the place of what they are computed from: large arrays are dear to allocate."""
+    return not torch.is_grad_enabled() and is_eager() and _alike(x, params)
+
+
 def _apply(kind: Any, x: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    alike = x.shape == params.shape[:-2] + params.shape[-1:] and x.dtype == params.dtype
-    if alike and takes_custom_gradients():
+    if _alike(x, params) and takes_custom_gradients():
         return kind.apply(x, params, limit)  # type: ignore[no-any-return]
     return kind.plain(x, params, limit)  # type: ignore[no-any-return]
 
@@ -67,7 +75,10 @@ class _Forward(torch.autograd.Function):
     def plain(x: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
         shift, raw = params.unbind(-2)
         log_scale = soft_clip(raw, limit)
-        return torch.addcmul(shift, x, log_scale.exp()), log_scale
+        y = log_scale.exp()
+        if _in_place(x, params):
+            return torch.addcmul(shift, x, y, out=y), log_scale
+        return torch.addcmul(shift, x, y), log_scale
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -89,8 +100,11 @@ class _Inverse(torch.autograd.Function):
     @staticmethod
     def plain(y: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
         shift, raw = params.unbind(-2)
-        log_det = -soft_clip(raw, limit)
-        return (y - shift) * log_det.exp(), log_det
+        log_det, x = soft_clip(raw, limit), y - shift
+        if _in_place(y, params):
+            return x.mul_(log_det.neg_().exp()), log_det
+        log_det = -log_det
+        return x * log_det.exp(), log_det
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,10 @@ def pushed_score(univariate: Univariate, x: Tensor, log_slope: Tensor, score: Te
 
 def soft_clip(x: Tensor, limit: float) -> Tensor:
     """``x`` smoothly limited to ``(-limit, limit)``, with slope one at zero: ``limit * tanh(x / limit)``."""
-    return torch.rsub((x * (2 / limit)).sigmoid_(), -limit, alpha=-2 * limit)  # torch's sigmoid is its faster tanh
+    gate = (x * (2 / limit)).sigmoid_()  # torch's sigmoid is its faster tanh
+    if torch.is_grad_enabled():
+        return torch.rsub(gate, -limit, alpha=-2 * limit)
+    return gate.mul_(2 * limit).sub_(limit)  # the pages of another large array cost more than that
 
 
 def numerical_inverse(
