@@ -122,4 +122,10 @@ class _Inverse(torch.autograd.Function):
 
 def _of_params(shift: Tensor, log_scale: Tensor, value: Tensor, limit: float) -> Tensor:
     """The gradient of the parameters by those of the shift and of the log-scale, which is ``value``."""
-    return torch.stack([shift, torch.addcmul(log_scale, log_scale * value, value, value=-(limit**-2))], -2)
+    slope = -(limit**-2)
+    if torch.is_grad_enabled() or not is_eager():
+        return torch.stack([shift, torch.addcmul(log_scale, log_scale * value, value, value=slope)], -2)
+    both = torch.empty(*shift.shape[:-1], 2, shift.shape[-1], dtype=shift.dtype, device=shift.device)
+    both[..., 0, :], raw = shift, both[..., 1, :]
+    torch.addcmul(log_scale, torch.mul(log_scale, value, out=raw), value, value=slope, out=raw)
+    return both
