@@ -31,6 +31,9 @@ class Additive(Univariate):
         return x, torch.zeros_like(x)
 
 
+_LARGE = 2**14  # numbers
+
+
 @dataclass(frozen=True)
 class Affine(Univariate):
     """``y = x * exp(log_scale) + shift`` (Dinh et al. 2017, eq. 7). Params: shift, raw log-scale.
@@ -58,8 +61,8 @@ def _alike(x: Tensor, params: Tensor) -> bool:
 
 
 def _in_place(x: Tensor, params: Tensor) -> bool:
-    """Whether results may take the place of what they are computed from: large arrays are dear to allocate."""
-    return not torch.is_grad_enabled() and is_eager() and _alike(x, params)
+    """Whether results should take the place of what they are computed from: large arrays are dear to allocate."""
+    return x.numel() >= _LARGE and not torch.is_grad_enabled() and is_eager() and _alike(x, params)
 
 
 def _apply(kind: Any, x: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -123,7 +126,7 @@ class _Inverse(torch.autograd.Function):
 def _of_params(shift: Tensor, log_scale: Tensor, value: Tensor, limit: float) -> Tensor:
     """The gradient of the parameters by those of the shift and of the log-scale, which is ``value``."""
     slope = -(limit**-2)
-    if torch.is_grad_enabled() or not is_eager():
+    if shift.numel() < _LARGE or torch.is_grad_enabled() or not is_eager():
         return torch.stack([shift, torch.addcmul(log_scale, log_scale * value, value, value=slope)], -2)
     both = torch.empty(*shift.shape[:-1], 2, shift.shape[-1], dtype=shift.dtype, device=shift.device)
     both[..., 0, :], raw = shift, both[..., 1, :]
