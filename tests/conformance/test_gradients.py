@@ -82,3 +82,23 @@ def test_large_batches_of_sigmoids_are_taken_in_parts(monkeypatch, with_gradient
     if with_gradient:
         found, expected = (torch.autograd.grad(sum(y.sum() for y in outputs), inputs) for outputs in (parts, whole))
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("way", ["forward_and_log_det", "inverse_and_log_det"])
+def test_affine_maps_of_large_arrays_write_into_their_own_only(monkeypatch, way):
+    function, inputs = getattr(AFFINE, way), tensors((3, 2), (3, 2, 2))
+    before = [x.clone() for x in inputs]
+
+    def results():
+        with torch.no_grad():
+            plain, mapped = function(*inputs), torch.func.vmap(function, (0, None))(inputs[0], inputs[1][0])
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y, log_det = function(*leaves)
+        return plain, mapped, torch.autograd.grad(y.square().sum() + log_det.exp().sum(), leaves)
+
+    small = results()
+    monkeypatch.setattr(affine, "_LARGE", 0)
+    torch.testing.assert_close(results(), small, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(list(inputs), before, rtol=0, atol=0)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(function, leaves) and torch.autograd.gradgradcheck(function, leaves)
