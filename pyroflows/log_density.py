@@ -290,8 +290,7 @@ class NotRaising(TorchFunctionMode):
 
 
 def _cholesky(matrix: Tensor, upper: bool = False) -> tuple[Tensor, Tensor]:
-    result, info = torch.linalg.cholesky_ex(matrix, upper=upper)
-    return result, info
+    return torch.linalg.cholesky_ex(matrix, upper=upper)
 
 
 _CHECKED: dict[Callable, Callable] = {
@@ -329,7 +328,7 @@ def _unvalidated(fn: torch.distributions.Distribution) -> torch.distributions.Di
         for name, part in vars(fn).items()
         if isinstance(part, torch.distributions.Distribution)
     }
-    if fn._validate_args or any(part is not getattr(fn, name) for name, part in parts.items()):
+    if fn._validate_args or any(part is not vars(fn)[name] for name, part in parts.items()):
         fn = copy.copy(fn)
         vars(fn).update(parts, _validate_args=False)
     return fn
@@ -397,13 +396,12 @@ def prototype_trace(
 
 
 def start_of(init_loc_fn: Callable, site: dict) -> Tensor:
-    """A site's value by an initialisation strategy. These draw from the prior, which an improper one cannot."""
-    fn = proper = site["fn"]
-    while isinstance(proper, pyro.distributions.Independent | pyro.distributions.MaskedDistribution):
-        proper = proper.base_dist
-    if isinstance(proper, pyro.distributions.ImproperUniform):
-        site = {**site, "fn": _Drawable(fn.support, fn.batch_shape, fn.event_shape)}
-    return init_loc_fn(site)
+    """A site's value by an initialisation strategy, also where its prior is improper, from which none can draw."""
+    try:
+        return init_loc_fn(site)
+    except NotImplementedError:
+        fn = site["fn"]
+        return init_loc_fn({**site, "fn": _Drawable(fn.support, fn.batch_shape, fn.event_shape)})
 
 
 class _Drawable(pyro.distributions.ImproperUniform):

@@ -15,8 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyroflows.graphs import close
-from pyroflows.log_density import LogDensity, _Unconstrained
-from pyroflows.numerical import cholesky
+from pyroflows.log_density import LogDensity, NotRaising, _Unconstrained
 from pyroflows.transform_module import TransformModule
 
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution)
@@ -156,7 +155,7 @@ class _Prior:
     def _sweep(self, x: Tensor, move: Callable) -> _Sweep:
         log_density = self.log_density
         sweep = _Sweep(log_density._unpack(x), self.sites, move, last=len(log_density.shapes))
-        with contextlib.suppress(_Done), poutine.block(), sweep:
+        with contextlib.suppress(_Done), poutine.block(), NotRaising(), sweep:
             log_density.model(*log_density.args, **log_density.kwargs)
         return sweep
 
@@ -177,7 +176,7 @@ def _conditioned(
         centre = loc + precision * s**2 * (data - loc)
         return ((value - centre) / s if inverse else centre + s * value), s.log()
     eye = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
-    root = cholesky(eye + (scale.mT * precision.unsqueeze(-2)) @ scale)
+    root = torch.linalg.cholesky(eye + (scale.mT * precision.unsqueeze(-2)) @ scale)
     told = scale.mT @ (precision * (data - loc)).unsqueeze(-1)
     shift = torch.linalg.solve_triangular(root, told, upper=False)
     log_scale = scale.diagonal(dim1=-2, dim2=-1).log() - root.diagonal(dim1=-2, dim2=-1).log()

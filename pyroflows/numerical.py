@@ -125,12 +125,6 @@ def readable(x: Tensor) -> bool:
     )
 
 
-def cholesky(matrix: Tensor) -> Tensor:
-    """The lower Cholesky factor, NaN where there is none (torch's raises, even for one matrix of many)."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.where((failed > 0)[..., None, None], torch.nan, factor)
-
-
 def takes_custom_gradients() -> bool:
     """Whether a gradient written by hand (a ``torch.autograd.Function``) can be used here: in eager reverse mode."""
     return torch.is_grad_enabled() and is_eager()

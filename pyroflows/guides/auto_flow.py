@@ -28,7 +28,7 @@ from pyroflows.univariate import Affine
 
 _MAX_LOG_SCALE = 12.0  # of an amortised guide: posteriors may be so much narrower than the first scale, or wider
 _NUM_PILOTS = 500  # simulations by which an encoder's data are standardised
-_NUM_TRIALS = 100  # of a start, as the ecosystems' NUTS takes
+_NUM_TRIALS = 100  # of a start, as NumPyro takes
 _REGISTERED = WeakTensorKeyDictionary()  # the parameters that a guide of this process has put into the param store
 
 
@@ -137,8 +137,7 @@ class AutoFlow(AutoContinuous):
                     value = self._log_density(args, kwargs, mode="loop")(self._init_loc()[None])
                 if value.isfinite():
                     return
-                trace = prototype_trace(self._raw_model[0], args, kwargs, self._init_loc_fn)
-            check_finite(trace, owner)
+            check_finite(prototype_trace(self._raw_model[0], args, kwargs, self._init_loc_fn), owner)
             raise ValueError(f"{owner}: no finite log-density in {_NUM_TRIALS} tries: give init_loc_fn= another.")
 
     def _location_and_scale(self, loc: Tensor, scale: float | Tensor) -> TransformModule:

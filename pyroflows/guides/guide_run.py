@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from torch.distributions import biject_to
 
 from pyroflows.distributions import standard_base
 from pyroflows.guides.plates import Group, first_value, location_and_scale, mask_of
-from pyroflows.numerical import cholesky
 from pyroflows.transform_module import TransformModule
 
 if TYPE_CHECKING:
@@ -285,9 +285,10 @@ def conditional_posterior(
     factor[..., rows, columns] = tril
     factor = (-log_scale).exp()[..., None] * factor
     observed = factor.mT @ factor
-    factor = cholesky(precision + observed)  # NaN as where a log-density is not finite
-    pull = torch.cholesky_solve(observed @ (loc - prior_loc)[..., None], factor)
-    return prior_loc + pull[..., 0], factor
+    cholesky, failed = torch.linalg.cholesky_ex(precision + observed)
+    cholesky = torch.where((failed > 0)[..., None, None], math.nan, cholesky)  # as where a log-density is not finite
+    pull = torch.cholesky_solve(observed @ (loc - prior_loc)[..., None], cholesky)
+    return prior_loc + pull[..., 0], cholesky
 
 
 def pseudo_observations(

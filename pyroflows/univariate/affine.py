@@ -11,6 +11,8 @@ from torch import Tensor
 from pyroflows.numerical import is_eager, takes_custom_gradients
 from pyroflows.univariate.base import Univariate, soft_clip
 
+_LARGE = 2**14  # numbers from which an array costs more to allocate than a call to write into one
+
 
 @dataclass(frozen=True)
 class Additive(Univariate):
@@ -29,9 +31,6 @@ class Additive(Univariate):
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         x = y - params[..., 0, :]
         return x, torch.zeros_like(x)
-
-
-_LARGE = 2**14  # numbers
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ def _alike(x: Tensor, params: Tensor) -> bool:
     return x.shape == params.shape[:-2] + params.shape[-1:] and x.dtype == params.dtype
 
 
-def _in_place(x: Tensor, params: Tensor) -> bool:
-    """Whether results should take the place of what they are computed from: large arrays are dear to allocate."""
-    return x.numel() >= _LARGE and not torch.is_grad_enabled() and is_eager() and _alike(x, params)
+def _in_place(x: Tensor) -> bool:
+    """Whether results of the size of ``x`` should take the place of what they are computed from."""
+    return x.numel() >= _LARGE and not torch.is_grad_enabled() and is_eager()
 
 
 def _apply(kind: Any, x: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -79,7 +78,7 @@ class _Forward(torch.autograd.Function):
         shift, raw = params.unbind(-2)
         log_scale = soft_clip(raw, limit)
         y = log_scale.exp()
-        if _in_place(x, params):
+        if _alike(x, params) and _in_place(x):
             return torch.addcmul(shift, x, y, out=y), log_scale
         return torch.addcmul(shift, x, y), log_scale
 
@@ -104,7 +103,7 @@ class _Inverse(torch.autograd.Function):
     def plain(y: Tensor, params: Tensor, limit: float) -> tuple[Tensor, Tensor]:
         shift, raw = params.unbind(-2)
         log_det, x = soft_clip(raw, limit), y - shift
-        if _in_place(y, params):
+        if _alike(y, params) and _in_place(y):
             return x.mul_(log_det.neg_().exp()), log_det
         log_det = -log_det
         return x * log_det.exp(), log_det
@@ -126,7 +125,7 @@ class _Inverse(torch.autograd.Function):
 def _of_params(shift: Tensor, log_scale: Tensor, value: Tensor, limit: float) -> Tensor:
     """The gradient of the parameters by those of the shift and of the log-scale, which is ``value``."""
     slope = -(limit**-2)
-    if shift.numel() < _LARGE or torch.is_grad_enabled() or not is_eager():
+    if not _in_place(shift):
         return torch.stack([shift, torch.addcmul(log_scale, log_scale * value, value, value=slope)], -2)
     both = torch.empty(*shift.shape[:-1], 2, shift.shape[-1], dtype=shift.dtype, device=shift.device)
     both[..., 0, :], raw = shift, both[..., 1, :]

@@ -16,7 +16,7 @@ autoregressive layers, Pyro's and NumPyro's by a permutation), a random permutat
 
 The neural and numerical families have sizes of their own: ``bnaf`` two layers with hidden factors of 8 and 8, ``naf``
 two layers of 16 sigmoidal units (zuko's are monotone networks of as many), ``residual`` four layers with unbiased
-log-determinants of two sure terms (and about two more at random, here and there), ``cnf`` one velocity of two hidden
+log-determinants of two sure terms (and about two more at random in both libraries), ``cnf`` one velocity of two hidden
 layers of 64 with exact traces, by each library's own solver at its own tolerances (ours in steps of a fixed number,
 zuko's adaptive). What a peer cannot do is left empty.
 """
@@ -43,19 +43,27 @@ class Candidate(NamedTuple):
     memory: Callable[[], int]
 
 
+def built_or_none(build: Callable[..., tuple], dim: int, ours: bool) -> tuple | None:
+    """A flow, or ``None`` where a peer refuses: Pyro's and NumPyro's masked networks are no narrower than the data."""
+    try:
+        return build(dim)
+    except ValueError:
+        if ours:
+            raise
+        return None
+
+
 # -- torch -------------------------------------------------------------------------------------------------------------
 def torch_candidates(family: str, dim: int, batch: int, device: str) -> Iterator[tuple[str, Candidate]]:
     import torch
 
     for name, build in TORCH[family].items():
         torch.manual_seed(0)
-        try:
-            with torch.device(device):  # what peers keep beside their parameters, too
-                module, forward, inverse = build(dim)
-        except ValueError:
-            if name == "pyroflows":
-                raise
-            continue  # Pyro's masked networks cannot be narrower than the data
+        with torch.device(device):  # what peers keep beside their parameters, too
+            built = built_or_none(build, dim, name == "pyroflows")
+        if built is None:
+            continue
+        module, forward, inverse = built
         if name != "pyroflows":
             module.train()
         generator = torch.Generator().manual_seed(1)
@@ -358,12 +366,10 @@ def jax_candidates(family: str, dim: int, batch: int, device: str) -> Iterator[t
     import jax
 
     for name, build in JAX[family].items():
-        try:
-            flow, forward, inverse = build(dim)
-        except ValueError:
-            if name == "numpyro_flows":
-                raise
-            continue  # as in torch
+        built = built_or_none(build, dim, name == "numpyro_flows")
+        if built is None:
+            continue
+        flow, forward, inverse = built
         x = jax.random.normal(jax.random.key(1), (batch, dim))
         yield name, jax_candidate(flow, forward, inverse, x)
 

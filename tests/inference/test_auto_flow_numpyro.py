@@ -24,6 +24,7 @@ from numpyro.infer import (  # noqa: E402
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
     init_to_median,
+    init_to_sample,
     init_to_value,
 )
 from numpyro.infer.reparam import NeuTraReparam  # noqa: E402
@@ -358,3 +359,15 @@ def test_a_factory_that_looks_at_values_serves_too():
     guide.log_density()
     shapes = [leaf.shape for leaf in jax.tree.leaves(guide.transform.layers[0])]
     assert shapes == [leaf.shape for leaf in jax.tree.leaves(tiny(10, key=jax.random.key(0)))]
+
+
+def test_another_start_is_tried_where_the_first_is_not_finite():
+    def model():
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.factor("half", jnp.where(z > 0.5, 0.0, -jnp.inf))
+
+    for seed in range(5):
+        guide = AutoFlow(model, small, init_loc_fn=init_to_sample)
+        with handlers.seed(rng_seed=seed):
+            guide()
+        assert float(guide.init_loc[0]) > 0.5

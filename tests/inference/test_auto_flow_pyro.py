@@ -384,6 +384,20 @@ def test_a_matrix_without_a_factor_makes_its_draw_alone_not_finite(mode):
     torch.testing.assert_close(density(r[:, None]), expected, equal_nan=True)
 
 
+def test_a_prior_without_a_factor_makes_its_draw_alone_not_finite_in_a_noncentring():
+    def model():
+        r = pyro.sample("r", dist.Normal(0.0, 0.1))
+        one = torch.ones_like(r)
+        matrix = torch.stack([torch.stack([one, r], -1), torch.stack([r, one], -1)], -2)
+        pyro.sample("f", dist.MultivariateNormal(torch.zeros(2), matrix))
+
+    guide = AutoFlow(model, small, noncentered=True)
+    guide()
+    y = guide.coordinates.forward_and_log_det(torch.tensor([[0.5, 1.0, 2.0], [1.5, 1.0, 2.0]]))[0]
+    torch.testing.assert_close(y[0], torch.tensor([0.5, 1.0, 0.5 + 2 * 0.75**0.5]))
+    assert not y[1, 1:].isfinite().any()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_distributions_made_before_the_run_take_what_is_not_finite(mode):
     class Regression(PyroModule):

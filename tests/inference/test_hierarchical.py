@@ -789,6 +789,20 @@ def test_errors_of_the_model(backend):
         backend.start(backend.guide(infinite))
 
 
+def test_improper_priors(backend):
+    y = backend.array(observations(4))
+
+    def model(y):
+        mu = backend.ppl.sample("mu", backend.dist.ImproperUniform(backend.dist.constraints.real, (), ()))
+        with backend.plate("elements", 4):
+            tau = backend.ppl.sample("tau", backend.dist.ImproperUniform(backend.dist.constraints.positive, (), ()))
+            backend.ppl.sample("y", backend.dist.Normal(mu, tau), obs=y)
+
+    guide = backend.guide(model)
+    draws = backend.draws(guide, backend.start(guide, y), y, n=50)
+    assert np.isfinite(draws["mu"]).all() and (draws["tau"] > 0).all() and draws["tau"].shape == (50, 4)
+
+
 def test_errors_of_a_call(backend):
     guide = backend.guide(normal_hierarchy(backend))
     backend.start(guide, backend.array(observations(4)))

@@ -126,7 +126,6 @@ ROOMS = [
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
     "Ascent",
-    "cholesky",
     "differentiable",
     "first_weights",
     "flow_module",
