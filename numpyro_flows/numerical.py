@@ -209,17 +209,20 @@ def fixed_point_root(
 
 def _iterate(function: Callable, y: Array, tolerance: float, max_steps: int) -> tuple[Array, Array]:
     """``x <- y - function(x)`` to its end, and which vectors converged; those not a number from the start count."""
-    undefined = jnp.isnan(y - function(y)).any(-1)
+
+    def move(x):
+        following = y - function(x)
+        step, size = jnp.abs(following - x).max(-1), jnp.abs(following).max(-1)
+        return following, size, step < tolerance * jnp.maximum(size, 1)  # never where both are infinite
+
+    x, size, close = move(y)
+    undefined = jnp.isnan(size)
 
     def step(state):
-        count, x, _ = state
-        following = y - function(x)
-        size = jnp.abs(following - x).max(-1)
-        close = size <= tolerance * jnp.maximum(jnp.abs(following).max(-1), 1)
-        return count + 1, following, undefined | (close & jnp.isfinite(size))
+        x, _, close = move(state[1])
+        return state[0] + 1, x, undefined | close
 
-    start = 0, y, jnp.zeros(y.shape[:-1], bool)
-    return lax.while_loop(lambda s: (s[0] < max_steps) & ~s[-1].all(), step, start)[1:]
+    return lax.while_loop(lambda s: (s[0] < max_steps) & ~s[-1].all(), step, (1, x, undefined | close))[1:]
 
 
 def _inverse_jacobian(function: Callable, x: Array, jacobian: Callable | None) -> Array:

@@ -198,14 +198,15 @@ def _iterate(function: Callable, y: Tensor, tolerance: float, max_steps: int) ->
     x, converged, steps = y, torch.zeros_like(y[..., 0], dtype=torch.bool), 0
     if y.numel() == 0:
         return x, converged, steps
-    undefined = torch.isnan(y - function(y)).any(-1)
+    undefined = None
     while steps < max_steps:
         steps += 1
         following = y - function(x)
-        step = (following - x).abs().amax(-1)
+        step, size = (following - x).abs().amax(-1), following.abs().amax(-1)
         x = following
-        close = step <= tolerance * x.abs().amax(-1).clamp_min(1)
-        converged = undefined | (close & torch.isfinite(step))
+        if undefined is None:
+            undefined = size.isnan()
+        converged = undefined | (step < tolerance * size.clamp_min(1))  # never where both are infinite
         if readable(converged) and bool(converged.all()):
             break
     return x, converged, steps

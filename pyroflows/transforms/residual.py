@@ -85,8 +85,9 @@ class Residual(TransformModule):
         if context is not None:
             y = y.expand(torch.broadcast_shapes(y.shape[:-1], context.shape[:-1]) + y.shape[-1:])
         weights, biases, rate = self._layers(y, context)
+        of_search = self._as_silu(weights, biases)
         x = fixed_point_root(
-            lambda x: self._g(weights, biases, x)[0],
+            lambda x: self._g(weights, biases, x)[0] if torch.is_grad_enabled() else _network(*of_search, x),
             y,
             jacobian=lambda x: _jacobian(weights, self._g(weights, biases, x)[1]),
             owner="Residual",
@@ -118,30 +119,40 @@ class Residual(TransformModule):
 
     def _g(self, weights: list[Tensor], biases: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``g(x)`` and the slopes of the activations in each hidden layer."""
-        h, slopes = F.linear(x, weights[0]) + biases[0], []
+        h, slopes = _affine(x, weights[0], biases[0]), []
         for raw, weight, bias in zip(self.slopes, weights[1:], biases[1:], strict=True):
             active, slope = (_LipSwish.apply if takes_custom_gradients() else _LipSwish.plain)(h, F.softplus(raw))
             slopes.append(slope)
-            h = F.linear(active, weight) + bias
+            h = _affine(active, weight, bias)
         return h, slopes
+
+    @torch.no_grad()
+    def _as_silu(self, weights: list[Tensor], biases: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of ``g`` with SiLU between them, of which LipSwish is ``silu(beta h) / (1.1 beta)``."""
+        weights, biases = list(weights), list(biases)
+        for n, raw in enumerate(self.slopes):
+            beta = F.softplus(raw).clamp_min(torch.finfo(raw.dtype).tiny ** 0.5)
+            weights[n], biases[n] = beta[:, None] * weights[n], beta * biases[n]
+            weights[n + 1] = weights[n + 1] / (_LIP_SWISH * beta)
+        return weights, biases
 
     def _log_det(self, weights: list[Tensor], slopes: list[Tensor], rate: Tensor) -> Tensor:
         return _exact(weights, slopes) if self.log_det_is_exact else self._unbiased(weights, slopes, rate)
 
     def _unbiased(self, weights: list[Tensor], slopes: list[Tensor], rate: Tensor) -> Tensor:
         """One unbiased estimate of ``log det(I + J)``, with an unbiased gradient."""
-        like = slopes[0]
-        noise = torch.empty(*like.shape[:-1], self.dim, dtype=like.dtype, device=like.device).bernoulli_(0.5) * 2 - 1
+        noise = _signs((*slopes[0].shape[:-1], self.dim), slopes[0])
         keep = max(float(rate), _LEAST_RATE)
         more = int(math.log(1 - float(torch.rand((), device="cpu"))) / math.log(keep))  # P(more >= j) = keep^j
         with torch.no_grad():
             fixed, fixed_slopes = [w.detach() for w in weights], [s.detach() for s in slopes]
-            power, neumann, value = noise, noise, torch.zeros_like(noise[..., 0])
+            power, neumann, series = noise, noise, torch.zeros_like(noise)
             for k in range(1, self.exact_terms + more + 1):
                 power = _pull(fixed, fixed_slopes, power)
                 weight = (-1) ** k * keep ** -max(k - self.exact_terms, 0)
-                value = value - weight / k * (power * noise).sum(-1)
-                neumann = neumann + weight * power
+                series = torch.add(series, power, alpha=-weight / k)
+                neumann = torch.add(neumann, power, alpha=weight)
+            value = (series * noise).sum(-1)
         surrogate = (neumann * _push(weights, slopes, noise)).sum(-1)  # only its gradient counts
         return value + surrogate - surrogate.detach()
 
@@ -152,8 +163,9 @@ class _LipSwish(torch.autograd.Function):
     @staticmethod
     def plain(h: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         scaled = beta * h
-        gate = scaled.sigmoid() / _LIP_SWISH
-        return h * gate, gate * (1 + scaled * scaled.neg().sigmoid())
+        gate = scaled.sigmoid()
+        share = gate / _LIP_SWISH
+        return h * share, torch.addcmul(share, share, scaled - scaled * gate)
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,10 +178,30 @@ class _LipSwish(torch.autograd.Function):
         h, beta, slope = ctx.saved_tensors
         scaled = beta * h
         gate = scaled.sigmoid()
-        bend = gate * (1 - gate) / _LIP_SWISH
+        bend = torch.addcmul(gate, gate, gate, value=-1)
         by = by_slope * bend * (2 + scaled * (1 - 2 * gate))
-        by_beta = h * (by_active * h * bend + by)
-        return by_active * slope + beta * by, by_beta.sum_to_size(beta.shape)
+        by_beta = h * torch.addcmul(by, by_active * h, bend)
+        by_h = torch.addcmul(by_active * slope, by, beta / _LIP_SWISH)
+        return by_h, by_beta.sum_to_size(beta.shape) / _LIP_SWISH
+
+
+def _signs(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Random signs. Eight of them cost one random number: the lowest bits of its bytes."""
+    size = math.prod(shape)
+    bits = torch.empty(-(-size // 8), dtype=torch.int64, device=like.device).random_().view(torch.uint8)[:size]
+    return (bits & 1).view(shape).to(like.dtype).mul_(2).sub_(1)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight, bias) if bias.ndim == 1 else F.linear(x, weight) + bias
+
+
+def _network(weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Tensor:
+    """Of SiLU between its layers."""
+    h = _affine(x, weights[0], biases[0])
+    for weight, bias in zip(weights[1:], biases[1:], strict=True):
+        h = _affine(F.silu(h), weight, bias)
+    return h
 
 
 def _jacobian(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
