@@ -119,6 +119,8 @@ class Continuous(TransformModule):
         constants, size = self.velocity.constants(context), (end - start) / self.num_steps
         following = np.concatenate([weights[1:], last[None]])  # of the next stage's point; at the end, of the step's
         stages = jnp.arange(len(nodes)), *(size * jnp.asarray(part, x.dtype) for part in (nodes, following, last))
+        # the gradient computes each pass's activations again, which takes less time than to store and load them
+        velocity = jax.checkpoint(lambda *inputs: self.velocity(*inputs), prevent_cse=False)
 
         def step(carry, time):
             x, log_det = carry
@@ -126,7 +128,7 @@ class Continuous(TransformModule):
             def stage(carry, stage):
                 point, log_det, rates = carry
                 index, node, row, share = stage
-                rate, trace = self.velocity(time + node, point, constants, noise)
+                rate, trace = velocity(time + node, point, constants, noise)
                 rates = lax.dynamic_update_index_in_dim(rates, rate, index, 0)
                 return (x + jnp.tensordot(row, rates, 1), log_det + share * trace, rates), None
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.conditioners import MLP
+from pyroflows.numerical import takes_custom_gradients
 from pyroflows.transform_module import TransformModule, check_context
 
 FIXED = {  # schemes of fixed steps: nodes c, weights a of the stages, weights b of the step
@@ -164,17 +165,88 @@ class Velocity(MLP):
         with_trace: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns ``v`` ``(..., dim)``, and its trace ``(...)`` or the estimate of it by ``noise``."""
-        weights, dim, activation = self._weights(), self.in_dim - 1, SMOOTH[self.activation]
-        h = F.linear(x, weights[0][:, :dim]) + (constants[0] + time * weights[0][:, dim])
-        slopes = []
+        weights, dim = self._weights(), self.in_dim - 1
+        inner, turn = weights[0][:, :dim], weights[0][:, dim]
         biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        if len(weights) == 3 and noise is None and takes_custom_gradients() and not _needs_gradient(time):
+            rest = weights[1], biases[1], weights[2], biases[2], constants[1]
+            return _TwoLayers.apply(self.activation, with_trace, time, x, inner, constants[0], turn, *rest)
+        activation, slopes = SMOOTH[self.activation], []
+        h = F.linear(x, inner) + (constants[0] + time * turn)
         for weight, bias in zip(weights[1:], biases[1:], strict=True):
             h, slope = activation(h)
             slopes.append(slope)
             h = F.linear(h, weight, bias)
         if not with_trace:
             return h, None
-        return h, _trace(weights[0][:, :dim], weights[1:], slopes, constants[1], noise).expand(h.shape[:-1])
+        return h, _trace(inner, weights[1:], slopes, constants[1], noise).expand(h.shape[:-1])
+
+
+class _TwoLayers(torch.autograd.Function):
+    """A velocity of two hidden layers with its exact trace. The gradient computes the layers again from ``x``: of all
+    passes of a solution autograd would keep thirty times as much."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        name: str,
+        with_trace: bool,
+        time: Any,
+        x: Tensor,
+        inner: Tensor,
+        offset: Tensor,
+        turn: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        last: Tensor,
+        last_bias: Tensor,
+        coupling: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(x, inner, offset, turn, weight, bias, last, coupling)
+        ctx.rest = name, with_trace, time
+        activation = SMOOTH[name]
+        y, slope = activation(_linear(x, inner, offset + time * turn))
+        y2, slope2 = activation(F.linear(y, weight, bias))
+        trace = (slope2 * F.linear(slope, coupling)).sum(-1) if with_trace else None
+        return F.linear(y2, last, last_bias), trace
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor, by_trace: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, inner, offset, turn, weight, bias, last, coupling = ctx.saved_tensors
+        name, with_trace, time = ctx.rest
+        activation, bend = SMOOTH[name], BENDS[name]
+        h = _linear(x, inner, offset + time * turn)
+        y, slope = activation(h)
+        h2 = F.linear(y, weight, bias)
+        y2, slope2 = activation(h2)
+        by_h2, by_coupling = (by @ last) * slope2, None
+        if with_trace:
+            by_trace = by_trace.unsqueeze(-1)  # type: ignore[union-attr]
+            by_h2 = torch.addcmul(by_h2, by_trace * F.linear(slope, coupling), bend(h2, y2, slope2))
+            by_product = by_trace * slope2
+            by_coupling = _outer(by_product, slope)
+        by_h = (by_h2 @ weight) * slope
+        if with_trace:
+            by_h = torch.addcmul(by_h, by_product @ coupling, bend(h, y, slope))
+        by_x = by_h @ inner
+        if not any(ctx.needs_input_grad[4:]):
+            return None, None, None, by_x, *[None] * 8
+        of_layer = _outer(by_h, x), by_h.sum_to_size(offset.shape), (time * by_h).sum_to_size(turn.shape)
+        of_rest = _outer(by_h2, y), by_h2.sum_to_size(bias.shape), _outer(by, y2), by.sum_to_size(by.shape[-1:])
+        return None, None, None, by_x, *of_layer, *of_rest, by_coupling
+
+
+def _needs_gradient(time: Any) -> bool:
+    return isinstance(time, Tensor) and time.requires_grad
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight, bias) if bias.ndim == 1 else F.linear(x, weight) + bias
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of outer products over all batch axes."""
+    return a.reshape(-1, a.shape[-1]).mT @ b.reshape(-1, b.shape[-1])
 
 
 def _trace(first: Tensor, rest: list[Tensor], slopes: list[Tensor], coupling: Tensor | None, noise: Tensor | None):
@@ -201,7 +273,8 @@ def _along(x: Tensor, rates: list[Tensor], weights: list[float], size: float) ->
 
 
 def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = torch.tanh(x)
+    # torch's sigmoid takes a third of the time of its tanh
+    y = torch.tanh(x) if torch.is_grad_enabled() else torch.sigmoid(2 * x).mul_(2).sub_(1)
     return y, 1 - y * y
 
 
@@ -215,6 +288,18 @@ SMOOTH: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {  # value and sl
     "tanh": _tanh,
     "silu": _silu,
     "softplus": lambda x: (F.softplus(x), torch.sigmoid(x)),
+}
+
+
+def _bend_of_silu(x: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+    gate = torch.sigmoid(x)
+    return gate * (1 - gate) * (2 + x - 2 * y)
+
+
+BENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # second derivative, of x, value and slope
+    "tanh": lambda x, y, slope: (y * slope).mul_(-2),
+    "silu": _bend_of_silu,
+    "softplus": lambda x, y, slope: slope * (1 - slope),
 }
 
 

@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from pyroflows import univariate  # noqa: E402
+from pyroflows.transforms.continuous import Velocity  # noqa: E402
 from pyroflows.transforms.residual import _bound, _LipSwish, spectral_bound  # noqa: E402
 from pyroflows.univariate import affine, sigmoidal  # noqa: E402
 
@@ -15,6 +16,30 @@ def tensors(*shapes):
 
 
 AFFINE, SIGMOIDS = univariate.Affine(2.0), univariate.DeepSigmoidal(4)
+VELOCITIES = {name: Velocity(2, (3, 4), 1, name).double() for name in ("tanh", "silu", "softplus")}
+NAMES = [name for name, _ in VELOCITIES["tanh"].named_parameters()]
+
+
+def velocity(name, with_trace=True, plain=False):
+    """Of two hidden layers, and its trace, as a function of its input, a context and its parameters."""
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.velocity = VELOCITIES[name]
+
+        def forward(self, x, context):
+            time = torch.full((), 0.3, dtype=x.dtype, requires_grad=plain)  # of that gradient nothing is known by hand
+            return self.velocity(time, x, self.velocity.constants(context), None, with_trace)[: 1 + with_trace]
+
+    def call(x, context, *parameters):
+        values = {f"velocity.{k}": v for k, v in zip(NAMES, parameters, strict=True)}
+        return torch.func.functional_call(Whole(), values, (x, context))
+
+    return call
+
+
+OF_VELOCITY = tensors((3, 2), (3, 1), *(p.shape for _, p in VELOCITIES["tanh"].named_parameters()))
 CASES = {  # function, the same in plain operations, inputs
     "affine": (
         AFFINE.forward_and_log_det,
@@ -28,6 +53,14 @@ CASES = {  # function, the same in plain operations, inputs
     ),
     "sigmoids": (SIGMOIDS.forward_and_log_det, SIGMOIDS._plain, tensors((3, 2), (3, 12, 2))),
     "LipSwish": (_LipSwish.apply, _LipSwish.plain, tensors((3, 2), (2,))),
+    **{
+        f"velocity, {name}, {'with' if trace else 'no'} trace": (
+            velocity(name, trace),
+            velocity(name, trace, plain=True),
+            OF_VELOCITY,
+        )
+        for name, trace in (("tanh", True), ("tanh", False), ("silu", True), ("softplus", True))
+    },
     "spectral bound, tall": (spectral_bound, lambda weight: _bound(weight, False)[0], tensors((4, 3))),
     "spectral bound, wide": (spectral_bound, lambda weight: _bound(weight, False)[0], tensors((2, 3))),
     "spectral bound, of equal singular values": (
