@@ -34,9 +34,10 @@ class Continuous(TransformModule):
     :meth:`solver_error`.
 
     The schemes of fixed steps, ``"dop853"`` (order 8, 12 passes a step) and ``"rk4"`` (order 4, 4 passes), are
-    differentiated step by step, in every mode, and read nothing on the host. The adaptive ones (``"dopri5"``,
-    ``"dopri8"``, ``"bosh3"``, by torchdiffeq in torch and diffrax in jax) keep the local error of the batch
-    below ``rtol`` and ``atol``.
+    differentiated step by step, in every mode, and read nothing on the host. Of each pass the gradient keeps the point
+    alone and computes the activations again (in torch with two hidden layers and the exact trace, in reverse mode). The
+    adaptive ones (``"dopri5"``, ``"dopri8"``, ``"bosh3"``, by torchdiffeq in torch and diffrax in jax) keep the local
+    error of the batch below ``rtol`` and ``atol``.
 
     :param dim: size of ``x``.
     :param hidden_dims: hidden widths of the velocity.
