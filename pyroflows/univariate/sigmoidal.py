@@ -157,11 +157,8 @@ class _Sigmoids(torch.autograd.Function):
     def terms(x: Tensor, params: Tensor, network: DeepSigmoidal) -> tuple[Tensor, ...]:
         """The value, the logarithm of the slope, and what the gradient is made of."""
         k, c = network.num_units, 1 - network.min_slope
-        raw, shifts, weights = params.split(k, -2)
-        place = torch.linspace(-SPREAD, SPREAD, k, dtype=x.dtype, device=x.device).unsqueeze(-1)
-        log_a = soft_clip(raw, network.max_log_slope)
-        a = log_a.exp()
-        z = (shifts + place).addcmul_(a, x.unsqueeze(-2))
+        weights = params[..., -k:, :]
+        _, a, z = _Sigmoids.units(x, params, network)
         on = z.sigmoid()
         off = 1 - on
         largest, size = z.clamp_max(0), torch.maximum(on, off)  # sigmoid(z) is exp(min(z, 0)) max(on, off)
@@ -180,11 +177,20 @@ class _Sigmoids(torch.autograd.Function):
         difference = sums[0] - sums[1] - torch.where(x < 0, -value_0, value_0)
         slope = 1 + c * (u + rest - slope_0)
         y = torch.add(x, difference, alpha=c)
-        return y, slope.log(), log_a, a, on, upper, lower, u, rest, slope, slope_0, *alike
+        return y, slope.log(), upper, lower, u, rest, slope, slope_0, *alike
+
+    @staticmethod
+    def units(x: Tensor, params: Tensor, network: DeepSigmoidal) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-slopes, slopes and ``z``: cheap, and computed again for the gradient rather than kept."""
+        k = network.num_units
+        place = torch.linspace(-SPREAD, SPREAD, k, dtype=x.dtype, device=x.device).unsqueeze(-1)
+        log_a = soft_clip(params[..., :k, :], network.max_log_slope)
+        a = log_a.exp()
+        return log_a, a, (params[..., k : 2 * k, :] + place).addcmul_(a, x.unsqueeze(-2))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dlog: Tensor) -> tuple[Tensor | None, ...]:
-        x, params, log_a, a, on, upper, lower, u, rest, slope, slope_0, *alike = ctx.saved_tensors
+        x, params, upper, lower, u, rest, slope, slope_0, *alike = ctx.saved_tensors
         network: DeepSigmoidal = ctx.network
         if torch.is_grad_enabled():  # to be differentiated once more
             inputs = [x.view_as(x), params.view_as(params)]  # one may be a function of the other: that is not ours
@@ -198,6 +204,8 @@ class _Sigmoids(torch.autograd.Function):
         by, both = by_slope.unsqueeze(-2), (by_slope * (u + rest)).unsqueeze(-2)
         gradient = torch.empty_like(params)
         of_raw, of_shifts, of_weights = gradient.split(k, -2)
+        log_a, a, z = _Sigmoids.units(x, params, network)
+        on = z.sigmoid_()
         off = 1 - on
         on_share = lower * on
         g = torch.addcmul(on_share, upper, off)
@@ -206,9 +214,9 @@ class _Sigmoids(torch.autograd.Function):
         # d(U + L)/dz = g a (1 - 2 s) - U P (1 - s) + L Q s, where P (1 - s) = g - Q s
         bent = ga.mul_(off.sub_(on))
         torch.mul(g, by_upper, out=of_shifts).addcmul_(on_share, both).addcmul_(bent, by)
-        slope_of_a = (log_a * (1 / network.max_log_slope)).square_().neg_().add_(1).mul_(a)
+        slope_of_a = log_a.mul_(1 / network.max_log_slope).square_().neg_().add_(1).mul_(a)
         torch.mul(of_shifts, x.unsqueeze(-2), out=of_raw).addcmul_(g, by).mul_(slope_of_a)
-        dx = dy - by_value * slope_0 - by_slope * _bend_alike(x, *alike)
+        dx = dy - by_value * slope_0 - by_slope * _bend_alike(x, k, *alike)
         return dx + torch.mul(of_shifts, a, out=bent).sum(-2), gradient, None
 
 
@@ -217,17 +225,22 @@ def _alike(x: Tensor, k: int) -> tuple[Tensor, ...]:
     weights = torch.linspace(-SPREAD, SPREAD, k, dtype=x.dtype, device=x.device).exp()
     size = torch.where(x < 0, -x, x)
     t = (-size).exp()
-    off = torch.addcmul(torch.ones_like(weights), t.unsqueeze(-1), weights).reciprocal()
+    off = _off_alike(t, weights)
     upper, lower = (off @ torch.stack([torch.ones_like(weights), weights], -1)).unbind(-1)
     of_upper, of_lower = (off.square() @ torch.stack([weights, weights.square()], -1)).unbind(-1)
     value = size + upper.log() - lower.log()
     a, b = of_upper / upper, of_lower / lower
-    return value, 1 + t * (a - b), t, off, upper, lower, a, b
+    return value, 1 + t * (a - b), t, upper, lower, a, b
 
 
-def _bend_alike(x: Tensor, t: Tensor, off: Tensor, upper: Tensor, lower: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _off_alike(t: Tensor, weights: Tensor) -> Tensor:
+    return torch.addcmul(torch.ones_like(weights), t.unsqueeze(-1), weights).reciprocal()
+
+
+def _bend_alike(x: Tensor, k: int, t: Tensor, upper: Tensor, lower: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The derivative of that slope."""
-    weights = torch.linspace(-SPREAD, SPREAD, off.shape[-1], dtype=x.dtype, device=x.device).exp()
+    weights = torch.linspace(-SPREAD, SPREAD, k, dtype=x.dtype, device=x.device).exp()
+    off = _off_alike(t, weights)
     cube = off.square() * off @ torch.stack([weights.square(), weights**3], -1)
     bend = t * (t * (2 * cube[..., 0] / upper - a * a - 2 * cube[..., 1] / lower + b * b) - (a - b))
     return torch.where(x < 0, -bend, bend)
