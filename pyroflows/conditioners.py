@@ -32,6 +32,11 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_dim).uniform_(-limit, limit))
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``weight x + bias``, of a bias that may have batch axes."""
+    return F.linear(x, weight, bias) if bias.ndim == 1 else F.linear(x, weight) + bias
+
+
 class MLP(nn.Module):
     """Perceptron of ``x`` ``(..., in_dim)`` and an optional context; its last layer starts at zero unless told not to.
 

@@ -11,7 +11,7 @@ from scipy.integrate import DOP853
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyroflows.conditioners import MLP
+from pyroflows.conditioners import MLP, linear
 from pyroflows.numerical import takes_custom_gradients
 from pyroflows.transform_module import TransformModule, check_context
 
@@ -184,8 +184,8 @@ class Velocity(MLP):
 
 
 class _TwoLayers(torch.autograd.Function):
-    """A velocity of two hidden layers with its exact trace. The gradient computes the layers again from ``x``: of all
-    passes of a solution autograd would keep thirty times as much."""
+    """A velocity of two hidden layers with its exact trace. The gradient computes the layers again from ``x``: autograd
+    would keep five arrays of hidden units for each of a solution's passes."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -206,7 +206,7 @@ class _TwoLayers(torch.autograd.Function):
         ctx.save_for_backward(x, inner, offset, turn, weight, bias, last, coupling)
         ctx.rest = name, with_trace, time
         activation = SMOOTH[name]
-        y, slope = activation(_linear(x, inner, offset + time * turn))
+        y, slope = activation(linear(x, inner, offset + time * turn))
         y2, slope2 = activation(F.linear(y, weight, bias))
         trace = (slope2 * F.linear(slope, coupling)).sum(-1) if with_trace else None
         return F.linear(y2, last, last_bias), trace
@@ -216,7 +216,7 @@ class _TwoLayers(torch.autograd.Function):
         x, inner, offset, turn, weight, bias, last, coupling = ctx.saved_tensors
         name, with_trace, time = ctx.rest
         activation, bend = SMOOTH[name], BENDS[name]
-        h = _linear(x, inner, offset + time * turn)
+        h = linear(x, inner, offset + time * turn)
         y, slope = activation(h)
         h2 = F.linear(y, weight, bias)
         y2, slope2 = activation(h2)
@@ -239,10 +239,6 @@ class _TwoLayers(torch.autograd.Function):
 
 def _needs_gradient(time: Any) -> bool:
     return isinstance(time, Tensor) and time.requires_grad
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight, bias) if bias.ndim == 1 else F.linear(x, weight) + bias
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyroflows.conditioners import MLP, Linear, check_network
+from pyroflows.conditioners import MLP, Linear, check_network, linear
 from pyroflows.numerical import fixed_point_root, takes_custom_gradients
 from pyroflows.transform_module import TransformModule
 
@@ -119,11 +119,11 @@ class Residual(TransformModule):
 
     def _g(self, weights: list[Tensor], biases: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``g(x)`` and the slopes of the activations in each hidden layer."""
-        h, slopes = _affine(x, weights[0], biases[0]), []
+        h, slopes = linear(x, weights[0], biases[0]), []
         for raw, weight, bias in zip(self.slopes, weights[1:], biases[1:], strict=True):
             active, slope = (_LipSwish.apply if takes_custom_gradients() else _LipSwish.plain)(h, F.softplus(raw))
             slopes.append(slope)
-            h = _affine(active, weight, bias)
+            h = linear(active, weight, bias)
         return h, slopes
 
     @torch.no_grad()
@@ -192,15 +192,11 @@ def _signs(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return (bits & 1).view(shape).to(like.dtype).mul_(2).sub_(1)
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight, bias) if bias.ndim == 1 else F.linear(x, weight) + bias
-
-
 def _network(weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Tensor:
     """Of SiLU between its layers."""
-    h = _affine(x, weights[0], biases[0])
+    h = linear(x, weights[0], biases[0])
     for weight, bias in zip(weights[1:], biases[1:], strict=True):
-        h = _affine(F.silu(h), weight, bias)
+        h = linear(F.silu(h), weight, bias)
     return h
 
 
