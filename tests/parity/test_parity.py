@@ -120,8 +120,8 @@ ROOMS = [
 # where the ecosystems differ: random keys are arguments in jax; torch modules and guides hold their parameters, their
 # methods take the model's arguments, training is in place, and gradients end where tensors say so; jax differentiates a
 # function of one draw, where torch has batched methods; torch asks on the host whether a search may end, where jax has
-# a loop of its own; torch's vmap has to be helped; jax has weights drawn together, for every draw is compiled, and
-# rounds matrix products on GPUs; what jax compiles for all data sets is a function of a non-centring without the
+# a loop of its own; torch's vmap has to be helped, and its linear layers where a bias has batch axes; jax has weights
+# drawn together, for every draw is compiled, and rounds matrix products on GPUs; what jax compiles for all data sets is a function of a non-centring without the
 # model's arguments, and of these
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
@@ -136,6 +136,7 @@ OWN = {
     "settled",
     "start_of",
     "is_eager",
+    "linear",
     "takes_custom_gradients",
     "triangular_fixed_point",
     "batched",
