@@ -121,8 +121,8 @@ ROOMS = [
 # methods take the model's arguments, training is in place, and gradients end where tensors say so; jax differentiates a
 # function of one draw, where torch has batched methods; torch asks on the host whether a search may end, where jax has
 # a loop of its own; torch's vmap has to be helped, and its linear layers where a bias has batch axes; jax has weights
-# drawn together, for every draw is compiled, and rounds matrix products on GPUs; what jax compiles for all data sets is a function of a non-centring without the
-# model's arguments, and of these
+# drawn together, for every draw is compiled, and rounds matrix products on GPUs; what jax compiles for all data sets is
+# a function of a non-centring without the model's arguments, and of these
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
     "Ascent",
