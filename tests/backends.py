@@ -98,6 +98,20 @@ class Torch:
         grads = self.torch.autograd.grad(loss, [x, *parameters], materialize_grads=True, allow_unused=True)
         return dict(zip(names, (self.numpy(g) for g in grads[1:]), strict=True)), self.numpy(grads[0])
 
+    def held_for_gradient(self, flow: Any, x: np.ndarray) -> int:
+        """Bytes that a forward pass keeps for the gradient, beside the parameters."""
+        flow, total = copy.deepcopy(flow).double(), 0
+        own = {p.untyped_storage().data_ptr() for p in flow.parameters()}
+
+        def pack(t):
+            nonlocal total
+            total += 0 if t.untyped_storage().data_ptr() in own else t.numel() * t.element_size()
+            return t
+
+        with self.torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            flow.forward_and_log_det(self.array(x).requires_grad_())
+        return total
+
     def round_trip_gradients(self, flow: Any, x: np.ndarray, w: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """Gradients of ``sum(w * f^{-1}(f(x)))`` by the parameters and by ``x``."""
         x, parameters = self.array(x).requires_grad_(), list(flow.parameters())
@@ -241,6 +255,10 @@ class Jax:
     def gradients(self, flow: Any, x: np.ndarray, context: Any, inverse: bool):
         _, (by_params, by_x) = self._grads(flow, self.array(x), self.array(context), inverse)
         return self.state(by_params), np.asarray(by_x)
+
+    def held_for_gradient(self, flow: Any, x: np.ndarray) -> int:
+        grad = self.eqx.filter_grad(lambda f: f.forward_and_log_det(self.array(x))[1].sum())
+        return self.eqx.filter_jit(grad).lower(flow).compile().compiled.memory_analysis().temp_size_in_bytes
 
     def round_trip_gradients(self, flow: Any, x: np.ndarray, w: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         params, static = self.eqx.partition(flow, self.eqx.is_inexact_array)

@@ -113,7 +113,7 @@ class Continuous(TransformModule):
             rates: list[Tensor] = []
             for node, row, share in zip(nodes, weights, last, strict=True):
                 time = start + (step + node) * size
-                rate, trace = self.velocity(time, _along(x, rates, row, size), constants, noise, share != 0)
+                rate, trace = self.velocity.recomputed(time, _along(x, rates, row, size), constants, noise, share != 0)
                 rates.append(rate)
                 log_det = log_det if trace is None else log_det + (size * share) * trace
             x = _along(x, rates, last, size)
@@ -166,21 +166,34 @@ class Velocity(MLP):
         with_trace: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns ``v`` ``(..., dim)``, and its trace ``(...)`` or the estimate of it by ``noise``."""
-        weights, dim = self._weights(), self.in_dim - 1
-        inner, turn = weights[0][:, :dim], weights[0][:, dim]
+        weights, dim, activation = self._weights(), self.in_dim - 1, SMOOTH[self.activation]
+        h = linear(x, weights[0][:, :dim], constants[0] + time * weights[0][:, dim])
+        slopes = []
         biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
-        if len(weights) == 3 and noise is None and takes_custom_gradients() and not _needs_gradient(time):
-            rest = weights[1], biases[1], weights[2], biases[2], constants[1]
-            return _TwoLayers.apply(self.activation, with_trace, time, x, inner, constants[0], turn, *rest)
-        activation, slopes = SMOOTH[self.activation], []
-        h = F.linear(x, inner) + (constants[0] + time * turn)
         for weight, bias in zip(weights[1:], biases[1:], strict=True):
             h, slope = activation(h)
             slopes.append(slope)
             h = F.linear(h, weight, bias)
         if not with_trace:
             return h, None
-        return h, _trace(inner, weights[1:], slopes, constants[1], noise).expand(h.shape[:-1])
+        return h, _trace(weights[0][:, :dim], weights[1:], slopes, constants[1], noise).expand(h.shape[:-1])
+
+    def recomputed(
+        self,
+        time: float,
+        x: Tensor,
+        constants: tuple[Tensor, Tensor | None],
+        noise: Tensor | None = None,
+        with_trace: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for the passes of a solution: the gradient keeps no activations, where it is known by hand."""
+        weights = self._weights()
+        if len(weights) != 3 or noise is not None or not takes_custom_gradients():
+            return self(time, x, constants, noise, with_trace)  # type: ignore[no-any-return]
+        dim, biases = self.in_dim - 1, [layer.bias for layer in self.layers]
+        first = weights[0][:, :dim], constants[0], weights[0][:, dim]
+        rest = weights[1], biases[1], weights[2], biases[2], constants[1]
+        return _TwoLayers.apply(self.activation, with_trace, time, x, *first, *rest)
 
 
 class _TwoLayers(torch.autograd.Function):
@@ -192,7 +205,7 @@ class _TwoLayers(torch.autograd.Function):
         ctx: Any,
         name: str,
         with_trace: bool,
-        time: Any,
+        time: float,
         x: Tensor,
         inner: Tensor,
         offset: Tensor,
@@ -235,10 +248,6 @@ class _TwoLayers(torch.autograd.Function):
         of_layer = _outer(by_h, x), by_h.sum_to_size(offset.shape), (time * by_h).sum_to_size(turn.shape)
         of_rest = _outer(by_h2, y), by_h2.sum_to_size(bias.shape), _outer(by, y2), by.sum_to_size(by.shape[-1:])
         return None, None, None, by_x, *of_layer, *of_rest, by_coupling
-
-
-def _needs_gradient(time: Any) -> bool:
-    return isinstance(time, Tensor) and time.requires_grad
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ VELOCITIES = {name: Velocity(2, (3, 4), 1, name).double() for name in ("tanh", "
 NAMES = [name for name, _ in VELOCITIES["tanh"].named_parameters()]
 
 
-def velocity(name, with_trace=True, plain=False):
+def velocity(name, way, with_trace):
     """Of two hidden layers, and its trace, as a function of its input, a context and its parameters."""
 
     class Whole(torch.nn.Module):
@@ -29,8 +29,8 @@ def velocity(name, with_trace=True, plain=False):
             self.velocity = VELOCITIES[name]
 
         def forward(self, x, context):
-            time = torch.full((), 0.3, dtype=x.dtype, requires_grad=plain)  # of that gradient nothing is known by hand
-            return self.velocity(time, x, self.velocity.constants(context), None, with_trace)[: 1 + with_trace]
+            constants = self.velocity.constants(context)
+            return getattr(self.velocity, way)(0.3, x, constants, None, with_trace)[: 1 + with_trace]
 
     def call(x, context, *parameters):
         values = {f"velocity.{k}": v for k, v in zip(NAMES, parameters, strict=True)}
@@ -55,8 +55,8 @@ CASES = {  # function, the same in plain operations, inputs
     "LipSwish": (_LipSwish.apply, _LipSwish.plain, tensors((3, 2), (2,))),
     **{
         f"velocity, {name}, {'with' if trace else 'no'} trace": (
-            velocity(name, trace),
-            velocity(name, trace, plain=True),
+            velocity(name, "recomputed", trace),
+            velocity(name, "forward", trace),
             OF_VELOCITY,
         )
         for name, trace in (("tanh", True), ("tanh", False), ("silu", True), ("softplus", True))

@@ -102,3 +102,10 @@ def test_solver_error_is_that_of_the_round_trip(backend):
 def test_bad_arguments_are_named(backend, options, message):
     with pytest.raises(ValueError, match=message):
         continuous(backend, **options)
+
+
+def test_the_gradient_keeps_no_activations(backend):
+    width, x = 64, np.random.default_rng(0).normal(size=(500, 3))
+    flow = continuous(backend, hidden=(width, width))
+    one_layer = x.itemsize * len(x) * width  # of one pass, of which a solution has 48
+    assert backend.held_for_gradient(flow, x) < 0.5 * flow.passes[0] * one_layer
