@@ -113,7 +113,8 @@ class Continuous(TransformModule):
             rates: list[Tensor] = []
             for node, row, share in zip(nodes, weights, last, strict=True):
                 time = start + (step + node) * size
-                rate, trace = self.velocity.recomputed(time, _along(x, rates, row, size), constants, noise, share != 0)
+                point = _along(x, rates, row, size)
+                rate, trace = self.velocity(time, point, constants, noise, with_trace=share != 0, recompute=True)
                 rates.append(rate)
                 log_det = log_det if trace is None else log_det + (size * share) * trace
             x = _along(x, rates, last, size)
@@ -164,12 +165,20 @@ class Velocity(MLP):
         constants: tuple[Tensor, Tensor | None],
         noise: Tensor | None = None,
         with_trace: bool = True,
+        recompute: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns ``v`` ``(..., dim)``, and its trace ``(...)`` or the estimate of it by ``noise``."""
+        """Returns ``v`` ``(..., dim)``, and its trace ``(...)`` or the estimate of it by ``noise``.
+
+        To ``recompute``, the gradient keeps no activations, where it is known by hand: two hidden layers, exact trace.
+        """
         weights, dim, activation = self._weights(), self.in_dim - 1, SMOOTH[self.activation]
+        biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        if recompute and len(weights) == 3 and noise is None and takes_custom_gradients():
+            first = weights[0][:, :dim], constants[0], weights[0][:, dim]
+            rest = weights[1], biases[1], weights[2], biases[2], constants[1]
+            return _TwoLayers.apply(self.activation, with_trace, time, x, *first, *rest)  # type: ignore[no-any-return]
         h = linear(x, weights[0][:, :dim], constants[0] + time * weights[0][:, dim])
         slopes = []
-        biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
         for weight, bias in zip(weights[1:], biases[1:], strict=True):
             h, slope = activation(h)
             slopes.append(slope)
@@ -177,23 +186,6 @@ class Velocity(MLP):
         if not with_trace:
             return h, None
         return h, _trace(weights[0][:, :dim], weights[1:], slopes, constants[1], noise).expand(h.shape[:-1])
-
-    def recomputed(
-        self,
-        time: float,
-        x: Tensor,
-        constants: tuple[Tensor, Tensor | None],
-        noise: Tensor | None = None,
-        with_trace: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same for the passes of a solution: the gradient keeps no activations, where it is known by hand."""
-        weights = self._weights()
-        if len(weights) != 3 or noise is not None or not takes_custom_gradients():
-            return self(time, x, constants, noise, with_trace)  # type: ignore[no-any-return]
-        dim, biases = self.in_dim - 1, [layer.bias for layer in self.layers]
-        first = weights[0][:, :dim], constants[0], weights[0][:, dim]
-        rest = weights[1], biases[1], weights[2], biases[2], constants[1]
-        return _TwoLayers.apply(self.activation, with_trace, time, x, *first, *rest)
 
 
 class _TwoLayers(torch.autograd.Function):

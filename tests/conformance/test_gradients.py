@@ -20,7 +20,7 @@ VELOCITIES = {name: Velocity(2, (3, 4), 1, name).double() for name in ("tanh", "
 NAMES = [name for name, _ in VELOCITIES["tanh"].named_parameters()]
 
 
-def velocity(name, way, with_trace):
+def velocity(name, recompute, with_trace):
     """Of two hidden layers, and its trace, as a function of its input, a context and its parameters."""
 
     class Whole(torch.nn.Module):
@@ -30,7 +30,7 @@ def velocity(name, way, with_trace):
 
         def forward(self, x, context):
             constants = self.velocity.constants(context)
-            return getattr(self.velocity, way)(0.3, x, constants, None, with_trace)[: 1 + with_trace]
+            return self.velocity(0.3, x, constants, None, with_trace, recompute)[: 1 + with_trace]
 
     def call(x, context, *parameters):
         values = {f"velocity.{k}": v for k, v in zip(NAMES, parameters, strict=True)}
@@ -55,8 +55,8 @@ CASES = {  # function, the same in plain operations, inputs
     "LipSwish": (_LipSwish.apply, _LipSwish.plain, tensors((3, 2), (2,))),
     **{
         f"velocity, {name}, {'with' if trace else 'no'} trace": (
-            velocity(name, "recomputed", trace),
-            velocity(name, "forward", trace),
+            velocity(name, True, trace),
+            velocity(name, False, trace),
             OF_VELOCITY,
         )
         for name, trace in (("tanh", True), ("tanh", False), ("silu", True), ("softplus", True))
