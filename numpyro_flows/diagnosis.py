@@ -99,7 +99,7 @@ def _whitened_chains(
     coordinates: Any, log_density: LogDensity, x: Array, loc: Array, scale_tril: Array, rng_key: Array
 ) -> tuple[Array, Array]:
     """Ends of chains from ``x``, as latent vectors, and the model's log-densities there."""
-    density = pulled_back(log_density, next(iter(coordinates.layers), None))
+    density = pulled_back(log_density, coordinates)
 
     def whitened(z: Array) -> Array:
         value = density(loc + scale_tril @ z)

@@ -19,6 +19,7 @@ from numpyro.infer.initialization import init_to_sample, init_to_uniform
 from tqdm import tqdm
 
 from numpyro_flows import flows
+from numpyro_flows.centering import Centering, normal_priors
 from numpyro_flows.distributions import Base, FlexibleBase, MixtureBase
 from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient, unfolded
 from numpyro_flows.guides import AutoFlow
@@ -27,6 +28,7 @@ from numpyro_flows.initialization import (
     MAX_HESSIAN_DIM,
     Start,
     Target,
+    conditional_likelihood,
     distinct,
     find_modes,
     find_start,
@@ -40,6 +42,7 @@ from numpyro_flows.noncentering import (
     hessian,
     inverse,
     log_densities,
+    points_around,
     value_and_grad,
     with_density,
 )
@@ -71,8 +74,9 @@ class FlowVI:
 
     1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), where
        latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then with the
-       pseudo-observations that the likelihood amounts to there, up to four times while that gains a nat. The best is
-       kept.
+       pseudo-observations that the likelihood amounts to there, up to four times while that gains a nat. Latents with a
+       fixed normal prior, as in models that are non-centred by hand, are centred (:class:`Centering`) as far as the
+       likelihood's curvature depends on the other latents, if that gains a nat. The best is kept.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
@@ -111,8 +115,8 @@ class FlowVI:
         the location and scale around them all.
     :param base_df: degrees of freedom of a Student-t base, in place of ``base``.
     :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks,
-        Gaussian processes) are taken relative to that prior. It changes the guide alone: neither the model nor the
-        sites of the posterior.
+        Gaussian processes) are taken relative to that prior, and those of models non-centred by hand relative to what
+        the data say of them. It changes the guide alone: neither the model nor the sites of the posterior.
     :param path_gradient: whether phases 2 and 3 are as described, or by the plain ELBO. Unless given: where the flow's
         inverse, which families without a ``forward_and_score`` of their own need, takes no more network passes than
         its forward direction.
@@ -196,6 +200,7 @@ class FlowVI:
             other = self._guide(None if base is not self.base else self.base_df, base, setup_key, args, kwargs, flow)
             if guide.noncentering is not None:
                 other.set_noncentering(guide.noncentering)
+            other.set_centering(guide.centering)
             tails = not posterior.pareto_k < _K_TAILS
             begin = start._replace(modes=modes)
             found = self._fit(other, log_density, begin, key, draw_key, budget, tails, richer=richer)
@@ -283,7 +288,7 @@ class FlowVI:
         """Whether the model's density is the same for arguments which are a program's inputs as for those at hand."""
         coordinates: Any = with_density(guide.coordinates, None)
         x, log_det = self._programs(inverse, coordinates, log_density, guide.init_loc)
-        value, _ = self._programs(value_and_grad, log_density, next(iter(coordinates.layers), None), x)
+        value, _ = self._programs(value_and_grad, log_density, coordinates, x)
         return bool(np.isclose(value + log_det, log_density(guide.init_loc), rtol=1e-3, atol=1e-3))
 
     def _fit(
@@ -363,21 +368,29 @@ class FlowVI:
         return points
 
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> tuple[Target, Start]:
-        """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
+        """The density in the guide's coordinates, and the start in them; settles these coordinates."""
 
         def search(u: Array) -> tuple[Target, Start]:
             coordinates = with_density(guide.coordinates, None)
-            target = self._target(log_density, next(iter(coordinates.layers), None))  # type: ignore[attr-defined]
+            target = self._target(log_density, coordinates)
             first = [np.asarray(self._programs(inverse, coordinates, log_density, u)[0], float)]
             for point in self._points(guide, log_density, key, self.num_starts - 1, self.init_loc_fn):
                 if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     first.append(point)
             return target, find_start(target, first, _numpy_rng(key))
 
-        plain = guide.noncentering
         target, start = search(guide.init_loc)
-        if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
+        if len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
+        if guide.noncentering is not None:
+            target, start = self._noncentered(guide, log_density, target, start, search)
+        return self._centered(guide, log_density, target, start, search) if self.noncentered else (target, start)
+
+    def _noncentered(
+        self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
+    ) -> tuple[Target, Start]:
+        """The same, after the non-centring has been adapted to the likelihood."""
+        plain: Any = guide.noncentering
         plain_target, gradients = target, start.gradients
         for _ in range(_MAX_ADAPTATIONS):
             x, coordinates = jnp.asarray(start.loc, guide.init_loc.dtype), with_density(guide.coordinates, None)
@@ -401,9 +414,39 @@ class FlowVI:
                 break
         return target, start._replace(gradients=gradients)
 
-    def _target(self, log_density: LogDensity, noncentering: Noncentering | None) -> Target:
+    def _centered(
+        self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
+    ) -> tuple[Target, Start]:
+        """The same, after latents of fixed normal priors have been centred as far as that gains a nat."""
+        priors = normal_priors(log_density, guide.prototype_trace, points_around(guide.init_loc), self._programs)
+        plain_target, gradients = target, start.gradients
+        for _ in range(_MAX_ADAPTATIONS):
+            x, kept = jnp.asarray(start.loc, guide.init_loc.dtype), guide.centering
+            around = start if kept is None else start._replace(loc=np.asarray(self._programs(_moved, kept, x), float))
+            told, evaluations = conditional_likelihood(plain_target, around, *priors)
+            gradients += evaluations
+            if told is None:
+                break
+            u = self._programs(forward, with_density(guide.coordinates, None), log_density, x)[0]
+            guide.set_centering(Centering(len(x)).with_likelihood(told))
+            try:
+                centred, again = search(u)
+            except RuntimeError:  # no start there has a finite ELBO
+                guide.set_centering(kept)
+                break
+            gradients += again.gradients
+            gain = again.elbo - start.elbo
+            if not gain > (_WORTHWHILE if kept is None else 0):
+                guide.set_centering(kept)
+                break
+            target, start = centred, again
+            if gain < _WORTHWHILE:
+                break
+        return target, start._replace(gradients=gradients)
+
+    def _target(self, log_density: LogDensity, coordinates: TransformModule) -> Target:
         """The density in a guide's coordinates."""
-        of = [partial(self._programs, f, log_density, noncentering) for f in (log_densities, value_and_grad, hessian)]
+        of = [partial(self._programs, f, log_density, coordinates) for f in (log_densities, value_and_grad, hessian)]
         return Target(*(partial(_in_numpy, program) for program in of))
 
     def _look_elsewhere(
@@ -540,6 +583,10 @@ def _chunk(
     numbers = done + jnp.arange(len(step_sizes))
     state, (elbos, divergences) = lax.scan(step, state, (numbers, step_sizes))
     return state, (elbos, divergences, state[2])
+
+
+def _moved(layer: TransformModule, x: Array) -> Array:
+    return layer.forward_and_log_det(x)[0]
 
 
 def _point(coordinates: TransformModule, log_density: LogDensity, samples: dict[str, Array]) -> Array:

@@ -20,6 +20,13 @@ _MISSED = np.log(20.0)  # a guide misses what it gives less than a twentieth of 
 _BARRIER = np.log(20.0)  # modes are parted where the density between them falls to less than a twentieth
 _SAME_END = 0.1  # standard deviations between the ends of two walks to the same mode
 _ARRIVED = 1.0  # standard deviations that Newton's step from the end of a walk may have
+_FRACTION = 0.5  # of a standard deviation, by which latents are moved to see how the likelihood changes
+_LEAST_EFFECT = 0.05  # of a standard deviation of one latent on the logarithm of another one's scale
+_LEAST_GAIN = 0.25  # nats, below which nothing is to be gained by all of them
+_MOST_GRADIENTS = 50_000  # evaluations that seeing it may take: a twenty-fifth of a fit's
+_MOST_NEWTON_STEPS = 8  # to a conditional mode, and halvings of one
+_LEAST_PRECISION = 0.1  # of the prior's, that a step takes for the posterior's
+_SAME_VALUE = 0.01  # nats, below which a step has arrived
 _MAX_LEGS = 4  # of a walk: each goes on in the coordinates of the local Gaussian where the one before ended
 
 
@@ -39,6 +46,19 @@ class Start(NamedTuple):
     elbo: float
     gradients: int  # gradient evaluations that the search took, a Hessian counted as dim of them
     modes: tuple[Start, ...] = ()  # the best of each path, without repetitions, from the best down
+
+
+class Likelihood(NamedTuple):
+    """What a likelihood amounts to in latents with a fixed normal prior, given the others: see ``Centering``."""
+
+    rotation: np.ndarray  # (dim, dim), orthogonal
+    loc: np.ndarray  # (dim,)
+    scale: np.ndarray  # (dim,)
+    precision: np.ndarray  # (dim,)
+    pseudo_data: np.ndarray  # (dim,)
+    origin: np.ndarray  # (dim,)
+    slopes: np.ndarray  # (dim, dim)
+    shifts: np.ndarray  # (dim, dim)
 
 
 def find_start(target: Target, starts: Sequence[np.ndarray], rng: np.random.Generator) -> Start:
@@ -210,6 +230,113 @@ def pseudo_observations(
     told &= curvature * np.square(factor).sum(1) > _LEAST_CURVATURE
     curvature = np.where(told, curvature, 1.0)
     return np.where(told, curvature, 0.0), np.where(told, u + gradient / curvature, 0.0)
+
+
+def conditional_likelihood(
+    target: Target, start: Start, loc: np.ndarray, scale: np.ndarray, latents: np.ndarray
+) -> tuple[Likelihood | None, int]:
+    """The normal observations that the likelihood amounts to, and how their precisions depend on the other latents.
+
+    By the curvature at the conditional mode of the elements with fixed normal priors, given the others at the start;
+    and where each of the others is half a standard deviation away, to either side.
+
+    :param target: the density.
+    :param start: a Gaussian that approximates it.
+    :param loc: locations ``(dim,)`` of the priors.
+    :param scale: their scales ``(dim,)``.
+    :param latents: the number ``(dim,)`` of each element's latent, negative for elements without such a prior.
+    :returns: the observations, ``None`` where they depend on the other latents too little for a gain, or it would take
+        too long to see; and the gradient evaluations that it took.
+    """
+    dim, inner, outer = len(latents), np.flatnonzero(latents >= 0), np.flatnonzero(latents < 0)
+    if not len(inner) or (2 * len(outer) + _MOST_NEWTON_STEPS) * dim > _MOST_GRADIENTS:
+        return None, 0
+    given = _Conditional(target, loc, scale, latents)
+    point = given.mode(start.loc)
+    given.turn(point)
+    precision, data = given.observations(point)
+    weight = np.where(precision > 0, precision / (1 + precision), 0.0)
+    spread = np.linalg.norm(start.scale_tril, axis=1)
+    slopes, shifts, predicted = np.zeros((dim, dim)), np.zeros((dim, dim)), 0.0
+    for k in outer:
+        away = np.zeros(dim)
+        away[k] = _FRACTION * spread[k]
+        above, below = given.observations(point + away), given.observations(point - away)
+        told = (precision > 0) & (above[0] > 0) & (below[0] > 0)
+        logs = np.log(np.where(told, [below[0], precision, above[0]], 1.0))
+        sides = np.diff(logs, axis=0) / away[k]
+        # the lesser slope, where they agree in sign: what is far from a line is not to be extrapolated
+        slope = np.where(sides[0] * sides[1] > 0, np.sign(sides[0]) * np.abs(sides).min(0), 0.0)
+        effect = 0.5 * weight * slope * spread[k]  # on the logarithms of the scales
+        slope = np.where(np.abs(effect) > _LEAST_EFFECT, slope, 0.0)
+        predicted += float(np.square(effect).sum())
+        moved = np.where(told, above[1] - below[1], 0.0) / (2 * away[k])
+        for number in np.unique(latents[inner]):  # a scale takes a latent's data along, by half the slope; a noise not
+            lever = np.where(latents[inner] == number, 0.5 * slope * data, 0.0)
+            share = -(weight * moved * lever).sum() / max((weight * lever**2).sum(), 1e-300)
+            shifts[inner, k] += np.where(latents[inner] == number, 0.5 * slope * np.clip(share, 0.0, 1.0), 0.0)
+        slopes[inner, k] = slope
+    if not predicted > _LEAST_GAIN:
+        return None, given.evaluations
+    rotation, precisions, values = np.eye(dim), np.zeros(dim), np.zeros(dim)
+    rotation[np.ix_(inner, inner)], precisions[inner], values[inner] = given.rotation, precision, data
+    fixed = latents >= 0
+    loc, scale, origin = np.where(fixed, loc, 0.0), np.where(fixed, scale, 1.0), np.where(fixed, 0.0, point)
+    return Likelihood(rotation, loc, scale, precisions, values, origin, slopes, shifts), given.evaluations
+
+
+class _Conditional:
+    """A density of the elements with fixed normal priors, in units of these, given the others: what Newton sees of it.
+
+    Its parameters are those of :func:`conditional_likelihood`.
+    """
+
+    def __init__(self, target: Target, loc: np.ndarray, scale: np.ndarray, latents: np.ndarray):
+        self.target, self.inner = target, np.flatnonzero(latents >= 0)
+        self.loc, self.scale, self.latents = loc[self.inner], scale[self.inner], latents[self.inner]
+        self.rotation, self.evaluations = np.eye(len(self.inner)), 0
+
+    def look(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The likelihood's precision, and Newton's step to the mode."""
+        self.evaluations += len(point) + 1
+        hessian = np.nan_to_num(self.target.hessian(point))[np.ix_(self.inner, self.inner)]
+        precision = -self.scale[:, None] * hessian * self.scale
+        values, vectors = np.linalg.eigh(0.5 * (precision + precision.T))
+        gradient = self.scale * np.nan_to_num(self.target.value_and_grad(point)[1])[self.inner]
+        step = vectors @ ((vectors.T @ gradient) / np.maximum(np.abs(values), _LEAST_PRECISION))
+        return precision - np.eye(len(self.inner)), step
+
+    def mode(self, point: np.ndarray) -> np.ndarray:
+        """Where Newton's steps lead, as long as they gain something."""
+        point = np.array(point, float)
+        value = self.target.value_and_grad(point)[0]
+        for _ in range(_MOST_NEWTON_STEPS):
+            step, gain = self.look(point)[1], -np.inf
+            for share in 0.5 ** np.arange(_MOST_NEWTON_STEPS):
+                trial = point.copy()
+                trial[self.inner] += share * self.scale * step
+                self.evaluations += 1
+                gain = self.target.value_and_grad(trial)[0] - value
+                if gain >= 0:
+                    point, value = trial, value + gain
+                    break
+            if not gain > _SAME_VALUE:
+                break
+        return point
+
+    def turn(self, point: np.ndarray) -> None:
+        """Makes the axes of the likelihood's precision there, latent by latent, the coordinates of observations."""
+        precision = self.look(point)[0]
+        together = self.latents[:, None] == self.latents
+        self.rotation = np.linalg.eigh(np.where(together, 0.5 * (precision + precision.T), 0.0))[1]
+
+    def observations(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Precisions and values of independent observations that put the mode where it is; 0 where nothing is told."""
+        precision, step = self.look(point)
+        each = np.einsum("ji,jk,ki->i", self.rotation, precision, self.rotation, optimize=True)
+        mode = self.rotation.T @ ((point[self.inner] - self.loc) / self.scale + step)
+        told = each > _LEAST_CURVATURE
+        return np.where(told, each, 0.0), np.where(told, mode * (1 + each) / np.where(told, each, 1.0), 0.0)
 
 
 def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None, int]:

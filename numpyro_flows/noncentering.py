@@ -73,7 +73,7 @@ class Noncentering(TransformModule):
     prior: _Prior = eqx.field(static=True)
 
     def __init__(self, log_density: LogDensity, points: Array, programs: Programs | None = None):
-        seen = (programs or Programs())(_seen, log_density, points)  # one program for dozens
+        seen = (programs or Programs())(priors_at, log_density, points)  # one program for dozens
         changes = {name: any(np.ptp(np.asarray(a), 0).any() for a in pair) for name, pair in seen.items()}
         self.prior = _Prior(log_density, tuple(name for name, _ in log_density.shapes if changes.get(name)))
         self.precision = self.pseudo_data = jnp.zeros_like(points[0])
@@ -178,7 +178,7 @@ class _Prior:
         return sweep
 
 
-def _seen(log_density: LogDensity, points: Array) -> dict[str, tuple[Array, Array]]:
+def priors_at(log_density: LogDensity, points: Array) -> dict[str, tuple[Array, Array]]:
     """Location and scale of every latent with a prior of that form, at every point."""
     return jax.vmap(lambda point: _Prior(log_density)._sweep(point, _stay).seen)(points)
 
@@ -248,10 +248,14 @@ def noncentering_of(log_density: LogDensity, prototype: Array, programs: Program
     :param prototype: an unconstrained vector ``(dim,)`` where the model's density is finite.
     :param programs: where what it takes to see that is compiled.
     """
-    noise = np.random.default_rng(0).standard_normal((2, len(prototype)))
-    points = jnp.concatenate([prototype[None], prototype + 0.1 * jnp.asarray(noise, prototype.dtype)])
-    layer = Noncentering(log_density, points, programs)
+    layer = Noncentering(log_density, points_around(prototype), programs)
     return layer if layer.sites else None
+
+
+def points_around(prototype: Array) -> Array:
+    """Three unconstrained vectors ``(3, dim)`` at which it is seen which priors depend on other latents."""
+    noise = np.random.default_rng(0).standard_normal((2, len(prototype)))
+    return jnp.concatenate([prototype[None], prototype + 0.1 * jnp.asarray(noise, prototype.dtype)])
 
 
 def with_density(transform: TransformModule, log_density: LogDensity | None) -> TransformModule:
@@ -266,14 +270,12 @@ def with_density(transform: TransformModule, log_density: LogDensity | None) -> 
     return transform
 
 
-def pulled_back(log_density: LogDensity, noncentering: Noncentering | None) -> Callable[[Array], Array]:
-    """The log-density of one vector ``(dim,)`` before the layer, its log-determinant included."""
-    if noncentering is None:
-        return log_density
-    layer = noncentering.with_density(log_density)
+def pulled_back(log_density: LogDensity, coordinates: TransformModule) -> Callable[[Array], Array]:
+    """The log-density of one vector ``(dim,)`` before a guide's coordinates, their log-determinant included."""
+    layers = with_density(coordinates, log_density)
 
     def density(x: Array) -> Array:
-        u, log_det = layer.forward_and_log_det(x)
+        u, log_det = layers.forward_and_log_det(x)
         return log_density(u) + log_det
 
     return density
@@ -281,7 +283,7 @@ def pulled_back(log_density: LogDensity, noncentering: Noncentering | None) -> C
 
 # -- what is compiled, of layers without the model's arguments ---------------------------------------------------------
 def forward(coordinates: TransformModule, log_density: LogDensity, x: Array) -> tuple[Array, Array]:
-    """Latent vectors from those before the non-centring, with the log-determinants."""
+    """Latent vectors from those before the coordinates, with the log-determinants."""
     return with_density(coordinates, log_density).forward_and_log_det(x)
 
 
@@ -290,16 +292,16 @@ def inverse(coordinates: TransformModule, log_density: LogDensity, u: Array) -> 
     return with_density(coordinates, log_density).inverse_and_log_det(u)
 
 
-def log_densities(log_density: LogDensity, noncentering: Noncentering | None, x: Array) -> Array:
-    """Log-densities of vectors ``(n, dim)`` before the non-centring."""
-    return jax.vmap(pulled_back(log_density, noncentering))(x)
+def log_densities(log_density: LogDensity, coordinates: TransformModule, x: Array) -> Array:
+    """Log-densities of vectors ``(n, dim)`` before the coordinates."""
+    return jax.vmap(pulled_back(log_density, coordinates))(x)
 
 
-def value_and_grad(log_density: LogDensity, noncentering: Noncentering | None, x: Array) -> tuple[Array, Array]:
-    """Log-density of one vector ``(dim,)`` before the non-centring, and its gradient."""
-    return jax.value_and_grad(pulled_back(log_density, noncentering))(x)
+def value_and_grad(log_density: LogDensity, coordinates: TransformModule, x: Array) -> tuple[Array, Array]:
+    """Log-density of one vector ``(dim,)`` before the coordinates, and its gradient."""
+    return jax.value_and_grad(pulled_back(log_density, coordinates))(x)
 
 
-def hessian(log_density: LogDensity, noncentering: Noncentering | None, x: Array) -> Array:
+def hessian(log_density: LogDensity, coordinates: TransformModule, x: Array) -> Array:
     """Hessian ``(dim, dim)`` of that log-density."""
-    return jax.hessian(pulled_back(log_density, noncentering))(x)
+    return jax.hessian(pulled_back(log_density, coordinates))(x)

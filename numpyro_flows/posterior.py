@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from numpyro_flows import _arviz, diagnosis, evidence, refinement, serialization
+from numpyro_flows.centering import Centering
 from numpyro_flows.diagnosis import Departure
 from numpyro_flows.distributions import BASES, FlowDistribution
 from numpyro_flows.evidence import Estimate
@@ -280,11 +281,10 @@ class FlowPosterior:
         coordinates: Any = with_density(self.guide.coordinates, None)
         dtype = self.guide.init_loc.dtype
         if log_density is None:
-            noncentering = next(iter(coordinates.layers), None)
 
             def log_density(x: np.ndarray) -> np.ndarray:
                 batch = jnp.asarray(x, dtype)
-                return np.asarray(self._programs(log_densities, self.log_density, noncentering, batch), float)
+                return np.asarray(self._programs(log_densities, self.log_density, coordinates, batch), float)
 
         def log_guide(x: np.ndarray) -> np.ndarray:
             u, log_det = self._programs(forward, coordinates, self.log_density, jnp.asarray(x, dtype))
@@ -496,6 +496,7 @@ class FlowPosterior:
                 "noncentered": self.guide.noncentered,
             },
             "scale_is_matrix": isinstance(self.guide.outer_layers[0], TriangularAffine),
+            "centered": self.guide.centering is not None,
             "num_draws": self.num_draws,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
         }
@@ -533,6 +534,8 @@ class FlowPosterior:
         log_density = guide.log_density(*args, **kwargs)
         if metadata["scale_is_matrix"]:
             guide.start_at(guide.init_loc, jnp.eye(guide.latent_dim))
+        if metadata.get("centered"):
+            guide.set_centering(Centering(guide.latent_dim))
         weights = {
             part: {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")}
             for part in ("transform", "base")

@@ -20,10 +20,10 @@ from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.reparam import Reparam
 from numpyro.primitives import _PYRO_STACK
 
+from numpyro_flows.centering import COORDINATES
 from numpyro_flows.distributions import standard_base
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.log_density import check_latents, prototype_trace
-from numpyro_flows.noncentering import Noncentering
 from numpyro_flows.transform_module import Compose, TransformModule
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
@@ -273,13 +273,13 @@ def check_tails(transform: TransformModule, dim: int, name: str, like: Array) ->
     and 1000: the image must grow along every ray, and every output must rise and fall along some of them, with at least
     3 % of the slope which it has in the bulk.
 
-    :param transform: the flow; a last layer of non-centring is left out, for it may be as steep as the model's scales.
+    :param transform: the flow; a guide's coordinates are left out, for they may be as steep as the model's scales.
     :param dim: size of its vectors.
     :param name: its name, for the message.
     :param like: an array of its dtype.
     """
     layers = transform.layers if isinstance(transform, Compose) else (transform,)
-    transform = Compose([layer for layer in layers if not isinstance(layer, Noncentering)])
+    transform = Compose([layer for layer in layers if not isinstance(layer, COORDINATES)])
     points = tail_points(dim)
     try:
         with jax.ensure_compile_time_eval():  # the model may run under jit

@@ -81,7 +81,7 @@ def _in_base_space(posterior: Any) -> np.ndarray:
 
 def _in_whitened_space(posterior: Any) -> np.ndarray:
     """The same, of chains in the coordinates where the guide has mean zero and covariance one."""
-    guide, density = posterior.guide, pulled_back(posterior.log_density, posterior.guide.noncentering)
+    guide, density = posterior.guide, pulled_back(posterior.log_density, posterior.guide.coordinates)
     x = guide.coordinates.inverse_and_log_det(posterior.draws.unconstrained[: 8 * _NUM_CHAINS])[0]
     loc, scale_tril = (torch.as_tensor(a).to(x) for a in _location_and_scale(x.double().numpy(force=True)))
 

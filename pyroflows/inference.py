@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroflows import flows
+from pyroflows.centering import Centering, normal_priors
 from pyroflows.distributions import Base, FlexibleBase, MixtureBase, distribution_of
 from pyroflows.elbo import elbo_terms, forward_kl, score_gradient, unfolded
 from pyroflows.graphs import recorded_step
@@ -26,6 +27,7 @@ from pyroflows.initialization import (
     MAX_HESSIAN_DIM,
     Start,
     Target,
+    conditional_likelihood,
     distinct,
     find_modes,
     find_start,
@@ -33,7 +35,7 @@ from pyroflows.initialization import (
     pseudo_observations,
 )
 from pyroflows.log_density import LogDensity, prototype_trace
-from pyroflows.noncentering import pulled_back
+from pyroflows.noncentering import points_around, pulled_back
 from pyroflows.posterior import FlowPosterior, History
 from pyroflows.training import CHUNK, Ascent, copies, settle
 from pyroflows.transform_module import Compose, TransformModule
@@ -62,8 +64,9 @@ class FlowVI:
 
     1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), where
        latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then with the
-       pseudo-observations that the likelihood amounts to there, up to four times while that gains a nat. The best is
-       kept.
+       pseudo-observations that the likelihood amounts to there, up to four times while that gains a nat. Latents with a
+       fixed normal prior, as in models that are non-centred by hand, are centred (:class:`Centering`) as far as the
+       likelihood's curvature depends on the other latents, if that gains a nat. The best is kept.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
@@ -101,8 +104,8 @@ class FlowVI:
         the location and scale around them all.
     :param base_df: degrees of freedom of a Student-t base, in place of ``base``.
     :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks,
-        Gaussian processes) are taken relative to that prior. It changes the guide alone: neither the model nor the
-        sites of the posterior.
+        Gaussian processes) are taken relative to that prior, and those of models non-centred by hand relative to what
+        the data say of them. It changes the guide alone: neither the model nor the sites of the posterior.
     :param path_gradient: whether phases 2 and 3 are as described, or by the plain ELBO. Unless given: where the flow's
         inverse, which families without a ``forward_and_score`` of their own need, takes no more network passes than
         its forward direction.
@@ -179,6 +182,7 @@ class FlowVI:
             other = self._guide(None if base is not self.base else self.base_df, base, args, kwargs, flow)
             if guide.noncentering is not None:
                 other.set_noncentering(guide.noncentering)
+            other.set_centering(guide.centering)
             tails = not posterior.pareto_k < _K_TAILS
             found = self._fit(other, log_density, start._replace(modes=modes), budget, tails, richer=richer)
             if not found.history.interrupted:
@@ -344,20 +348,28 @@ class FlowVI:
         return points
 
     def _find_start(self, guide: AutoFlow, log_density: LogDensity) -> tuple[Target, Start]:
-        """The density in the guide's coordinates, and the start in them; settles the guide's non-centring."""
+        """The density in the guide's coordinates, and the start in them; settles these coordinates."""
 
         def search(u: Tensor) -> tuple[Target, Start]:
-            target = self._target(pulled_back(log_density, guide.noncentering))
+            target = self._target(pulled_back(log_density, guide.coordinates))
             first = [guide.coordinates.inverse_and_log_det(u)[0].double().numpy(force=True)]
             for point in self._points(guide, log_density, self.num_starts - 1, self.init_loc_fn):
                 if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     first.append(point)
             return target, find_start(target, first, _numpy_rng())
 
-        plain = guide.noncentering
         target, start = search(log_density.prototype)
-        if plain is None or len(start.loc) > MAX_HESSIAN_DIM:
+        if len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
+        if guide.noncentering is not None:
+            target, start = self._noncentered(guide, log_density, target, start, search)
+        return self._centered(guide, log_density, target, start, search) if self.noncentered else (target, start)
+
+    def _noncentered(
+        self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
+    ) -> tuple[Target, Start]:
+        """The same, after the non-centring has been adapted to the likelihood."""
+        plain: Any = guide.noncentering
         plain_target, gradients = target, start.gradients
         for _ in range(_MAX_ADAPTATIONS):
             u = guide.coordinates.forward_and_log_det(torch.as_tensor(start.loc).to(log_density.prototype))[0]
@@ -377,6 +389,38 @@ class FlowVI:
                 guide.set_noncentering(kept)
                 break
             target, start = adapted, again
+            if gain < _WORTHWHILE:
+                break
+        return target, start._replace(gradients=gradients)
+
+    def _centered(
+        self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
+    ) -> tuple[Target, Start]:
+        """The same, after latents of fixed normal priors have been centred as far as that gains a nat."""
+        like = log_density.prototype
+        priors = normal_priors(log_density, guide.prototype_trace, points_around(like))
+        plain_target, gradients = target, start.gradients
+        for _ in range(_MAX_ADAPTATIONS):
+            x, kept, around = torch.as_tensor(start.loc).to(like), guide.centering, start
+            if kept is not None:
+                around = start._replace(loc=kept.forward_and_log_det(x)[0].double().numpy(force=True))
+            told, evaluations = conditional_likelihood(plain_target, around, *priors)
+            gradients += evaluations
+            if told is None:
+                break
+            u = guide.coordinates.forward_and_log_det(x)[0]
+            guide.set_centering(Centering(len(x)).to(like).with_likelihood(told))
+            try:
+                centred, again = search(u)
+            except RuntimeError:  # no start there has a finite ELBO
+                guide.set_centering(kept)
+                break
+            gradients += again.gradients
+            gain = again.elbo - start.elbo
+            if not gain > (_WORTHWHILE if kept is None else 0):
+                guide.set_centering(kept)
+                break
+            target, start = centred, again
             if gain < _WORTHWHILE:
                 break
         return target, start._replace(gradients=gradients)
@@ -418,7 +462,7 @@ class FlowVI:
         outer = guide.outer_layers[0]
         inner = Compose(list(guide.transform.layers)[: -len(guide.outer_layers)])  # type: ignore[union-attr, arg-type]
         outer.requires_grad_(False)
-        density = pulled_back(log_density, guide.noncentering)
+        density = pulled_back(log_density, guide.coordinates)
         learned: Any = guide._modules.get("learned_base")
         base, n = guide.get_base_dist() if learned is None else learned, num_particles or self.num_particles
         scale_log_det = outer.forward_and_log_det(torch.zeros_like(log_density.prototype))[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyroflows.graphs import close
 from pyroflows.log_density import LogDensity, NotRaising, _Unconstrained
-from pyroflows.transform_module import TransformModule
+from pyroflows.transform_module import Compose, TransformModule
 
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution)
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
@@ -70,7 +70,9 @@ class Noncentering(TransformModule):
 
     def __init__(self, log_density: LogDensity, points: Tensor):
         super().__init__()
-        self.prior = _Prior(log_density, points)
+        seen = priors_at(log_density, points)
+        sites = (name for name, pair in seen.items() if any((a != a[:1]).any() for a in pair))
+        self.prior = _Prior(log_density, tuple(sites))
         self.register_buffer("precision", torch.zeros_like(points[0]))
         self.register_buffer("pseudo_data", torch.zeros_like(points[0]))
 
@@ -124,15 +126,8 @@ class Noncentering(TransformModule):
 class _Prior:
     """The model as a sequence of conditional priors. A copy of a layer refers to the same one."""
 
-    def __init__(self, log_density: LogDensity, points: Tensor):
-        self.log_density = log_density
-        self.sites: tuple[str, ...] = ()
-        seen = [self._sweep(point, _stay).seen for point in points]
-        self.sites = tuple(
-            name
-            for name in seen[0]
-            if any(not torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0][name], other[name], strict=True))
-        )
+    def __init__(self, log_density: LogDensity, sites: tuple[str, ...] = ()):
+        self.log_density, self.sites = log_density, sites
 
     def run(self, x: Tensor, precision: Tensor, pseudo_data: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """The other side of ``x`` ``(dim,)`` and the logarithms ``(dim,)`` of the scales ``s``."""
@@ -161,6 +156,12 @@ class _Prior:
 
     def __deepcopy__(self, memo: dict) -> _Prior:
         return self
+
+
+def priors_at(log_density: LogDensity, points: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Location and scale of every latent with a prior of that form, at every point."""
+    seen = [_Prior(log_density)._sweep(point, _stay).seen for point in points]
+    return {name: tuple(map(torch.stack, zip(*(at[name] for at in seen), strict=True))) for name in seen[0]}  # type: ignore[misc]
 
 
 def _stay(name: str, loc: Tensor, scale: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,18 +220,30 @@ class _Sweep(_Unconstrained):
 
 
 class _PulledBack(LogDensity):
-    """The log-density of vectors before the layer, in one run of the model; ``constrain`` and the like do not move."""
+    """The log-density of vectors before the layers, in one run of the model; ``constrain`` and the like do not move."""
 
-    def __init__(self, log_density: LogDensity, noncentering: Noncentering):
+    def __init__(self, log_density: LogDensity, coordinates: Compose):
         self.__dict__.update(log_density.__dict__)
         self._graphs = {}
-        self.noncentering = noncentering
+        layers = list(coordinates.layers)
+        self.noncentering = layers.pop() if isinstance(layers[-1], Noncentering) else None
+        self.before = Compose(layers) if layers else None
+
+    def __call__(self, u: Tensor) -> Tensor:
+        if self.before is None:
+            return super().__call__(u)
+        u, log_det = self.before.forward_and_log_det(u)
+        return super().__call__(u) + log_det
 
     def _latents(self, values: dict[str, Tensor]) -> _Unconstrained:
         layer = self.noncentering
+        if layer is None:
+            return super()._latents(values)
         return _Sweep(values, layer.sites, layer.prior.move(layer.precision, layer.pseudo_data, False))
 
     def _with_plate(self, u: Tensor) -> Tensor:
+        if self.noncentering is None:
+            return super()._with_plate(u)
         u, log_det = self.noncentering.forward_and_log_det(u)
         return super()._with_plate(u) + log_det
 
@@ -243,8 +256,7 @@ def noncentering_of(log_density: LogDensity, prototype: Tensor) -> Noncentering 
 
     :param prototype: an unconstrained vector ``(dim,)`` where the model's density is finite.
     """
-    noise = torch.as_tensor(np.random.default_rng(0).standard_normal((2, len(prototype)))).to(prototype)
-    points = torch.cat([prototype[None], prototype + 0.1 * noise])
+    points = points_around(prototype)
     layer = Noncentering(log_density, points)
     if not layer.sites:
         return None
@@ -256,6 +268,12 @@ def noncentering_of(log_density: LogDensity, prototype: Tensor) -> Noncentering 
     return layer if close(together, alone) else None
 
 
-def pulled_back(log_density: LogDensity, noncentering: Noncentering | None) -> LogDensity:
-    """The log-density of vectors ``(n, dim)`` before the layer, its log-determinant included."""
-    return log_density if noncentering is None else _PulledBack(log_density, noncentering)
+def points_around(prototype: Tensor) -> Tensor:
+    """Three unconstrained vectors ``(3, dim)`` at which it is seen which priors depend on other latents."""
+    noise = torch.as_tensor(np.random.default_rng(0).standard_normal((2, len(prototype)))).to(prototype)
+    return torch.cat([prototype[None], prototype + 0.1 * noise])
+
+
+def pulled_back(log_density: LogDensity, coordinates: Compose) -> LogDensity:
+    """The log-density of vectors ``(n, dim)`` before a guide's coordinates, their log-determinant included."""
+    return _PulledBack(log_density, coordinates) if len(coordinates.layers) else log_density

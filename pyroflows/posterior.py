@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyroflows import _arviz, diagnosis, evidence, refinement, serialization
+from pyroflows.centering import Centering
 from pyroflows.diagnosis import Departure
 from pyroflows.distributions import BASES, FlowDistribution
 from pyroflows.evidence import Estimate
@@ -256,7 +257,7 @@ class FlowPosterior:
         """
         coordinates, like = self.guide.coordinates, self.log_density.prototype
         if log_density is None:
-            batch = pulled_back(self.log_density, self.guide.noncentering)
+            batch = pulled_back(self.log_density, coordinates)
 
             @torch.no_grad()
             def log_density(x: np.ndarray) -> np.ndarray:
@@ -486,6 +487,7 @@ class FlowPosterior:
                 "noncentered": self.guide.noncentered,
             },
             "scale_is_matrix": isinstance(self.guide.outer_layers[0], TriangularAffine),
+            "centered": self.guide.centering is not None,
             "num_draws": self.num_draws,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
         }
@@ -523,6 +525,8 @@ class FlowPosterior:
         log_density = guide.log_density(*args, **kwargs)
         if metadata["scale_is_matrix"]:
             guide.start_at(guide.init_loc, torch.eye(guide.latent_dim))
+        if metadata.get("centered"):
+            guide.set_centering(Centering(guide.latent_dim))
         weights = {
             part: {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")}
             for part in ("transform", "base")

@@ -23,10 +23,10 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyroflows.centering import COORDINATES
 from pyroflows.distributions import standard_base
 from pyroflows.guides import AutoFlow
 from pyroflows.log_density import check_latents, prototype_trace
-from pyroflows.noncentering import Noncentering
 from pyroflows.transform_module import Compose, TransformModule
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
@@ -284,13 +284,13 @@ def check_tails(transform: TransformModule, dim: int, name: str, like: Tensor) -
     and 1000: the image must grow along every ray, and every output must rise and fall along some of them, with at least
     3 % of the slope which it has in the bulk.
 
-    :param transform: the flow; a last layer of non-centring is left out, for it may be as steep as the model's scales.
+    :param transform: the flow; a guide's coordinates are left out, for they may be as steep as the model's scales.
     :param dim: size of its vectors.
     :param name: its name, for the message.
     :param like: a tensor of its dtype and device.
     """
     layers = transform.layers if isinstance(transform, Compose) else [transform]
-    transform = Compose([layer for layer in layers if not isinstance(layer, Noncentering)])
+    transform = Compose([layer for layer in layers if not isinstance(layer, COORDINATES)])
     points = tail_points(dim)
     try:
         with torch.no_grad():

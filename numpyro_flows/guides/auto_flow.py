@@ -20,6 +20,7 @@ from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.util import constrain_fn
 
 from numpyro_flows import flows, serialization
+from numpyro_flows.centering import COORDINATES, Centering
 from numpyro_flows.distributions import Base, FlowDistribution, standard_base
 from numpyro_flows.encoders import StandardizedEncoder
 from numpyro_flows.log_density import LogDensity, check_finite, check_latents, prototype_trace
@@ -152,19 +153,25 @@ class AutoFlow(AutoContinuous):
 
     @property
     def outer_layers(self) -> list[TransformModule]:
-        """The location and scale, and the non-centring where there is one: the last layers, once set up."""
-        last = [] if self.transform is None else list(self.transform.layers)
-        return last[-2:] if last and isinstance(last[-1], Noncentering) else last[-1:]
+        """The location and scale, and the coordinates after them: the last layers, once set up."""
+        layers = [] if self.transform is None else list(self.transform.layers)
+        count = sum(isinstance(layer, COORDINATES) for layer in layers)
+        return layers[-count - 1 :]
 
     @property
     def coordinates(self) -> Compose:
-        """From the vector which the location and scale give to the latent one: the non-centring, or the identity."""
+        """From the vector which the location and scale give to the latent one: centring and non-centring, if any."""
         return Compose(self.outer_layers[1:])
 
     @property
     def noncentering(self) -> Noncentering | None:
         """The last layer, where the guide is non-centred."""
-        return next(iter(self.coordinates.layers), None)  # type: ignore[return-value]
+        return next((layer for layer in self.outer_layers if isinstance(layer, Noncentering)), None)
+
+    @property
+    def centering(self) -> Centering | None:
+        """The layer after the location and scale, where the guide is centred."""
+        return next((layer for layer in self.outer_layers if isinstance(layer, Centering)), None)
 
     @property
     def init_loc(self) -> Array:
@@ -189,6 +196,15 @@ class AutoFlow(AutoContinuous):
         if self.transform is None or self.noncentering is None:
             raise RuntimeError("AutoFlow: set_noncentering needs a guide that is noncentered, and has been set up.")
         self.transform = Compose([*self.transform.layers[:-1], noncentering])
+
+    def set_centering(self, centering: Centering | None) -> None:
+        """Puts a layer after the location and scale, before the guide is trained; ``None`` takes it away."""
+        if self.transform is None:
+            raise RuntimeError("AutoFlow: set_centering needs the model's structure: call the guide first.")
+        layers = [layer for layer in self.transform.layers if not isinstance(layer, Centering)]
+        count = sum(isinstance(layer, Noncentering) for layer in layers)
+        place = len(layers) - count
+        self.transform = Compose([*layers[:place], *([] if centering is None else [centering]), *layers[place:]])
 
     def log_density(self, *args: Any, **kwargs: Any) -> LogDensity:
         """The model's log-density over the guide's latent vector, given the model's arguments."""

@@ -17,6 +17,7 @@ from torch.distributions import biject_to
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyroflows import flows, serialization
+from pyroflows.centering import COORDINATES, Centering
 from pyroflows.distributions import Base, FlowDistribution, standard_base
 from pyroflows.encoders import StandardizedEncoder
 from pyroflows.log_density import LogDensity, NotRaising, check_finite, check_latents, prototype_trace, start_of
@@ -148,20 +149,26 @@ class AutoFlow(AutoContinuous):
 
     @property
     def outer_layers(self) -> list[TransformModule]:
-        """The location and scale, and the non-centring where there is one: the last layers, once set up."""
+        """The location and scale, and the coordinates after them: the last layers, once set up."""
         transform = self._modules.get("transform")
-        last = [] if transform is None else list(transform.layers)  # type: ignore[arg-type]
-        return last[-2:] if last and isinstance(last[-1], Noncentering) else last[-1:]
+        layers = [] if transform is None else list(transform.layers)  # type: ignore[arg-type]
+        count = sum(isinstance(layer, COORDINATES) for layer in layers)
+        return layers[-count - 1 :]
 
     @property
     def coordinates(self) -> Compose:
-        """From the vector which the location and scale give to the latent one: the non-centring, or the identity."""
+        """From the vector which the location and scale give to the latent one: centring and non-centring, if any."""
         return Compose(self.outer_layers[1:])
 
     @property
     def noncentering(self) -> Noncentering | None:
         """The last layer, where the guide is non-centred."""
-        return next(iter(self.coordinates.layers), None)  # type: ignore[return-value]
+        return next((layer for layer in self.outer_layers if isinstance(layer, Noncentering)), None)
+
+    @property
+    def centering(self) -> Centering | None:
+        """The layer after the location and scale, where the guide is centred."""
+        return next((layer for layer in self.outer_layers if isinstance(layer, Centering)), None)
 
     @property
     def encoder(self) -> Callable[..., Tensor] | None:
@@ -192,6 +199,16 @@ class AutoFlow(AutoContinuous):
         if self.noncentering is None:
             raise RuntimeError("AutoFlow: set_noncentering needs a guide that is noncentered, and has been set up.")
         self.transform = Compose([*self._modules["transform"].layers[:-1], noncentering])  # type: ignore[index, union-attr]
+
+    def set_centering(self, centering: Centering | None) -> None:
+        """Puts a layer after the location and scale, before the guide is trained; ``None`` takes it away."""
+        transform: Any = self._modules.get("transform")
+        if transform is None:
+            raise RuntimeError("AutoFlow: set_centering needs the model's structure: call the guide first.")
+        layers = [layer for layer in transform.layers if not isinstance(layer, Centering)]
+        count = sum(isinstance(layer, Noncentering) for layer in layers)
+        place = len(layers) - count
+        self.transform = Compose([*layers[:place], *([] if centering is None else [centering]), *layers[place:]])
 
     def log_density(self, *args: Any, **kwargs: Any) -> LogDensity:
         """The model's log-density over the guide's latent vector, given the model's arguments."""

@@ -35,6 +35,14 @@ def eight_schools(y=Y, sigma=SIGMA):
     numpyro.deterministic("log_tau", jnp.log(tau))
 
 
+def by_hand(y=Y, noise=0.1 * SIGMA):
+    """Non-centred where the data say nearly all of the effects."""
+    tau = numpyro.sample("tau", dist.LogNormal(0.0, 3.0))
+    with numpyro.plate("schools", 8):
+        z = numpyro.sample("z", dist.Normal(0.5, 2.0))
+        numpyro.sample("obs", dist.Normal(tau * (z - 0.5) / 2.0, noise), obs=y)
+
+
 def constrained():
     numpyro.sample("simplex", dist.Dirichlet(jnp.array([2.0, 3.0, 4.0])))
     numpyro.sample("corr", dist.LKJCholesky(3, 2.0))

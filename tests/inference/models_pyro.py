@@ -36,6 +36,16 @@ def eight_schools(y=None, sigma=None):
     pyro.deterministic("log_tau", torch.log(tau))
 
 
+def by_hand(y=None, noise=None):
+    """Non-centred where the data say nearly all of the effects."""
+    dtype = torch.get_default_dtype()
+    y, noise = (Y if y is None else y).to(dtype), (0.1 * SIGMA if noise is None else noise).to(dtype)
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 3.0))
+    with pyro.plate("schools", 8):
+        z = pyro.sample("z", dist.Normal(0.5, 2.0))
+        pyro.sample("obs", dist.Normal(tau * (z - 0.5) / 2.0, noise), obs=y)
+
+
 def constrained():
     pyro.sample("simplex", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])))
     pyro.sample("corr", dist.LKJCholesky(3, torch.tensor(2.0)))

@@ -98,7 +98,7 @@ def test_noncentered_where_vmap_fails():
         assert getattr(guide.noncentering, "sites", None) == expected
         x = torch.tensor([[0.3, -1.0], [-0.2, 0.7]])
         u, log_det = guide.coordinates.forward_and_log_det(x)
-        torch.testing.assert_close(pulled_back(density, guide.noncentering)(x), density(u) + log_det)
+        torch.testing.assert_close(pulled_back(density, guide.coordinates)(x), density(u) + log_det)
 
 
 def test_predictive_quantiles_and_median():

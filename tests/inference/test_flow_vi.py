@@ -797,7 +797,8 @@ def test_noncentering_takes_prior_and_data_out(fitter, model):
     guide, log_density = noncentered(fitter, model)
     precision, y = observations(fitter.models, model)
     layer = guide.noncentering.with_pseudo_observations(fitter.array(precision), fitter.array(y))
-    density = importlib.import_module(f"{fitter.pkg.__name__}.noncentering").pulled_back(log_density, layer)
+    guide.set_noncentering(layer)
+    density = importlib.import_module(f"{fitter.pkg.__name__}.noncentering").pulled_back(log_density, guide.coordinates)
     if fitter.name == "jax":
         density = importlib.import_module("jax").vmap(density)
     x = np.random.default_rng(0).normal(0.0, 2.0, size=(6, len(y)))
@@ -847,6 +848,86 @@ def test_noncentering_where_there_is_nothing_to_take_out(fitter):
     assert guide.noncentering is None
     with pytest.raises(RuntimeError, match="noncentered"):
         guide.set_noncentering(None)
+
+
+def centering(fitter):
+    """The layer, of five elements of which the first two pass."""
+    module, initialization = (
+        importlib.import_module(f"{fitter.pkg.__name__}.{n}") for n in ("centering", "initialization")
+    )
+    rng = np.random.default_rng(2)
+    given = {name: np.zeros(5) for name in initialization.Likelihood._fields} | {"scale": np.ones(5)}
+    given |= {name: np.zeros((5, 5)) for name in ("slopes", "shifts")} | {"rotation": np.eye(5)}
+    given["rotation"][2:, 2:] = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    given["loc"][2:], given["scale"][2:] = rng.normal(size=3), np.exp(rng.normal(size=3))
+    given["precision"][2:], given["pseudo_data"][2:] = [0.5, 0.0, 3.0], rng.normal(size=3)
+    given["origin"][:2] = rng.normal(size=2)
+    given["slopes"][2:, :2], given["shifts"][2:, :2] = rng.normal(size=(2, 3, 2))
+    layer = module.Centering(5).with_likelihood(initialization.Likelihood(**given))
+    return layer, given
+
+
+def test_centering_is_the_conjugate_conditional(fitter):
+    layer, given = centering(fitter)
+    x = np.random.default_rng(1).normal(size=(3, 2, 5))
+    u, log_det = (np.asarray(part) for part in layer.forward_and_log_det(fitter.array(x)))
+    np.testing.assert_array_equal(u[..., :2], x[..., :2])
+    for row, moved, total in zip(x.reshape(-1, 5), u.reshape(-1, 5), log_det.ravel(), strict=True):
+        away = row - given["origin"]
+        precision = given["precision"] * np.exp(given["slopes"] @ away)
+        data = given["pseudo_data"] * np.exp(-given["shifts"] @ away)
+        standardised = given["rotation"].T @ ((moved - given["loc"]) / given["scale"])
+        s, told = (1 + precision) ** -0.5, precision > 0
+        expected = np.where(told, (standardised - precision * data / (1 + precision)) / s, standardised)
+        np.testing.assert_allclose(expected, row, atol=1e-10)
+        assert total == pytest.approx(np.log(s[told]).sum() + np.log(given["scale"]).sum(), abs=1e-10)
+    back, inverse_log_det = (np.asarray(part) for part in layer.inverse_and_log_det(fitter.array(u)))
+    np.testing.assert_allclose(back, x, atol=1e-10)
+    np.testing.assert_allclose(inverse_log_det, -log_det, atol=1e-10)
+    far = np.zeros((2, 5))
+    far[:, 0] = -300.0, 300.0  # where a walk may try its luck
+    assert all(np.isfinite(np.asarray(part)).all() for part in layer.forward_and_log_det(fitter.array(far)))
+
+
+def test_models_non_centred_by_hand_are_centred(fitter, tmp_path):
+    """The likelihood is normal in ``tau z``, so that nothing but standard normals is left of ``z``."""
+    posterior = fitter.run("by_hand", num_steps=20, num_starts=2)
+    guide, elbo = posterior.guide, posterior.elbo.value
+    slopes, shifts = (np.asarray(part) for part in (guide.centering.slopes, guide.centering.shifts))
+    np.testing.assert_allclose(slopes[1:, 0], 2.0, atol=1e-3)
+    np.testing.assert_allclose(shifts[1:, 0], 1.0, atol=1e-2)
+    assert not slopes[:, 1:].any() and not slopes[0].any() and not shifts[:, 1:].any()
+    density = importlib.import_module(f"{fitter.pkg.__name__}.noncentering").pulled_back(
+        posterior.log_density, guide.coordinates
+    )
+    if fitter.name == "jax":
+        density = importlib.import_module("jax").vmap(density)
+    x = np.random.default_rng(0).normal(size=(6, 9))
+    x[:, 0] += np.asarray(guide.centering.origin)[0]
+    there, centre = (np.asarray(density(fitter.array(z))) for z in (x, np.where(np.arange(9) < 1, x, 0.0)))
+    np.testing.assert_allclose(there - centre, -0.5 * (x[:, 1:] ** 2).sum(-1), atol=0.05)
+    log_tau, variance = np.linspace(-15, 15, 20_001), (0.1 * np.asarray(fitter.models.SIGMA)) ** 2
+    each = stats.norm.logpdf(fitter.models.Y, 0, np.sqrt(np.exp(2 * log_tau)[:, None] + variance)).sum(-1)
+    evidence = np.log(np.trapezoid(np.exp(each) * stats.norm.pdf(log_tau, 0, 3), log_tau))
+    plain = fitter.run("by_hand", num_steps=20, num_starts=2, noncentered=False)
+    assert plain.guide.centering is None and plain.elbo.value < evidence - 0.3
+    assert evidence - 0.1 < elbo < evidence + 0.01  # all but untrained
+    posterior.save(tmp_path / "posterior.safetensors")
+    loaded = type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.by_hand)
+    draws = posterior.sample(*fitter.key(), (5,))
+    np.testing.assert_allclose(np.asarray(loaded.log_prob(draws)), np.asarray(posterior.log_prob(draws)), rtol=1e-9)
+    again = pickle.loads(pickle.dumps(guide))
+    np.testing.assert_array_equal(np.asarray(again.centering.slopes), slopes)
+
+
+def test_likelihoods_that_depend_on_nothing_else_are_left_alone(fitter):
+    initialization = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
+    precision = np.diag([1.0, 3.0, 5.0])
+    target = initialization.Target(None, lambda x: (-0.5 * x @ precision @ x, -precision @ x), lambda x: -precision)
+    start, latents = initialization.Start(np.ones(3), np.eye(3), 0.0, 0), np.array([-1, 0, 0])
+    told, gradients = initialization.conditional_likelihood(target, start, np.zeros(3), np.ones(3), latents)
+    assert told is None and gradients > 0
+    assert initialization.conditional_likelihood(target, start, np.zeros(3), np.ones(3), np.full(3, -1)) == (None, 0)
 
 
 def test_no_step_in_torch_reads_a_number_on_the_host():

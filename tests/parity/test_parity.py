@@ -112,8 +112,8 @@ def test_files_that_do_not_fit_are_refused(twins, tmp_path):
 
 
 ROOMS = [
-    "amortised", "calibration", "conditioners", "density", "diagnosis", "distributions", "elbo", "encoders", "evidence",
-    "flows", "guides", "guides.hierarchical",
+    "amortised", "calibration", "centering", "conditioners", "density", "diagnosis", "distributions", "elbo",
+    "encoders", "evidence", "flows", "guides", "guides.hierarchical",
     "inference", "initialization", "log_density", "noncentering", "numerical", "posterior", "prior_predictive",
     "reparam", "reversible", "serialization", "training", "transform_module", "transforms", "univariate",
 ]  # fmt: skip
@@ -153,6 +153,7 @@ OWN = {
     "inverse",
     "log_densities",
     "noncentering_of",
+    "normal_priors",
     "value_and_grad",
     "with_density",
     "FlowPosterior.__init__",
