@@ -21,11 +21,11 @@ _BARRIER = np.log(20.0)  # modes are parted where the density between them falls
 _SAME_END = 0.1  # standard deviations between the ends of two walks to the same mode
 _ARRIVED = 1.0  # standard deviations that Newton's step from the end of a walk may have
 _FRACTION = 0.5  # of a standard deviation, by which latents are moved to see how the likelihood changes
-_LEAST_EFFECT = 0.05  # of a standard deviation of one latent on the logarithm of another one's scale
 _LEAST_GAIN = 0.25  # nats, below which nothing is to be gained by all of them
-_MOST_GRADIENTS = 50_000  # evaluations that seeing it may take: a twenty-fifth of a fit's
-_MOST_NEWTON_STEPS = 8  # to a conditional mode, and halvings of one
-_LEAST_PRECISION = 0.1  # of the prior's, that a step takes for the posterior's
+_MOST_GRADIENTS = 100_000  # evaluations that seeing it may take: a thirteenth of a fit's
+_NEWTON_STEPS = 4  # to a conditional mode, as a rule
+_MOST_NEWTON_STEPS = 8  # and halvings of one
+_LEAST_PRECISION = 0.1  # of the prior's, that the posterior is taken to have
 _SAME_VALUE = 0.01  # nats, below which a step has arrived
 _MAX_LEGS = 4  # of a walk: each goes on in the coordinates of the local Gaussian where the one before ended
 
@@ -232,55 +232,50 @@ def pseudo_observations(
     return np.where(told, curvature, 0.0), np.where(told, u + gradient / curvature, 0.0)
 
 
+@np.errstate(all="ignore")
 def conditional_likelihood(
     target: Target, start: Start, loc: np.ndarray, scale: np.ndarray, latents: np.ndarray
 ) -> tuple[Likelihood | None, int]:
     """The normal observations that the likelihood amounts to, and how their precisions depend on the other latents.
 
-    By the curvature at the conditional mode of the elements with fixed normal priors, given the others at the start;
-    and where each of the others is half a standard deviation away, to either side.
+    By conditional Laplace approximations of the elements with fixed normal priors: given the others at the start, and
+    where each of the others is half a standard deviation away, to either side. A dependence is taken over where it
+    leaves at most half of the KL divergence which there is without it, if the covariance stays as it is and the
+    location is linear in the other latent.
 
     :param target: the density.
     :param start: a Gaussian that approximates it.
     :param loc: locations ``(dim,)`` of the priors.
     :param scale: their scales ``(dim,)``.
     :param latents: the number ``(dim,)`` of each element's latent, negative for elements without such a prior.
-    :returns: the observations, ``None`` where they depend on the other latents too little for a gain, or it would take
-        too long to see; and the gradient evaluations that it took.
+    :returns: the observations, ``None`` where these dependences promise too little, or it would take too long to see;
+        and the gradient evaluations that it took.
     """
     dim, inner, outer = len(latents), np.flatnonzero(latents >= 0), np.flatnonzero(latents < 0)
-    if not len(inner) or (2 * len(outer) + _MOST_NEWTON_STEPS) * dim > _MOST_GRADIENTS:
+    if not len(inner) or (2 * len(outer) + 1) * _NEWTON_STEPS * dim > _MOST_GRADIENTS:
         return None, 0
     given = _Conditional(target, loc, scale, latents)
     point = given.mode(start.loc)
     given.turn(point)
-    precision, data = given.observations(point)
-    weight = np.where(precision > 0, precision / (1 + precision), 0.0)
-    spread = np.linalg.norm(start.scale_tril, axis=1)
-    slopes, shifts, predicted = np.zeros((dim, dim)), np.zeros((dim, dim)), 0.0
-    for k in outer:
+    here = given.gaussian(point)
+    precision, data = _observations(*here)
+    slopes, shifts, gain = np.zeros((dim, dim)), np.zeros((dim, dim)), 0.0
+    for k, spread in zip(outer, np.linalg.norm(start.scale_tril, axis=1)[outer], strict=True):
         away = np.zeros(dim)
-        away[k] = _FRACTION * spread[k]
-        above, below = given.observations(point + away), given.observations(point - away)
-        told = (precision > 0) & (above[0] > 0) & (below[0] > 0)
-        logs = np.log(np.where(told, [below[0], precision, above[0]], 1.0))
-        sides = np.diff(logs, axis=0) / away[k]
-        # the lesser slope, where they agree in sign: what is far from a line is not to be extrapolated
-        slope = np.where(sides[0] * sides[1] > 0, np.sign(sides[0]) * np.abs(sides).min(0), 0.0)
-        effect = 0.5 * weight * slope * spread[k]  # on the logarithms of the scales
-        slope = np.where(np.abs(effect) > _LEAST_EFFECT, slope, 0.0)
-        predicted += float(np.square(effect).sum())
-        moved = np.where(told, above[1] - below[1], 0.0) / (2 * away[k])
-        for number in np.unique(latents[inner]):  # a scale takes a latent's data along, by half the slope; a noise not
-            lever = np.where(latents[inner] == number, 0.5 * slope * data, 0.0)
-            share = -(weight * moved * lever).sum() / max((weight * lever**2).sum(), 1e-300)
-            shifts[inner, k] += np.where(latents[inner] == number, 0.5 * slope * np.clip(share, 0.0, 1.0), 0.0)
-        slopes[inner, k] = slope
-    if not predicted > _LEAST_GAIN:
+        away[k] = step = _FRACTION * spread
+        below, above = (given.gaussian(given.mode(beside)) for beside in (point - away, point + away))
+        slope, shift = _slope_and_shift(_observations(*below), (precision, data), _observations(*above), latents, step)
+        changed = [(precision * np.exp(sign * slope * step), data * np.exp(-sign * shift * step)) for sign in (-1, 1)]
+        without, left = (
+            _divergence(below, here, above, *observations) / _FRACTION**2
+            for observations in (((precision, data),) * 3, (changed[0], (precision, data), changed[1]))
+        )
+        if left <= 0.5 * without:
+            slopes[inner, k], shifts[inner, k], gain = slope, shift, gain + without - left
+    if not gain > _LEAST_GAIN:
         return None, given.evaluations
-    rotation, precisions, values = np.eye(dim), np.zeros(dim), np.zeros(dim)
+    rotation, precisions, values, fixed = np.eye(dim), np.zeros(dim), np.zeros(dim), latents >= 0
     rotation[np.ix_(inner, inner)], precisions[inner], values[inner] = given.rotation, precision, data
-    fixed = latents >= 0
     loc, scale, origin = np.where(fixed, loc, 0.0), np.where(fixed, scale, 1.0), np.where(fixed, 0.0, point)
     return Likelihood(rotation, loc, scale, precisions, values, origin, slopes, shifts), given.evaluations
 
@@ -297,14 +292,14 @@ class _Conditional:
         self.rotation, self.evaluations = np.eye(len(self.inner)), 0
 
     def look(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The likelihood's precision, and Newton's step to the mode."""
+        """The precision, made positive definite, and Newton's step to the mode."""
         self.evaluations += len(point) + 1
-        hessian = np.nan_to_num(self.target.hessian(point))[np.ix_(self.inner, self.inner)]
+        hessian = _finite(self.target.hessian(point)[np.ix_(self.inner, self.inner)])
         precision = -self.scale[:, None] * hessian * self.scale
         values, vectors = np.linalg.eigh(0.5 * (precision + precision.T))
-        gradient = self.scale * np.nan_to_num(self.target.value_and_grad(point)[1])[self.inner]
-        step = vectors @ ((vectors.T @ gradient) / np.maximum(np.abs(values), _LEAST_PRECISION))
-        return precision - np.eye(len(self.inner)), step
+        values = np.maximum(np.abs(values), _LEAST_PRECISION)
+        gradient = self.scale * _finite(self.target.value_and_grad(point)[1][self.inner])
+        return (vectors * values) @ vectors.T, vectors @ ((vectors.T @ gradient) / values)
 
     def mode(self, point: np.ndarray) -> np.ndarray:
         """Where Newton's steps lead, as long as they gain something."""
@@ -325,18 +320,63 @@ class _Conditional:
         return point
 
     def turn(self, point: np.ndarray) -> None:
-        """Makes the axes of the likelihood's precision there, latent by latent, the coordinates of observations."""
-        precision = self.look(point)[0]
+        """Makes the axes of the precision there, latent by latent, the coordinates."""
         together = self.latents[:, None] == self.latents
-        self.rotation = np.linalg.eigh(np.where(together, 0.5 * (precision + precision.T), 0.0))[1]
+        self.rotation = np.linalg.eigh(np.where(together, self.look(point)[0], 0.0))[1]
 
-    def observations(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Precisions and values of independent observations that put the mode where it is; 0 where nothing is told."""
+    def gaussian(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Location and precision in these coordinates."""
         precision, step = self.look(point)
-        each = np.einsum("ji,jk,ki->i", self.rotation, precision, self.rotation, optimize=True)
-        mode = self.rotation.T @ ((point[self.inner] - self.loc) / self.scale + step)
-        told = each > _LEAST_CURVATURE
-        return np.where(told, each, 0.0), np.where(told, mode * (1 + each) / np.where(told, each, 1.0), 0.0)
+        return (
+            self.rotation.T @ ((point[self.inner] - self.loc) / self.scale + step),
+            self.rotation.T @ precision @ self.rotation,
+        )
+
+
+def _finite(a: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(a), a, 0.0)
+
+
+def _observations(loc: np.ndarray, precision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Precisions and values of independent observations of standard normals that give a Gaussian's location and the
+    diagonal of its precision; 0 where nothing is told."""
+    each = np.diagonal(precision) - 1
+    told = each > _LEAST_CURVATURE
+    return np.where(told, each, 0.0), np.where(told, loc * (1 + each) / np.where(told, each, 1.0), 0.0)
+
+
+def _slope_and_shift(
+    below: tuple, here: tuple, above: tuple, latents: np.ndarray, step: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives of the logarithms of precisions, and those of data with the opposite sign."""
+    told = (below[0] > 0) & (here[0] > 0) & (above[0] > 0)
+    sides = np.diff(np.log(np.where(told, [below[0], here[0], above[0]], 1.0)), axis=0) / step
+    # the lesser one, where they agree in sign: what is far from a line is not to be extrapolated
+    slope = np.where(sides[0] * sides[1] > 0, np.sign(sides[0]) * np.abs(sides).min(0), 0.0)
+    shift, moved = np.zeros_like(slope), np.where(told, above[1] - below[1], 0.0) / (2 * step)
+    weight, latent = here[0] / (1 + here[0]), latents[latents >= 0]
+    for number in np.unique(latent):  # a scale takes a latent's data along, by half the slope; a noise does not
+        of_it = latent == number
+        lever = np.where(of_it, 0.5 * slope * here[1], 0.0)
+        share = -(weight * moved * lever).sum() / max((weight * lever**2).sum(), 1e-300)
+        shift += np.where(of_it, 0.5 * slope * np.clip(share, 0.0, 1.0), 0.0)
+    return slope, shift
+
+
+def _divergence(below: tuple, here: tuple, above: tuple, *observations: tuple) -> float:
+    """Mean KL divergence of Gaussians at the two sides from what observations there make of the one between, whose
+    location is free to move along a line."""
+    whitened = []
+    for (loc, precision), (told, data) in zip((below, here, above), observations, strict=True):
+        s = (1 + told) ** -0.5
+        whitened.append(((loc - told * s**2 * data) / s, s[:, None] * precision * s))
+    away = 0.5 * (whitened[0][0] + whitened[2][0]) - whitened[1][0]
+    divergences = []
+    for _, precision in whitened[::2]:
+        ratio = np.linalg.solve(whitened[1][1], precision)
+        log_det = np.linalg.slogdet(ratio)[1]
+        divergences.append(0.5 * (np.trace(ratio) - len(away) - log_det + away @ precision @ away))
+    return float(np.mean(divergences))
 
 
 def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None, int]:

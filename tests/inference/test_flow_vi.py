@@ -920,13 +920,43 @@ def test_models_non_centred_by_hand_are_centred(fitter, tmp_path):
     np.testing.assert_array_equal(np.asarray(again.centering.slopes), slopes)
 
 
-def test_likelihoods_that_depend_on_nothing_else_are_left_alone(fitter):
+def differentiated(density, step=1e-3):
+    """A target of a function of one vector, by finite differences."""
+
+    def gradient(x):
+        return np.array([(density(x + e) - density(x - e)) / (2 * step) for e in step * np.eye(len(x))])
+
+    def hessian(x):
+        return np.array([(gradient(x + e) - gradient(x - e)) / (2 * step) for e in step * np.eye(len(x))])
+
+    return None, lambda x: (density(x), gradient(x)), hessian
+
+
+@pytest.mark.parametrize("kind", ["fixed", "turning", "scale", "noise"])
+def test_what_a_likelihood_amounts_to_given_the_other_latents(fitter, kind):
+    """Left alone where it depends on them not at all, or otherwise than by scales."""
     initialization = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
-    precision = np.diag([1.0, 3.0, 5.0])
-    target = initialization.Target(None, lambda x: (-0.5 * x @ precision @ x, -precision @ x), lambda x: -precision)
-    start, latents = initialization.Start(np.ones(3), np.eye(3), 0.0, 0), np.array([-1, 0, 0])
+
+    def density(x):
+        h, z = x[0], x[1:]
+        turn = 3 * h if kind == "turning" else 0.3
+        axes = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+        observed = axes.T @ z * np.exp(h * (kind == "scale")) - [1.0, -2.0]
+        noise = np.array([0.5, 0.1]) * np.exp(h * (kind == "noise"))
+        return -0.5 * (h**2 + z @ z + ((observed / noise) ** 2).sum()) - 2 * h * (kind == "noise")
+
+    target = initialization.Target(*differentiated(density))
+    start, latents = initialization.Start(np.zeros(3), 0.7 * np.eye(3), 0.0, 0), np.array([-1, 0, 0])
     told, gradients = initialization.conditional_likelihood(target, start, np.zeros(3), np.ones(3), latents)
-    assert told is None and gradients > 0
+    assert gradients > 0
+    if kind in ("fixed", "turning"):
+        assert told is None
+    else:
+        sign = 1 if kind == "scale" else -1
+        np.testing.assert_allclose(told.slopes, sign * np.array([[0, 0, 0], [2, 0, 0], [2, 0, 0]]), atol=1e-3)
+        shifts = np.array([[0, 0, 0], [1, 0, 0], [1, 0, 0]]) * (kind == "scale")
+        np.testing.assert_allclose(told.shifts, shifts, atol=1e-3)
+        np.testing.assert_allclose(np.sort(told.precision), [0, 4, 100], rtol=1e-4)
     assert initialization.conditional_likelihood(target, start, np.zeros(3), np.ones(3), np.full(3, -1)) == (None, 0)
 
 
