@@ -32,6 +32,7 @@ from pyroflows.initialization import (
     find_modes,
     find_start,
     gaussian_around,
+    marginal_start,
     pseudo_observations,
 )
 from pyroflows.log_density import LogDensity, prototype_trace
@@ -350,10 +351,10 @@ class FlowVI:
     def _find_start(self, guide: AutoFlow, log_density: LogDensity) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles these coordinates."""
 
-        def search(u: Tensor) -> tuple[Target, Start]:
+        def search(u: Tensor, alone: bool = False) -> tuple[Target, Start]:
             target = self._target(pulled_back(log_density, guide.coordinates))
             first = [guide.coordinates.inverse_and_log_det(u)[0].double().numpy(force=True)]
-            for point in self._points(guide, log_density, self.num_starts - 1, self.init_loc_fn):
+            for point in self._points(guide, log_density, 0 if alone else self.num_starts - 1, self.init_loc_fn):
                 if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     first.append(point)
             return target, find_start(target, first, _numpy_rng())
@@ -363,7 +364,9 @@ class FlowVI:
             return target, start
         if guide.noncentering is not None:
             target, start = self._noncentered(guide, log_density, target, start, search)
-        return self._centered(guide, log_density, target, start, search) if self.noncentered else (target, start)
+        if self.noncentered:
+            target, start = self._centered(guide, log_density, target, start, search)
+        return target, start
 
     def _noncentered(
         self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
@@ -396,34 +399,58 @@ class FlowVI:
     def _centered(
         self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
     ) -> tuple[Target, Start]:
-        """The same, after latents of fixed normal priors have been centred as far as that gains a nat."""
-        like = log_density.prototype
-        priors = normal_priors(log_density, guide.prototype_trace, points_around(like))
-        plain_target, gradients = target, start.gradients
+        """The same, after latents of fixed normal priors have been centred, if that gains a nat.
+
+        Around the start and a mode of the marginal of the others, each time anew where that has led to, as long as it
+        gains a nat.
+        """
+        priors = normal_priors(log_density, guide.prototype_trace, points_around(log_density.prototype))
+        plain, best, kept = target, (target, start), None
+        other, gradients = marginal_start(target, start, *priors, _numpy_rng())
+        gradients += start.gradients
+        for begin in (start,) if other is None else (start, other):
+            found, layer, evaluations = self._centered_from(guide, log_density, plain, begin, priors, search)
+            gradients += evaluations
+            if found is not None and found[1].elbo > best[1].elbo + (_WORTHWHILE if kept is None else 0):
+                best, kept = found, layer
+        guide.set_centering(kept)
+        return best[0], best[1]._replace(gradients=gradients)
+
+    def _centered_from(
+        self,
+        guide: AutoFlow,
+        log_density: LogDensity,
+        plain: Target,
+        begin: Start,
+        priors: tuple[np.ndarray, np.ndarray, np.ndarray],
+        search: Callable,
+    ) -> tuple[tuple[Target, Start] | None, Centering | None, int]:
+        """Density and start in coordinates centred around ``begin``, this layer, and the gradients that took."""
+        found, kept, around, gradients = None, None, begin, 0
         for _ in range(_MAX_ADAPTATIONS):
-            x, kept, around = torch.as_tensor(start.loc).to(like), guide.centering, start
-            if kept is not None:
-                around = start._replace(loc=kept.forward_and_log_det(x)[0].double().numpy(force=True))
-            told, evaluations = conditional_likelihood(plain_target, around, *priors)
+            told, evaluations = conditional_likelihood(plain, around, *priors)
             gradients += evaluations
             if told is None:
                 break
+            guide.set_centering(None)
+            x = torch.as_tensor(around.loc).to(log_density.prototype)
             u = guide.coordinates.forward_and_log_det(x)[0]
-            guide.set_centering(Centering(len(x)).to(like).with_likelihood(told))
+            layer = Centering(len(x)).to(x).with_likelihood(told)
+            guide.set_centering(layer)
             try:
-                centred, again = search(u)
+                target, again = search(u, alone=not np.isfinite(begin.elbo))
             except RuntimeError:  # no start there has a finite ELBO
-                guide.set_centering(kept)
                 break
             gradients += again.gradients
-            gain = again.elbo - start.elbo
-            if not gain > (_WORTHWHILE if kept is None else 0):
-                guide.set_centering(kept)
+            gain = again.elbo - around.elbo
+            if not gain > 0:
                 break
-            target, start = centred, again
+            found, kept = (target, again), layer
+            moved = layer.forward_and_log_det(torch.as_tensor(again.loc).to(x))[0]
+            around = again._replace(loc=moved.double().numpy(force=True))
             if gain < _WORTHWHILE:
                 break
-        return target, start._replace(gradients=gradients)
+        return found, kept, gradients
 
     def _look_elsewhere(
         self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, budget: Budget

@@ -26,6 +26,11 @@ _MOST_GRADIENTS = 100_000  # evaluations that seeing it may take: a thirteenth o
 _NEWTON_STEPS = 4  # to a conditional mode, as a rule
 _MOST_NEWTON_STEPS = 8  # and halvings of one
 _LEAST_PRECISION = 0.1  # of the prior's, that the posterior is taken to have
+_NUM_MARGINALS = 8  # random points, of which the best are climbed from
+_NUM_CLIMBS = 2
+_MAX_CLIMB = 20  # steps of each
+_MOST_OUTER = 10  # latents without fixed normal priors, for their marginal to be climbed on by finite differences
+_RADIUS = 2.0  # in which the points lie around the start, and around zero: that of the ecosystem's own starts
 _SAME_VALUE = 0.01  # nats, below which a step has arrived
 _MAX_LEGS = 4  # of a walk: each goes on in the coordinates of the local Gaussian where the one before ended
 
@@ -278,6 +283,73 @@ def conditional_likelihood(
     rotation[np.ix_(inner, inner)], precisions[inner], values[inner] = given.rotation, precision, data
     loc, scale, origin = np.where(fixed, loc, 0.0), np.where(fixed, scale, 1.0), np.where(fixed, 0.0, point)
     return Likelihood(rotation, loc, scale, precisions, values, origin, slopes, shifts), given.evaluations
+
+
+@np.errstate(all="ignore")
+def marginal_start(
+    target: Target,
+    start: Start,
+    loc: np.ndarray,
+    scale: np.ndarray,
+    latents: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[Start | None, int]:
+    """Another point from which to center: a mode of the marginal of the latents without fixed normal priors.
+
+    A walk uphill on the joint density leads to where the scales suit what the other latents were in the beginning; one
+    on the marginal, as a Laplace approximation gives it (Rue et al. 2009, section 3.1), does not. From the start and
+    the best of some random values, with the others at their conditional mode.
+
+    :param target: the density.
+    :param start: a Gaussian that approximates it.
+    :param loc: as are ``scale`` and ``latents``, see :func:`conditional_likelihood`.
+    :param rng: source of the random values.
+    :returns: the highest point, as a Gaussian of the start's scale and of no ELBO; ``None`` where there are too many
+        such latents, or none; and the gradient evaluations that finding it took.
+    """
+    outer, given = np.flatnonzero(latents < 0), _Conditional(target, loc, scale, latents)
+    if not len(given.inner) or not 2 <= len(outer) <= _MOST_OUTER:
+        return None, 0
+
+    def marginal(point: np.ndarray) -> tuple[float, np.ndarray]:
+        if not np.isfinite(target.value_and_grad(point)[0]):
+            return -np.inf, point
+        point = given.mode(point)
+        value = target.value_and_grad(point)[0] - 0.5 * np.linalg.slogdet(given.gaussian(point)[1])[1]
+        return (float(value) if np.isfinite(value) else -np.inf), point
+
+    found = [marginal(start.loc)]
+    for number in range(_NUM_MARGINALS):
+        point = np.where(latents >= 0, loc, 0.0 if number % 2 else start.loc)
+        point[outer] += rng.uniform(-_RADIUS, _RADIUS, len(outer))
+        found.append(marginal(point))
+
+    def climb(best: tuple[float, np.ndarray]) -> tuple[float, np.ndarray]:
+        def descent(values: np.ndarray) -> float:
+            nonlocal best
+            point = best[1].copy()  # its others are near the conditional mode
+            point[outer] = values
+            trial = marginal(point)
+            best = max(best, trial, key=lambda pair: pair[0])
+            return -trial[0] if np.isfinite(trial[0]) else 1e300
+
+        options = {"maxiter": _MAX_CLIMB, "maxfun": _MAX_CLIMB * (len(outer) + 2), "eps": 0.01}
+        minimize(descent, best[1][outer], method="L-BFGS-B", options=options)
+        return best
+
+    begin = [found[0], *sorted(found[1:], key=lambda pair: -pair[0])[:_NUM_CLIMBS]]
+    climbed = [climb(pair) for pair in begin if np.isfinite(pair[0])]
+    if not climbed:
+        return None, given.evaluations
+    value, point = max(climbed, key=lambda pair: pair[0])
+    scale_tril = start.scale_tril.copy()
+    for k in outer:
+        away = np.zeros(len(latents))
+        away[k] = _FRACTION
+        bend = (2 * value - marginal(point + away)[0] - marginal(point - away)[0]) / _FRACTION**2
+        scale_tril[k] = 0.0
+        scale_tril[k, k] = 1.0 if not np.isfinite(bend) else np.clip(bend, _RADIUS**-2, 1e6) ** -0.5
+    return Start(point, scale_tril, -np.inf, 0), given.evaluations
 
 
 class _Conditional:
