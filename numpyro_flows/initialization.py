@@ -26,9 +26,10 @@ _MOST_GRADIENTS = 100_000  # evaluations that seeing it may take: a thirteenth o
 _NEWTON_STEPS = 4  # to a conditional mode, as a rule
 _MOST_NEWTON_STEPS = 8  # and halvings of one
 _LEAST_PRECISION = 0.1  # of the prior's, that the posterior is taken to have
-_NUM_MARGINALS = 8  # random points, of which the best are climbed from
-_NUM_CLIMBS = 2
-_MAX_CLIMB = 20  # steps of each
+_NUM_MARGINALS = 8  # random points to climb from
+_FIRST_CLIMB, _LAST_CLIMB = 6, 30  # steps of each climb, and of those that have come highest
+_MOST_CLIMBS = 3
+_MOST_CLIMBING = 400_000  # gradient evaluations of all climbs
 _MOST_OUTER = 10  # latents without fixed normal priors, for their marginal to be climbed on by finite differences
 _RADIUS = 2.0  # in which the points lie around the start, and around zero: that of the ecosystem's own starts
 _SAME_VALUE = 0.01  # nats, below which a step has arrived
@@ -318,30 +319,36 @@ def marginal_start(
         value = target.value_and_grad(point)[0] - 0.5 * np.linalg.slogdet(given.gaussian(point)[1])[1]
         return (float(value) if np.isfinite(value) else -np.inf), point
 
+    def height(pair: tuple[float, np.ndarray]) -> float:
+        return pair[0]
+
     found = [marginal(start.loc)]
     for number in range(_NUM_MARGINALS):
         point = np.where(latents >= 0, loc, 0.0 if number % 2 else start.loc)
         point[outer] += rng.uniform(-_RADIUS, _RADIUS, len(outer))
         found.append(marginal(point))
 
-    def climb(best: tuple[float, np.ndarray]) -> tuple[float, np.ndarray]:
+    def climb(best: tuple[float, np.ndarray], num_steps: int) -> tuple[float, np.ndarray]:
         def descent(values: np.ndarray) -> float:
             nonlocal best
             point = best[1].copy()  # its others are near the conditional mode
             point[outer] = values
             trial = marginal(point)
-            best = max(best, trial, key=lambda pair: pair[0])
+            best = max(best, trial, key=height)
             return -trial[0] if np.isfinite(trial[0]) else 1e300
 
-        options = {"maxiter": _MAX_CLIMB, "maxfun": _MAX_CLIMB * (len(outer) + 2), "eps": 0.01}
+        most = (_MOST_CLIMBING - given.evaluations) // (_NEWTON_STEPS * len(latents))
+        if most < len(outer) + 2:
+            return best
+        options = {"maxiter": num_steps, "maxfun": min(num_steps * (len(outer) + 2), most), "eps": 0.01}
         minimize(descent, best[1][outer], method="L-BFGS-B", options=options)
         return best
 
-    begin = [found[0], *sorted(found[1:], key=lambda pair: -pair[0])[:_NUM_CLIMBS]]
-    climbed = [climb(pair) for pair in begin if np.isfinite(pair[0])]
+    climbed = [climb(pair, _FIRST_CLIMB) for pair in found if np.isfinite(pair[0])]
+    climbed = [climb(pair, _LAST_CLIMB) for pair in sorted(climbed, key=height)[-_MOST_CLIMBS:]]
     if not climbed:
         return None, given.evaluations
-    value, point = max(climbed, key=lambda pair: pair[0])
+    value, point = max(climbed, key=height)
     scale_tril = start.scale_tril.copy()
     for k in outer:
         away = np.zeros(len(latents))

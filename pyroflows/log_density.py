@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyroflows.graphs import close, compiled, simplified
 
+_ROWS = 256  # of a Hessian at once: as many as a fit has draws in a step
 MODES = ("traced", "vmap", "plates", "loop")
 
 
@@ -189,13 +190,27 @@ class LogDensity:
 
     def hessian(self, u: Tensor) -> Tensor:
         """Hessian ``(dim, dim)`` at one vector ``(dim,)``."""
-        u = u.detach().requires_grad_()
+        u = u.detach()
+        if self.mode != "loop":
+            rows = torch.arange(self.dim, device=u.device).split(_ROWS)
+            return torch.cat([self._rows_of_hessian(u, part) for part in rows])
+        u.requires_grad_()
         gradient = torch.autograd.grad(self(u[None])[0], u, create_graph=True)[0]
-        rows = [
+        found = [
             torch.autograd.grad(g, u, retain_graph=True, materialize_grads=True)[0] if g.requires_grad else 0 * u
             for g in gradient
         ]
-        return torch.stack(rows).detach()
+        return torch.stack(found).detach()
+
+    def _rows_of_hessian(self, u: Tensor, rows: Tensor) -> Tensor:
+        """Some rows, in one pass: of draws that are all at ``u``, each gives the gradient of another element."""
+        padded = torch.cat([rows, rows[-1:].expand(min(_ROWS, self.dim) - len(rows))])  # a shape is recorded once
+        x = u.expand(len(padded), -1).clone().requires_grad_()
+        gradient = torch.autograd.grad(self(x).sum(), x, create_graph=True)[0]
+        if not gradient.requires_grad:
+            return x.new_zeros(len(rows), self.dim)
+        each = gradient.gather(1, padded[:, None]).sum()
+        return torch.autograd.grad(each, x, materialize_grads=True)[0].detach()[: len(rows)]
 
     # -- constrained values ----------------------------------------------------------------------------------------
     def constrain(self, u: Tensor) -> dict[str, Tensor]:

@@ -960,6 +960,26 @@ def test_what_a_likelihood_amounts_to_given_the_other_latents(fitter, kind):
     assert initialization.conditional_likelihood(target, start, np.zeros(3), np.ones(3), np.full(3, -1)) == (None, 0)
 
 
+def test_the_marginal_of_the_other_latents_is_climbed_on(fitter):
+    """From the lower of two modes to the higher one; what it knows of its width is the marginal's."""
+    initialization = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
+
+    def density(x):
+        h, z = x[:2], x[2:]
+        marginal = np.log(0.01 * stats.norm.pdf(h[0], 0, 0.3) + stats.norm.pdf(h[0], 1.5, 0.3)) - 0.5 * h[1] ** 2
+        return marginal + stats.norm.logpdf(z, 10 * h[0], 0.05 * np.exp(h[1])).sum()
+
+    target = initialization.Target(*differentiated(density))
+    start, rng = initialization.Start(np.zeros(4), 0.1 * np.eye(4), 0.0, 0), np.random.default_rng(0)
+    prior = np.zeros(4), np.ones(4)
+    found, gradients = initialization.marginal_start(target, start, *prior, np.array([-1, -1, 0, 0]), rng)
+    np.testing.assert_allclose(found.loc, [1.5, 0, 15, 15], atol=0.1)
+    np.testing.assert_allclose(found.scale_tril[:2, :2], np.diag([0.3, 1.0]), rtol=0.3)
+    assert 1000 < gradients < 400_000 and found.elbo == -np.inf
+    for latents in ([-1, 0, 0, 0], [-1, -1, -1, -1]):
+        assert initialization.marginal_start(target, start, *prior, np.array(latents), rng) == (None, 0)
+
+
 def test_no_step_in_torch_reads_a_number_on_the_host():
     """On a GPU every such read waits for all that was asked of it. Validation of distributions does it, for one."""
     torch = pytest.importorskip("torch")
