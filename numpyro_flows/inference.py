@@ -56,6 +56,7 @@ _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _MOST_LEGS = 4  # of a quarter as many steps again
 _MAX_ADAPTATIONS = 4  # of the non-centring, each from the start that the one before has found
 _WORTHWHILE = 1.0  # nats of the start's ELBO by which it has to gain for another one to be tried
+_SEARCH_SHARE = 0.05  # of limited time or gradients, that the search for a start may have before it goes on
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
@@ -77,7 +78,9 @@ class FlowVI:
        latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then with the
        pseudo-observations that the likelihood amounts to there, up to four times while that gains a nat. Latents with a
        fixed normal prior, as in models that are non-centred by hand, are centred (:class:`Centering`) as far as the
-       likelihood's curvature depends on the other latents, if that gains a nat. The best is kept.
+       likelihood's curvature depends on the other latents: around the start, and around a mode of the marginal of these
+       others, by Laplace approximations, if that gains a nat. Left out where a twentieth of ``max_time`` or
+       ``max_gradients`` has been spent by then. The best is kept.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
@@ -96,9 +99,10 @@ class FlowVI:
        good, as far as the ELBO's rise over as many before tells, and does so up to four times while each leaves little
        enough for the next ones. The best is kept; ``history.tried`` tells of all.
 
-    The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> non-centring``. The last
-    two are held fixed, so that the flow works on a posterior of about unit scale. Steps with a gradient that is not
-    finite are skipped and counted; one of more than ten times the median length of the last 25 is shortened to that.
+    The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> centring ->
+    non-centring``. The last three are held fixed, so that the flow works on a posterior of about unit scale. Steps with
+    a gradient that is not finite are skipped and counted; one of more than ten times the median length of the last 25
+    is shortened to that.
 
     One instance serves many data sets: what a run compiles, the next ones use, if the data are arguments of the same
     shapes and the model does not look at their values.
@@ -183,7 +187,7 @@ class FlowVI:
             guide = self._guide(self.base_df, self.base, setup_key, args, kwargs)
             log_density = guide.log_density(*args, **kwargs)
         self.compiles_anew = bool(guide._held)
-        target, start = self._find_start(guide, log_density, start_key)
+        target, start = self._find_start(guide, log_density, start_key, budget)
         budget.gradients += start.gradients
         hopeless = _GAP_HOPELESS if self.escalate and self.richer else np.inf
         posterior = self._fit(guide, log_density, start, fit_key, draw_key, budget, hopeless=hopeless)
@@ -368,7 +372,7 @@ class FlowVI:
             points.append(np.asarray(self._programs(_point, coordinates, log_density, samples), float))
         return points
 
-    def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array) -> tuple[Target, Start]:
+    def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array, budget: Budget) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles these coordinates."""
 
         def search(u: Array, alone: bool = False) -> tuple[Target, Start]:
@@ -385,7 +389,7 @@ class FlowVI:
             return target, start
         if guide.noncentering is not None:
             target, start = self._noncentered(guide, log_density, target, start, search)
-        if self.noncentered:
+        if self.noncentered and not budget.is_spent(_SEARCH_SHARE, start.gradients):
             target, start = self._centered(guide, log_density, target, start, search, key)
         return target, start
 
@@ -427,7 +431,8 @@ class FlowVI:
         """
         priors = normal_priors(log_density, guide.prototype_trace, points_around(guide.init_loc), self._programs)
         plain, best, kept = target, (target, start), None
-        other, gradients = marginal_start(target, start, *priors, _numpy_rng(key))
+        most = np.inf if self.max_gradients is None else _SEARCH_SHARE * self.max_gradients
+        other, gradients = marginal_start(target, start, *priors, _numpy_rng(key), most)
         gradients += start.gradients
         for begin in (start,) if other is None else (start, other):
             found, layer, evaluations = self._centered_from(guide, log_density, plain, begin, priors, search)
@@ -653,6 +658,11 @@ class Budget:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.begin
+
+    def is_spent(self, share: float, gradients: int) -> bool:
+        """Whether the search for a start, which took so many gradients, has had this share of what may be taken."""
+        late = self.max_time is not None and self.seconds > share * self.max_time
+        return late or self.max_gradients is not None and self.gradients + gradients > share * self.max_gradients
 
     def allows_more(self) -> bool:
         """Whether another fit may begin; notes what forbids it."""

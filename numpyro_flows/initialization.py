@@ -294,6 +294,7 @@ def marginal_start(
     scale: np.ndarray,
     latents: np.ndarray,
     rng: np.random.Generator,
+    most: float = np.inf,
 ) -> tuple[Start | None, int]:
     """Another point from which to center: a mode of the marginal of the latents without fixed normal priors.
 
@@ -305,6 +306,7 @@ def marginal_start(
     :param start: a Gaussian that approximates it.
     :param loc: as are ``scale`` and ``latents``, see :func:`conditional_likelihood`.
     :param rng: source of the random values.
+    :param most: gradient evaluations to take at most, if fewer than 400,000.
     :returns: the highest point, as a Gaussian of the start's scale and of no ELBO; ``None`` where there are too many
         such latents, or none; and the gradient evaluations that finding it took.
     """
@@ -337,10 +339,10 @@ def marginal_start(
             best = max(best, trial, key=height)
             return -trial[0] if np.isfinite(trial[0]) else 1e300
 
-        most = (_MOST_CLIMBING - given.evaluations) // (_NEWTON_STEPS * len(latents))
-        if most < len(outer) + 2:
+        left = (min(_MOST_CLIMBING, most) - given.evaluations) // (_NEWTON_STEPS * len(latents))
+        if left < len(outer) + 2:
             return best
-        options = {"maxiter": num_steps, "maxfun": min(num_steps * (len(outer) + 2), most), "eps": 0.01}
+        options = {"maxiter": num_steps, "maxfun": min(num_steps * (len(outer) + 2), left), "eps": 0.01}
         minimize(descent, best[1][outer], method="L-BFGS-B", options=options)
         return best
 
