@@ -173,7 +173,7 @@ def fixed_point_root(
 
     :param function: ``x -> g(x)``, both ``(..., dim)``; each vector by itself.
     :param y: values ``(..., dim)``, of the shape that ``function`` gives.
-    :param tolerance: the iteration ends with a step of this size, relative to ``max(1, |x|)`` (largest elements);
+    :param tolerance: the iteration ends with a step of this size, relative to ``max(1, |x|, |y|)`` (largest elements);
         64 eps of the dtype unless given (the steps that follow gain the rest).
     :param max_steps: most evaluations of ``g``.
     :param jacobian: ``x -> dg/dx`` ``(..., dim, dim)``, for functions that know it.
@@ -213,8 +213,9 @@ def _iterate(function: Callable, y: Array, tolerance: float, max_steps: int) -> 
     def move(x):
         following = y - function(x)
         step, size = jnp.abs(following - x).max(-1), jnp.abs(following).max(-1)
-        return following, size, step < tolerance * jnp.maximum(size, 1)  # never where both are infinite
+        return following, size, step < tolerance * jnp.maximum(size, scale)  # never where both are infinite
 
+    scale = jnp.maximum(jnp.abs(y).max(-1), 1)  # the difference is rounded by it
     x, size, close = move(y)
     undefined = jnp.isnan(size)
 

@@ -409,6 +409,8 @@ class FlowVI:
         gains a nat.
         """
         priors = normal_priors(log_density, guide.prototype_trace, points_around(log_density.prototype))
+        if not (priors[2] >= 0).any():
+            return target, start
         plain, best, kept = target, (target, start), None
         most = np.inf if self.max_gradients is None else _SEARCH_SHARE * self.max_gradients
         other, gradients = marginal_start(target, start, *priors, _numpy_rng(), most)

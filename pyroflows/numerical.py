@@ -159,7 +159,7 @@ def fixed_point_root(
 
     :param function: ``x -> g(x)``, both ``(..., dim)``; each vector by itself.
     :param y: values ``(..., dim)``, of the shape that ``function`` gives.
-    :param tolerance: the iteration ends with a step of this size, relative to ``max(1, |x|)`` (largest elements);
+    :param tolerance: the iteration ends with a step of this size, relative to ``max(1, |x|, |y|)`` (largest elements);
         64 eps of the dtype unless given (the steps that follow gain the rest).
     :param max_steps: most evaluations of ``g``.
     :param jacobian: ``x -> dg/dx`` ``(..., dim, dim)``, for functions that know it.
@@ -198,6 +198,7 @@ def _iterate(function: Callable, y: Tensor, tolerance: float, max_steps: int) ->
     x, converged, steps = y, torch.zeros_like(y[..., 0], dtype=torch.bool), 0
     if y.numel() == 0:
         return x, converged, steps
+    scale = y.abs().amax(-1).clamp_min(1)  # the difference is rounded by it
     undefined = None
     while steps < max_steps:
         steps += 1
@@ -206,7 +207,7 @@ def _iterate(function: Callable, y: Tensor, tolerance: float, max_steps: int) ->
         x = following
         if undefined is None:
             undefined = size.isnan()
-        converged = undefined | (step < tolerance * size.clamp_min(1))  # never where both are infinite
+        converged = undefined | (step < tolerance * size.maximum(scale))  # never where both are infinite
         if readable(converged) and bool(converged.all()):
             break
     return x, converged, steps
