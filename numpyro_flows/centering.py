@@ -16,7 +16,7 @@ from numpyro_flows.initialization import Likelihood
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.noncentering import Noncentering, priors_at, unwrapped
 from numpyro_flows.programs import Programs
-from numpyro_flows.transform_module import TransformModule
+from numpyro_flows.transform_module import TransformModule, full_precision
 
 
 class Centering(TransformModule):
@@ -32,8 +32,8 @@ class Centering(TransformModule):
         s = (1 + p)^(-1/2),                             w = p s^2 y + s x
 
     It is exact where the likelihood is normal in ``tau * z`` and ``slopes`` is ``2``, ``shifts`` ``1`` at ``log tau``:
-    what a conditional Laplace approximation gives (Rue et al. 2009, eq. 3), extrapolated in the latents which it is
-    given. Where the data say nothing (``precision`` 0) an element passes, as all others do. Nothing is trained.
+    what a conditional Laplace approximation gives (Rue et al. 2009, section 2.2), extrapolated in the latents which it
+    is given. Where the data say nothing (``precision`` 0) an element passes, as all others do. Nothing is trained.
 
     Shapes: ``x`` and ``u`` ``(..., dim)``, log-determinants ``(...)``.
 
@@ -61,12 +61,14 @@ class Centering(TransformModule):
         new = tuple(jnp.asarray(part, dtype) for part in likelihood)
         return eqx.tree_at(lambda layer: tuple(getattr(layer, name) for name in Likelihood._fields), self, new)
 
+    @full_precision
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         fixed = lax.stop_gradient(self)
         centre, log_scale = fixed._conditional(x)
         y = fixed.loc + fixed.scale * ((centre + jnp.exp(log_scale) * x) @ fixed.rotation.T)
         return y, (log_scale + jnp.log(fixed.scale)).sum(-1)
 
+    @full_precision
     def inverse_and_log_det(self, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         fixed = lax.stop_gradient(self)
         w = ((y - fixed.loc) / fixed.scale) @ fixed.rotation

@@ -29,8 +29,8 @@ class Centering(TransformModule):
         s = (1 + p)^(-1/2),                             w = p s^2 y + s x
 
     It is exact where the likelihood is normal in ``tau * z`` and ``slopes`` is ``2``, ``shifts`` ``1`` at ``log tau``:
-    what a conditional Laplace approximation gives (Rue et al. 2009, eq. 3), extrapolated in the latents which it is
-    given. Where the data say nothing (``precision`` 0) an element passes, as all others do. Nothing is trained.
+    what a conditional Laplace approximation gives (Rue et al. 2009, section 2.2), extrapolated in the latents which it
+    is given. Where the data say nothing (``precision`` 0) an element passes, as all others do. Nothing is trained.
 
     Shapes: ``x`` and ``u`` ``(..., dim)``, log-determinants ``(...)``.
 

@@ -43,9 +43,9 @@ from pyroflows.transform_module import Compose, TransformModule
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _MOST_LEGS = 4  # of a quarter as many steps again
-_MAX_ADAPTATIONS = 4  # of the non-centring, each from the start that the one before has found
+_MAX_ADAPTATIONS = 4  # of the non-centring, and of a centring, each from the start that the one before has found
 _WORTHWHILE = 1.0  # nats of the start's ELBO by which it has to gain for another one to be tried
-_SEARCH_SHARE = 0.05  # of limited time or gradients, that the search for a start may have before it goes on
+_SEARCH_SHARE = 0.1  # of limited time or gradients, beyond which the search for a start does not go on to center
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
@@ -69,8 +69,8 @@ class FlowVI:
        pseudo-observations that the likelihood amounts to there, up to four times while that gains a nat. Latents with a
        fixed normal prior, as in models that are non-centred by hand, are centred (:class:`Centering`) as far as the
        likelihood's curvature depends on the other latents: around the start, and around a mode of the marginal of these
-       others, by Laplace approximations, if that gains a nat. Left out where a twentieth of ``max_time`` or
-       ``max_gradients`` has been spent by then. The best is kept.
+       others, by Laplace approximations, if that gains a nat. This ends where a tenth of ``max_time`` or
+       ``max_gradients`` has been spent. The best is kept.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
@@ -369,7 +369,7 @@ class FlowVI:
         if guide.noncentering is not None:
             target, start = self._noncentered(guide, log_density, target, start, search)
         if self.noncentered and not budget.is_spent(_SEARCH_SHARE, start.gradients):
-            target, start = self._centered(guide, log_density, target, start, search)
+            target, start = self._centered(guide, log_density, target, start, search, budget)
         return target, start
 
     def _noncentered(
@@ -401,7 +401,13 @@ class FlowVI:
         return target, start._replace(gradients=gradients)
 
     def _centered(
-        self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
+        self,
+        guide: AutoFlow,
+        log_density: LogDensity,
+        target: Target,
+        start: Start,
+        search: Callable,
+        budget: Budget,
     ) -> tuple[Target, Start]:
         """The same, after latents of fixed normal priors have been centred, if that gains a nat.
 
@@ -412,11 +418,12 @@ class FlowVI:
         if not (priors[2] >= 0).any():
             return target, start
         plain, best, kept = target, (target, start), None
-        most = np.inf if self.max_gradients is None else _SEARCH_SHARE * self.max_gradients
-        other, gradients = marginal_start(target, start, *priors, _numpy_rng(), most)
+        is_half_spent = partial(budget.is_spent, 0.5 * _SEARCH_SHARE, since=start.gradients)
+        other, gradients = marginal_start(target, start, *priors, is_half_spent, _numpy_rng())
         gradients += start.gradients
         for begin in (start,) if other is None else (start, other):
-            found, layer, evaluations = self._centered_from(guide, log_density, plain, begin, priors, search)
+            is_spent = partial(budget.is_spent, _SEARCH_SHARE, since=gradients)
+            found, layer, evaluations = self._centered_from(guide, log_density, plain, begin, priors, is_spent, search)
             gradients += evaluations
             if found is not None and found[1].elbo > best[1].elbo + (_WORTHWHILE if kept is None else 0):
                 best, kept = found, layer
@@ -430,12 +437,13 @@ class FlowVI:
         plain: Target,
         begin: Start,
         priors: tuple[np.ndarray, np.ndarray, np.ndarray],
+        is_spent: Callable[..., bool],
         search: Callable,
     ) -> tuple[tuple[Target, Start] | None, Centering | None, int]:
         """Density and start in coordinates centred around ``begin``, this layer, and the gradients that took."""
         found, kept, around, gradients = None, None, begin, 0
         for _ in range(_MAX_ADAPTATIONS):
-            told, evaluations = conditional_likelihood(plain, around, *priors)
+            told, evaluations = conditional_likelihood(plain, around, *priors, lambda n: is_spent(gradients + n))  # noqa: B023
             gradients += evaluations
             if told is None:
                 break
@@ -590,10 +598,11 @@ class Budget:
     def seconds(self) -> float:
         return time.perf_counter() - self.begin
 
-    def is_spent(self, share: float, gradients: int) -> bool:
-        """Whether the search for a start, which took so many gradients, has had this share of what may be taken."""
+    def is_spent(self, share: float, gradients: int, since: int = 0) -> bool:
+        """Whether a search of so many gradients, after others that are not counted yet, has had this share of all."""
         late = self.max_time is not None and self.seconds > share * self.max_time
-        return late or self.max_gradients is not None and self.gradients + gradients > share * self.max_gradients
+        gradients += self.gradients + since
+        return late or self.max_gradients is not None and gradients > share * self.max_gradients
 
     def allows_more(self) -> bool:
         """Whether another fit may begin; notes what forbids it."""

@@ -20,7 +20,7 @@ _MISSED = np.log(20.0)  # a guide misses what it gives less than a twentieth of 
 _BARRIER = np.log(20.0)  # modes are parted where the density between them falls to less than a twentieth
 _SAME_END = 0.1  # standard deviations between the ends of two walks to the same mode
 _ARRIVED = 1.0  # standard deviations that Newton's step from the end of a walk may have
-_FRACTION = 0.5  # of a standard deviation, by which latents are moved to see how the likelihood changes
+_FRACTION = 0.5  # of a standard deviation, by which latents are moved to see what changes; of one, where it is unknown
 _LEAST_GAIN = 0.25  # nats, below which nothing is to be gained by all of them
 _MOST_GRADIENTS = 100_000  # evaluations that seeing it may take: a thirteenth of a fit's
 _NEWTON_STEPS = 4  # to a conditional mode, as a rule
@@ -240,7 +240,12 @@ def pseudo_observations(
 
 @np.errstate(all="ignore")
 def conditional_likelihood(
-    target: Target, start: Start, loc: np.ndarray, scale: np.ndarray, latents: np.ndarray
+    target: Target,
+    start: Start,
+    loc: np.ndarray,
+    scale: np.ndarray,
+    latents: np.ndarray,
+    is_spent: Callable[[int], bool],
 ) -> tuple[Likelihood | None, int]:
     """The normal observations that the likelihood amounts to, and how their precisions depend on the other latents.
 
@@ -254,16 +259,17 @@ def conditional_likelihood(
     :param loc: locations ``(dim,)`` of the priors.
     :param scale: their scales ``(dim,)``.
     :param latents: the number ``(dim,)`` of each element's latent, negative for elements without such a prior.
+    :param is_spent: whether so many gradient evaluations are too many.
     :returns: the observations, ``None`` where these dependences promise too little, or it would take too long to see;
         and the gradient evaluations that it took.
     """
     dim, inner, outer = len(latents), np.flatnonzero(latents >= 0), np.flatnonzero(latents < 0)
-    if not len(inner) or (2 * len(outer) + 1) * _NEWTON_STEPS * dim > _MOST_GRADIENTS:
+    cost = (2 * len(outer) + 1) * _NEWTON_STEPS * dim
+    if not len(inner) or cost > _MOST_GRADIENTS or is_spent(cost):
         return None, 0
     given = _Conditional(target, loc, scale, latents)
     point = given.mode(start.loc)
-    given.turn(point)
-    here = given.gaussian(point)
+    here = given.turn(*given.gaussian(point))
     precision, data = _observations(*here)
     slopes, shifts, gain = np.zeros((dim, dim)), np.zeros((dim, dim)), 0.0
     for k, spread in zip(outer, np.linalg.norm(start.scale_tril, axis=1)[outer], strict=True):
@@ -293,25 +299,26 @@ def marginal_start(
     loc: np.ndarray,
     scale: np.ndarray,
     latents: np.ndarray,
+    is_spent: Callable[[int], bool],
     rng: np.random.Generator,
-    most: float = np.inf,
 ) -> tuple[Start | None, int]:
     """Another point from which to center: a mode of the marginal of the latents without fixed normal priors.
 
     A walk uphill on the joint density leads to where the scales suit what the other latents were in the beginning; one
-    on the marginal, as a Laplace approximation gives it (Rue et al. 2009, section 3.1), does not. From the start and
-    the best of some random values, with the others at their conditional mode.
+    on the marginal, as a Laplace approximation gives it (Rue et al. 2009, eq. 3), does not. A few steps from the start
+    and from random values of these latents, then more from where they have come highest.
 
     :param target: the density.
     :param start: a Gaussian that approximates it.
-    :param loc: as are ``scale`` and ``latents``, see :func:`conditional_likelihood`.
+    :param loc: as are ``scale``, ``latents`` and ``is_spent``, see :func:`conditional_likelihood`.
     :param rng: source of the random values.
-    :param most: gradient evaluations to take at most, if fewer than 400,000.
-    :returns: the highest point, as a Gaussian of the start's scale and of no ELBO; ``None`` where there are too many
-        such latents, or none; and the gradient evaluations that finding it took.
+    :returns: the highest point, as a Gaussian of no ELBO, with the marginal's scales of these latents; ``None`` where
+        there are fewer than two of them or more than ten, or it would take too long; and the gradient evaluations that
+        finding it took.
     """
     outer, given = np.flatnonzero(latents < 0), _Conditional(target, loc, scale, latents)
-    if not len(given.inner) or not 2 <= len(outer) <= _MOST_OUTER:
+    cost = (_NUM_MARGINALS + 1) * _NEWTON_STEPS * len(latents)
+    if not len(given.inner) or not 2 <= len(outer) <= _MOST_OUTER or is_spent(cost):
         return None, 0
 
     def marginal(point: np.ndarray) -> tuple[float, np.ndarray]:
@@ -333,16 +340,15 @@ def marginal_start(
     def climb(best: tuple[float, np.ndarray], num_steps: int) -> tuple[float, np.ndarray]:
         def descent(values: np.ndarray) -> float:
             nonlocal best
+            if given.evaluations > _MOST_CLIMBING or is_spent(given.evaluations):
+                return 1e300  # the walk ends here
             point = best[1].copy()  # its others are near the conditional mode
             point[outer] = values
             trial = marginal(point)
             best = max(best, trial, key=height)
             return -trial[0] if np.isfinite(trial[0]) else 1e300
 
-        left = (min(_MOST_CLIMBING, most) - given.evaluations) // (_NEWTON_STEPS * len(latents))
-        if left < len(outer) + 2:
-            return best
-        options = {"maxiter": num_steps, "maxfun": min(num_steps * (len(outer) + 2), left), "eps": 0.01}
+        options = {"maxiter": num_steps, "maxfun": num_steps * (len(outer) + 2), "eps": 0.01}
         minimize(descent, best[1][outer], method="L-BFGS-B", options=options)
         return best
 
@@ -357,7 +363,7 @@ def marginal_start(
         away[k] = _FRACTION
         bend = (2 * value - marginal(point + away)[0] - marginal(point - away)[0]) / _FRACTION**2
         scale_tril[k] = 0.0
-        scale_tril[k, k] = 1.0 if not np.isfinite(bend) else np.clip(bend, _RADIUS**-2, 1e6) ** -0.5
+        scale_tril[k, k] = 1.0 if not np.isfinite(bend) else max(bend, _RADIUS**-2) ** -0.5
     return Start(point, scale_tril, -np.inf, 0), given.evaluations
 
 
@@ -400,10 +406,11 @@ class _Conditional:
                 break
         return point
 
-    def turn(self, point: np.ndarray) -> None:
-        """Makes the axes of the precision there, latent by latent, the coordinates."""
+    def turn(self, loc: np.ndarray, precision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Makes the axes of a precision, latent by latent, the coordinates; returns the Gaussian in them."""
         together = self.latents[:, None] == self.latents
-        self.rotation = np.linalg.eigh(np.where(together, self.look(point)[0], 0.0))[1]
+        self.rotation = np.linalg.eigh(np.where(together, precision, 0.0))[1]
+        return self.rotation.T @ loc, self.rotation.T @ precision @ self.rotation
 
     def gaussian(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Location and precision in these coordinates."""

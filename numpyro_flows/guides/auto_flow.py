@@ -201,10 +201,9 @@ class AutoFlow(AutoContinuous):
         """Puts a layer after the location and scale, before the guide is trained; ``None`` takes it away."""
         if self.transform is None:
             raise RuntimeError("AutoFlow: set_centering needs the model's structure: call the guide first.")
-        layers = [layer for layer in self.transform.layers if not isinstance(layer, Centering)]
-        count = sum(isinstance(layer, Noncentering) for layer in layers)
-        place = len(layers) - count
-        self.transform = Compose([*layers[:place], *([] if centering is None else [centering]), *layers[place:]])
+        place = len(self.transform.layers) - len(self.outer_layers) + 1
+        last = [layer for layer in (centering, self.noncentering) if layer is not None]
+        self.transform = Compose([*self.transform.layers[:place], *last])
 
     def log_density(self, *args: Any, **kwargs: Any) -> LogDensity:
         """The model's log-density over the guide's latent vector, given the model's arguments."""

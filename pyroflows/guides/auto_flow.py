@@ -205,10 +205,9 @@ class AutoFlow(AutoContinuous):
         transform: Any = self._modules.get("transform")
         if transform is None:
             raise RuntimeError("AutoFlow: set_centering needs the model's structure: call the guide first.")
-        layers = [layer for layer in transform.layers if not isinstance(layer, Centering)]
-        count = sum(isinstance(layer, Noncentering) for layer in layers)
-        place = len(layers) - count
-        self.transform = Compose([*layers[:place], *([] if centering is None else [centering]), *layers[place:]])
+        place = len(transform.layers) - len(self.outer_layers) + 1
+        last = [layer for layer in (centering, self.noncentering) if layer is not None]
+        self.transform = Compose([*transform.layers[:place], *last])
 
     def log_density(self, *args: Any, **kwargs: Any) -> LogDensity:
         """The model's log-density over the guide's latent vector, given the model's arguments."""

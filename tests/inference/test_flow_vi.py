@@ -370,9 +370,8 @@ def test_a_hopeless_fit_is_not_annealed(fitter, monkeypatch):
         assert (chunk is None) == schedule.finished == ends
     assert module.Budget().schedule(100, 1, 1e-3, hopeless=0.15).hopeless == 0.15
     assert module.Budget(max_time=1e3).schedule(100, 1, 1e-3, hopeless=0.15).hopeless == np.inf
-    assert module.Budget(max_gradients=1000).is_spent(0.05, 51) and not module.Budget(max_gradients=1000).is_spent(
-        0.05, 50
-    )
+    limited = module.Budget(max_gradients=1000)
+    assert limited.is_spent(0.05, 51) and limited.is_spent(0.05, 41, since=10) and not limited.is_spent(0.05, 50)
     assert module.Budget(max_time=1e-9).is_spent(0.05, 0) and not module.Budget().is_spent(0.05, 10**9)
     monkeypatch.setattr(module, "_GAP_HOPELESS", 0.01)
     steps = [int(re.search(r"(\d+) steps:", line)[1]) for line in poor(fitter).history.tried]
@@ -916,6 +915,8 @@ def test_models_non_centred_by_hand_are_centred(fitter, tmp_path):
     plain = fitter.run("by_hand", num_steps=20, num_starts=2, noncentered=False)
     assert plain.guide.centering is None and plain.elbo.value < evidence - 0.3
     assert evidence - 0.1 < elbo < evidence + 0.01  # all but untrained
+    hurried = fitter.run("by_hand", num_steps=20, num_starts=2, num_particles=64, max_gradients=2500)
+    assert hurried.guide.centering is None  # the plain search has taken a tenth of them
     posterior.save(tmp_path / "posterior.safetensors")
     loaded = type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.by_hand)
     draws = posterior.sample(*fitter.key(), (5,))
@@ -951,7 +952,8 @@ def test_what_a_likelihood_amounts_to_given_the_other_latents(fitter, kind):
 
     target = initialization.Target(*differentiated(density))
     start, latents = initialization.Start(np.zeros(3), 0.7 * np.eye(3), 0.0, 0), np.array([-1, 0, 0])
-    told, gradients = initialization.conditional_likelihood(target, start, np.zeros(3), np.ones(3), latents)
+    prior = np.zeros(3), np.ones(3)
+    told, gradients = initialization.conditional_likelihood(target, start, *prior, latents, lambda n: False)
     assert gradients > 0
     if kind in ("fixed", "turning"):
         assert told is None
@@ -961,7 +963,8 @@ def test_what_a_likelihood_amounts_to_given_the_other_latents(fitter, kind):
         shifts = np.array([[0, 0, 0], [1, 0, 0], [1, 0, 0]]) * (kind == "scale")
         np.testing.assert_allclose(told.shifts, shifts, atol=1e-3)
         np.testing.assert_allclose(np.sort(told.precision), [0, 4, 100], rtol=1e-4)
-    assert initialization.conditional_likelihood(target, start, np.zeros(3), np.ones(3), np.full(3, -1)) == (None, 0)
+    for others, is_spent in ((np.full(3, -1), False), (latents, True)):
+        assert initialization.conditional_likelihood(target, start, *prior, others, lambda n: is_spent) == (None, 0)  # noqa: B023
 
 
 def test_the_marginal_of_the_other_latents_is_climbed_on(fitter):
@@ -976,12 +979,16 @@ def test_the_marginal_of_the_other_latents_is_climbed_on(fitter):
     target = initialization.Target(*differentiated(density))
     start, rng = initialization.Start(np.zeros(4), 0.1 * np.eye(4), 0.0, 0), np.random.default_rng(0)
     prior = np.zeros(4), np.ones(4)
-    found, gradients = initialization.marginal_start(target, start, *prior, np.array([-1, -1, 0, 0]), rng)
+    latents = np.array([-1, -1, 0, 0])
+    found, gradients = initialization.marginal_start(target, start, *prior, latents, lambda n: False, rng)
     np.testing.assert_allclose(found.loc, [1.5, 0, 15, 15], atol=0.1)
     np.testing.assert_allclose(found.scale_tril[:2, :2], np.diag([0.3, 1.0]), rtol=0.3)
     assert 1000 < gradients < 400_000 and found.elbo == -np.inf
-    for latents in ([-1, 0, 0, 0], [-1, -1, -1, -1]):
-        assert initialization.marginal_start(target, start, *prior, np.array(latents), rng) == (None, 0)
+    short, few = initialization.marginal_start(target, start, *prior, latents, lambda n: n > 200, rng)
+    assert few < gradients / 4 and short is not None
+    for others in (np.array([-1, 0, 0, 0]), np.full(4, -1)):
+        assert initialization.marginal_start(target, start, *prior, others, lambda n: False, rng) == (None, 0)
+    assert initialization.marginal_start(target, start, *prior, latents, lambda n: True, rng) == (None, 0)
 
 
 def test_no_step_in_torch_reads_a_number_on_the_host():
