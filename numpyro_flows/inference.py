@@ -241,7 +241,7 @@ class FlowVI:
                 else:
                     break
                 before, posterior = posterior, attempt(more, fit)
-                gain = posterior.elbo.value - before.elbo.value
+                gain = posterior._elbo_inside.value - before._elbo_inside.value
                 legs = legs if more == "more steps" or posterior is before else 0
         except KeyboardInterrupt:
             tried.append("interrupted")  # the first fit was complete
@@ -551,11 +551,11 @@ class FlowVI:
                     inputs = np.asarray(schedule.annealing), state, np.asarray(step_sizes, dtype), key
                     state, outputs = guide._programs(_chunk, ascent, *inputs, np.asarray(len(trace)))
                     elbos, divergences, skipped = jax.device_get(outputs)
-                    trace += elbos.tolist()
+                    trace += [value if np.isfinite(value) else np.nan for value in elbos.tolist()]
                     divergence += divergences.tolist()
                     if skipped == len(trace):
                         raise RuntimeError(self._nothing_finite(log_density, outer, fixed_base, key))
-                    recent = float(np.nanmean(trace[-_WINDOW:]))
+                    recent = known(trace[-_WINDOW:])
                     if recent > best[0]:
                         best = recent, state[0]
                     bar.total = schedule.expected_steps
@@ -752,7 +752,7 @@ class Schedule:
             if done and self._is_hopeless(trace, divergence):
                 self.finished = True
                 return None
-            nearly_exact = np.nanmean(divergence[-_WINDOW:]) < _NEARLY_EXACT if done else False
+            nearly_exact = known(divergence[-_WINDOW:]) < _NEARLY_EXACT if done else False
             hurried = done > 0 and elapsed >= allowed / 3
             if (self.stationary and nearly_exact) or 2 * done >= self.num_steps or hurried:
                 self.late = hurried and 2 * done < self.num_steps and not (self.stationary and nearly_exact)
@@ -771,7 +771,7 @@ class Schedule:
 
         The ELBO rises ever slower, so that its last rise (and two standard errors) bounds those of the windows to come.
         """
-        done, recent = len(trace), float(np.nanmedian(divergence[-_WINDOW:]))
+        done, recent = len(trace), known(divergence[-_WINDOW:], np.median)
         windows_left = max(self.num_steps / 2 - done, 0) / _WINDOW
         if windows_left:
             if done < _HOPELESS_FROM:
@@ -783,9 +783,8 @@ class Schedule:
 
 def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
     """Whether a fit leaves something to be desired; by what is cheap first."""
-    elbo = posterior.elbo
-    gap = posterior._log_evidence().value - elbo.value
-    if not posterior.weights_are_reliable or gap > _GAP_POOR + 2 * elbo.standard_error or posterior.misses_modes:
+    chance = 2 * posterior._elbo_inside.standard_error
+    if not posterior.weights_are_reliable or posterior._gap > _GAP_POOR + chance or posterior.misses_modes:
         return True
     before = posterior.history.gradients
     suspicious = posterior.departure.suspicious
@@ -795,7 +794,7 @@ def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
 
 def is_near(posterior: FlowPosterior) -> bool:
     """Whether a poor fit is one that more steps could mend."""
-    return posterior.weights_are_reliable and posterior._log_evidence().value - posterior.elbo.value < _GAP_NEAR
+    return posterior.weights_are_reliable and posterior._gap < _GAP_NEAR
 
 
 def may_mend(posterior: FlowPosterior, num_steps: int, legs: int, gain: float) -> bool:
@@ -803,14 +802,14 @@ def may_mend(posterior: FlowPosterior, num_steps: int, legs: int, gain: float) -
 
     After the first of such legs, whether the last one, which gained so much, leaves little enough for the others.
     """
-    gap = posterior._log_evidence().value - posterior.elbo.value
+    gap = posterior._gap
     if legs:
         return legs < _MOST_LEGS and gain > gap / (_MOST_LEGS - legs)
     trace, window = posterior.history.elbo, min(num_steps, _WINDOW)
     if not posterior.weights_are_reliable or len(trace) < num_steps + window or not window:
         return True  # nothing foretells it
     last, before = trace[-window:], trace[-num_steps - window :][:window]
-    return bool(gap - (np.nanmean(last) - np.nanmean(before)) < _GAP_POOR)
+    return gap - (known(last) - known(before)) < _GAP_POOR
 
 
 def is_better(found: FlowPosterior, than: FlowPosterior) -> bool:
@@ -819,14 +818,14 @@ def is_better(found: FlowPosterior, than: FlowPosterior) -> bool:
         worse = not found.weights_are_reliable and than.weights_are_reliable
     else:
         worse = found.misses_modes
-    return found.elbo.value > than.elbo.value and not worse
+    return found._elbo_inside.value > than._elbo_inside.value and not worse
 
 
 def _account(what: str, posterior: FlowPosterior) -> str:
     """A line on a fit: what it was, and how it went."""
-    gap = posterior._log_evidence().value - posterior.elbo.value
     steps = len(posterior.history.elbo)
-    return f"{what}, {steps} steps: ELBO {posterior.elbo}, gap {gap:.3f}, Pareto k {posterior.pareto_k:.2f}"
+    elbo = f"ELBO {posterior._elbo_inside}, gap {posterior._gap:.3f}"
+    return f"{what}, {steps} steps: {elbo}, Pareto k {posterior.pareto_k:.2f}"
 
 
 def _name(flow: Callable) -> str:
@@ -847,8 +846,14 @@ def is_stationary(trace: list[float]) -> bool:
 def last_rise(trace: list[float]) -> tuple[float, float]:
     """By how much the mean ELBO of the last window exceeds that of the one before, and its standard error."""
     windows = np.asarray(trace[-2 * _WINDOW :]).reshape(2, _WINDOW)
-    before, after = np.nanmean(windows, 1)
-    return float(after - before), float(np.sqrt((np.nanvar(windows, 1) / _WINDOW).sum()))
+    before, after = map(known, windows)
+    return after - before, float(np.sqrt(sum(known(window, np.var) for window in windows) / _WINDOW))
+
+
+def known(values: Sequence[float] | np.ndarray, statistic: Callable[..., Any] = np.mean) -> float:
+    """The mean, or another statistic, of the steps that were finite; NaN where none was."""
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(statistic(finite)) if len(finite) else np.nan
 
 
 def check_options(

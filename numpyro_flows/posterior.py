@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import cached_property
@@ -42,7 +43,7 @@ FLOW_ERROR_BAD = 0.02  # nats of log-determinant, or standard deviations of a ro
 class History(NamedTuple):
     """How a fit went."""
 
-    elbo: np.ndarray  # of every step, (steps,)
+    elbo: np.ndarray  # of every step, (steps,); NaN where it was not finite
     skipped: int = 0  # steps with a gradient that was not finite
     stationary: bool = False  # whether the ELBO had stopped rising before the step size fell
     interrupted: bool = False
@@ -235,6 +236,23 @@ class FlowPosterior:
         with np.errstate(invalid="ignore"):  # a draw outside the model's support makes it minus infinity
             return Estimate(float(self._log_ratios.mean()), float(self._log_ratios.std() / self.num_draws**0.5))
 
+    @cached_property
+    def _elbo_inside(self) -> Estimate:
+        """The ELBO of the guide cut off at the edge of the model's support; :attr:`elbo` where no draw is outside.
+
+        One draw outside makes the ELBO minus infinity, though it only loses its weight.
+        """
+        inside = self._log_ratios[np.isfinite(self._log_ratios)]
+        if not len(inside):
+            return self.elbo
+        share = len(inside) / self.num_draws
+        return Estimate(float(inside.mean()) + math.log(share), float(inside.std() / len(inside) ** 0.5))
+
+    @property
+    def _gap(self) -> float:
+        """Nats of that ELBO below the log evidence: the KL divergence of the guide (cut off there) from the model."""
+        return self._log_evidence().value - self._elbo_inside.value
+
     def log_evidence(self) -> Estimate:
         """Log of the model's evidence by Pareto-smoothed importance sampling.
 
@@ -364,8 +382,11 @@ class FlowPosterior:
 
     def verdict(self) -> str:
         """One line: whether to use the draws as they are, importance-resampled, or not."""
-        k, gap = self.pareto_k, self._log_evidence().value - self.elbo.value
-        numbers = f"Pareto k {k:.2f}, ELBO {self.elbo}, {gap:.3f} below the log evidence {self._log_evidence()}"
+        outside = int((~np.isfinite(self._log_ratios)).sum())
+        elbo = f"ELBO {self._elbo_inside}"
+        if outside:
+            elbo = f"{outside} of {self.num_draws} draws outside the model's support, {elbo} by the others"
+        numbers = f"Pareto k {self.pareto_k:.2f}, {elbo}, {self._gap:.3f} below the log evidence {self._log_evidence()}"
         if self.history.interrupted:
             return f"Interrupted after {len(self.history.elbo)} steps: run again to the end ({numbers})."
         if self.flow_error > FLOW_ERROR_BAD:
@@ -395,7 +416,8 @@ class FlowPosterior:
                 f"rise by {self.departure.nats:.2f} +- {self.departure.standard_error:.2f} above those expected. "
                 f"Try refine(method='nuts', adapt=True), a richer flow= or reparametrise ({numbers})."
             )
-        if gap < GAP_GOOD and self.moment_error[0] < MEAN_ERROR_GOOD and self.moment_error[1] < SD_ERROR_GOOD:
+        near = self._gap < GAP_GOOD and self.moment_error[0] < MEAN_ERROR_GOOD and self.moment_error[1] < SD_ERROR_GOOD
+        if near and not outside:
             return f"Good: use the draws as they are ({numbers})."
         return f"Usable: prefer importance_resample() ({numbers})."
 

@@ -70,6 +70,11 @@ def dependent_support():
     numpyro.sample("b", dist.Uniform(0.0, a))
 
 
+def cut_off():
+    z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+    numpyro.factor("inside", jnp.where(z < 3.0, 0.0, -jnp.inf))
+
+
 def subsampled_local(x=None):
     with numpyro.plate("data", 10, subsample_size=4):
         z = numpyro.sample("z", dist.Normal(0.0, 1.0))

@@ -73,6 +73,11 @@ def dependent_support():
     pyro.sample("b", dist.Uniform(0.0, a))
 
 
+def cut_off():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("inside", torch.where(z < 3.0, 0.0, -torch.inf))
+
+
 def subsampled_local(x=None):
     with pyro.plate("data", 10, subsample_size=4):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -126,6 +126,19 @@ def test_dependent_supports(fitter):
     assert draws["a"].mean() == pytest.approx(1, abs=0.03) and draws["b"].mean() == pytest.approx(0.5, abs=0.03)
 
 
+def test_few_draws_outside_the_support(fitter):
+    """They lose their weights, and that is all: the fit is not poor by an ELBO of minus infinity, nor said to be."""
+    posterior = fitter.run("cut_off", flow=_tiny(fitter), num_steps=500, escalate=True)
+    outside = int(np.isneginf(np.asarray(posterior.draws.log_model)).sum())
+    assert 0 < outside < 0.01 * posterior.num_draws and posterior.elbo.value == -math.inf
+    assert posterior.log_evidence().value == pytest.approx(stats.norm.logcdf(3), abs=1e-3)
+    assert len(posterior.history.tried) == 1 and re.search(r"gap 0\.00\d", posterior.history.tried[0])
+    verdict = posterior.verdict()
+    assert verdict.startswith("Usable") and f"{outside} of {posterior.num_draws} draws outside" in verdict
+    trace = posterior.history.elbo
+    assert np.isnan(trace).any() and np.nanmean(trace[-100:]) == pytest.approx(0, abs=0.01)
+
+
 def test_the_same_seed_gives_the_same_result(fitter):
     a, b = (fitter.run("conjugate", fitter.array(DATA), num_steps=100) for _ in range(2))
     np.testing.assert_array_equal(a.history.elbo, b.history.elbo)
