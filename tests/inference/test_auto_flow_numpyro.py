@@ -231,7 +231,7 @@ def test_posteriors_cross_jit_and_vmap(trained):
 def test_stein_vi_accepts_it():
     from numpyro.contrib.einstein import RBFKernel, SteinVI
 
-    stein = SteinVI(eight_schools, AutoFlow(eight_schools, small), optim.Adam(1e-3), RBFKernel(), num_stein_particles=3)
+    stein = SteinVI(eight_schools, AutoFlow(eight_schools, tiny), optim.Adam(1e-3), RBFKernel(), num_stein_particles=2)
     result = stein.run(jax.random.key(0), 5, progress_bar=False)
     assert np.isfinite(result.losses).all()
 

@@ -907,7 +907,8 @@ def test_centering_is_the_conjugate_conditional(fitter):
 
 def test_models_non_centred_by_hand_are_centred(fitter, tmp_path):
     """The likelihood is normal in ``tau z``, so that nothing but standard normals is left of ``z``."""
-    posterior = fitter.run("by_hand", num_steps=20, num_starts=2)
+    options = {"flow": _tiny(fitter), "num_steps": 20, "num_starts": 2}
+    posterior = fitter.run("by_hand", **options)
     guide, elbo = posterior.guide, posterior.elbo.value
     slopes, shifts = (np.asarray(part) for part in (guide.centering.slopes, guide.centering.shifts))
     np.testing.assert_allclose(slopes[1:, 0], 2.0, atol=1e-3)
@@ -925,10 +926,10 @@ def test_models_non_centred_by_hand_are_centred(fitter, tmp_path):
     log_tau, variance = np.linspace(-15, 15, 20_001), (0.1 * np.asarray(fitter.models.SIGMA)) ** 2
     each = stats.norm.logpdf(fitter.models.Y, 0, np.sqrt(np.exp(2 * log_tau)[:, None] + variance)).sum(-1)
     evidence = np.log(np.trapezoid(np.exp(each) * stats.norm.pdf(log_tau, 0, 3), log_tau))
-    plain = fitter.run("by_hand", num_steps=20, num_starts=2, noncentered=False)
+    plain = fitter.run("by_hand", **options, noncentered=False)
     assert plain.guide.centering is None and plain.elbo.value < evidence - 0.3
     assert evidence - 0.1 < elbo < evidence + 0.01  # all but untrained
-    hurried = fitter.run("by_hand", num_steps=20, num_starts=2, num_particles=64, max_gradients=2500)
+    hurried = fitter.run("by_hand", **options, num_particles=64, max_gradients=2500)
     assert hurried.guide.centering is None  # the plain search has taken a tenth of them
     posterior.save(tmp_path / "posterior.safetensors")
     loaded = type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.by_hand)
@@ -986,8 +987,9 @@ def test_the_marginal_of_the_other_latents_is_climbed_on(fitter):
 
     def density(x):
         h, z = x[:2], x[2:]
-        marginal = np.log(0.01 * stats.norm.pdf(h[0], 0, 0.3) + stats.norm.pdf(h[0], 1.5, 0.3)) - 0.5 * h[1] ** 2
-        return marginal + stats.norm.logpdf(z, 10 * h[0], 0.05 * np.exp(h[1])).sum()
+        modes = -0.5 * ((h[0] - np.array([0.0, 1.5])) / 0.3) ** 2
+        marginal = np.log(np.exp(modes) @ [0.01, 1.0]) - 0.5 * h[1] ** 2
+        return marginal - 0.5 * (((z - 10 * h[0]) / (0.05 * np.exp(h[1]))) ** 2).sum() - 2 * h[1]
 
     target = initialization.Target(*differentiated(density))
     start, rng = initialization.Start(np.zeros(4), 0.1 * np.eye(4), 0.0, 0), np.random.default_rng(0)
