@@ -33,6 +33,7 @@ from numpyro_flows.initialization import (
     find_modes,
     find_start,
     gaussian_around,
+    improve,
     marginal_start,
     pseudo_observations,
 )
@@ -55,7 +56,7 @@ from numpyro_flows.transform_module import Compose, TransformModule, parameters
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _MOST_LEGS = 4  # of a quarter as many steps again
 _MAX_ADAPTATIONS = 4  # of the non-centring, and of a centring, each from the start that the one before has found
-_WORTHWHILE = 1.0  # nats of the start's ELBO by which it has to gain for another one to be tried
+_WORTHWHILE = 0.5  # nats of the start's ELBO by which it has to gain for another one to be tried
 _SEARCH_SHARE = 0.1  # of limited time or gradients, beyond which the search for a start does not go on to center
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
@@ -203,7 +204,7 @@ class FlowVI:
 
         def anew(flow: Callable, key: Array, richer: bool = False) -> FlowPosterior:
             other = self._guide(None if base is not self.base else self.base_df, base, setup_key, args, kwargs, flow)
-            if guide.noncentering is not None:
+            if other.noncentering is not None:
                 other.set_noncentering(guide.noncentering)
             other.set_centering(guide.centering)
             tails = not posterior.pareto_k < _K_TAILS
@@ -375,20 +376,30 @@ class FlowVI:
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array, budget: Budget) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles these coordinates."""
 
-        def search(u: Array, alone: bool = False) -> tuple[Target, Start]:
+        def improved(start: Start, target: Target, rng: np.random.Generator, since: int) -> Start:
+            is_spent = partial(budget.is_spent, _SEARCH_SHARE, since=since)
+            modes = [improve(target, mode, rng, is_spent) for mode in start.modes]
+            gradients = start.gradients + sum(mode.gradients for mode in modes)
+            modes = distinct(modes, target.log_density)
+            return modes[0]._replace(gradients=gradients, modes=modes)
+
+        def search(u: Array, since: int = 0, alone: bool = False) -> tuple[Target, Start]:
             coordinates = with_density(guide.coordinates, None)
             target = self._target(log_density, coordinates)
             first = [np.asarray(self._programs(inverse, coordinates, log_density, u)[0], float)]
             for point in self._points(guide, log_density, key, 0 if alone else self.num_starts - 1, self.init_loc_fn):
                 if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     first.append(point)
-            return target, find_start(target, first, _numpy_rng(key))
+            rng = _numpy_rng(key)
+            return target, improved(find_start(target, first, rng), target, rng, since)
 
         target, start = search(guide.init_loc)
         if len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
         if guide.noncentering is not None:
             target, start = self._noncentered(guide, log_density, target, start, search)
+            if start.divergence > _WORTHWHILE:
+                target, start = self._as_it_is(guide, log_density, target, start, search)
         if self.noncentered and not budget.is_spent(_SEARCH_SHARE, start.gradients):
             target, start = self._centered(guide, log_density, target, start, search, key, budget)
         return target, start
@@ -407,7 +418,7 @@ class FlowVI:
             kept: Any = guide.noncentering
             guide.set_noncentering(plain.with_pseudo_observations(*told))
             try:
-                adapted, again = search(u)
+                adapted, again = search(u, gradients)
             except RuntimeError:  # no start there has a finite ELBO
                 guide.set_noncentering(kept)
                 break
@@ -420,6 +431,24 @@ class FlowVI:
             if gain < _WORTHWHILE:
                 break
         return target, start._replace(gradients=gradients)
+
+    def _as_it_is(
+        self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
+    ) -> tuple[Target, Start]:
+        """The same, after the non-centring has been taken away, if that gains a nat: as where the data say so much of
+        the latents that their scale depends on the data alone."""
+        kept: Any = guide.noncentering
+        x = jnp.asarray(start.loc, guide.init_loc.dtype)
+        u = self._programs(forward, with_density(guide.coordinates, None), log_density, x)[0]
+        guide.set_noncentering(None)
+        with contextlib.suppress(RuntimeError):  # no start there has a finite ELBO
+            other, found = search(u, start.gradients, alone=True)
+            gradients = start.gradients + found.gradients
+            if found.elbo > start.elbo + _WORTHWHILE:
+                return other, found._replace(gradients=gradients)
+            start = start._replace(gradients=gradients)
+        guide.set_noncentering(kept)
+        return target, start
 
     def _centered(
         self,
@@ -475,7 +504,7 @@ class FlowVI:
             layer = Centering(len(x)).with_likelihood(told)
             guide.set_centering(layer)
             try:
-                target, again = search(u, alone=not np.isfinite(begin.elbo))
+                target, again = search(u, gradients, alone=not np.isfinite(begin.elbo))
             except RuntimeError:  # no start there has a finite ELBO
                 break
             gradients += again.gradients

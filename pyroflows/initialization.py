@@ -33,6 +33,10 @@ _MOST_CLIMBING = 400_000  # gradient evaluations of all climbs
 _MOST_OUTER = 10  # latents without fixed normal priors, for their marginal to be climbed on by finite differences
 _RADIUS = 2.0  # in which the points lie around the start, and around zero: that of the ecosystem's own starts
 _SAME_VALUE = 0.01  # nats, below which a step has arrived
+_NUM_CURVATURES = 8  # draws at which a step towards a better Gaussian takes Hessians: pairs of opposite ones
+_MOST_IMPROVEMENTS = 60  # such steps, as long as they are of this share of the whole and one of so many gains something
+_LEAST_RATE, _PATIENCE = 0.03, 3
+_RANGE = 0.1, 10.0  # of a precision in relation to the one before
 _MAX_LEGS = 4  # of a walk: each goes on in the coordinates of the local Gaussian where the one before ended
 
 
@@ -52,6 +56,7 @@ class Start(NamedTuple):
     elbo: float
     gradients: int  # gradient evaluations that the search took, a Hessian counted as dim of them
     modes: tuple[Start, ...] = ()  # the best of each path, without repetitions, from the best down
+    divergence: float = np.inf  # about that of the density from it, in nats: half the variance of the log ratio
 
 
 class Likelihood(NamedTuple):
@@ -94,16 +99,13 @@ def find_modes(
     """
     dim = len(starts[0])
     noise = rng.standard_normal((_NUM_DRAWS, dim))
-    entropy = 0.5 * (noise**2).sum(-1).mean() + 0.5 * dim * np.log(2 * np.pi)
     best_of_paths: list[Start] = []
     gradients = 0
 
     def consider(loc: np.ndarray, scale_tril: np.ndarray) -> None:
-        with np.errstate(all="ignore"):
-            values = target.log_density(loc + noise @ scale_tril.T)
-            elbo = float(values.mean() + entropy + np.log(np.diagonal(scale_tril)).sum())
-        if np.isfinite(elbo) and elbo > best_of_paths[-1].elbo:
-            best_of_paths[-1] = Start(loc, scale_tril, elbo, 0)
+        found = _scored(target, loc, scale_tril, noise)
+        if np.isfinite(found.elbo) and found.elbo > best_of_paths[-1].elbo:
+            best_of_paths[-1] = found
 
     for start in starts:
         path, scale_at_end, evaluations = _walk(target, start)
@@ -128,6 +130,75 @@ def find_modes(
                 consider(point, scale_tril)
                 consider(point + scale_tril @ (scale_tril.T @ gradient), scale_tril)
     return distinct(best_of_paths, target.log_density), gradients
+
+
+def improve(
+    target: Target, start: Start, rng: np.random.Generator, is_spent: Callable[[int], bool] = lambda n: False
+) -> Start:
+    """A Gaussian of higher ELBO: a local one knows the curvature at a point, this one that of the place it covers.
+
+    Steps of natural gradient, ``P <- P - rate (E[H] + P)`` for the precision and ``m <- m + rate E[-H]^-1 E[g]`` for
+    the mean (Opper & Archambeau 2009, eqs. 7 and 8; Khan & Nielsen 2018), with gradients ``g`` and Hessians ``H`` at a
+    few draws. A step is taken back, and the rate halved, where the ELBO by always the same draws does not rise.
+
+    :param target: the log-density.
+    :param start: the Gaussian to begin with; returned where nothing is gained, and beyond ``MAX_HESSIAN_DIM``.
+    :param rng: source of the draws.
+    :param is_spent: whether so many gradient evaluations are too many.
+    :returns: the Gaussian, with the gradient evaluations of the start and its own.
+    """
+    dim, gradients = len(start.loc), start.gradients
+    if dim > MAX_HESSIAN_DIM:
+        return start
+    noise = rng.standard_normal((_NUM_DRAWS, dim))
+    found = _scored(target, start.loc, start.scale_tril, noise)
+    rate, idle = 1.0, 0
+    for _ in range(_MOST_IMPROVEMENTS):
+        if rate < _LEAST_RATE or idle >= _PATIENCE or is_spent(gradients + _NUM_CURVATURES * dim):
+            break
+        half = rng.standard_normal((_NUM_CURVATURES // 2, dim))
+        gradients += _NUM_CURVATURES * dim
+        trial = _step(target, found, np.concatenate([half, -half]), rate)
+        if trial is None:
+            break
+        better = _scored(target, *trial, noise)
+        if better.elbo > found.elbo:
+            idle = idle + 1 if better.elbo - found.elbo < _SAME_VALUE else 0
+            found, rate = better, min(1.0, 1.5 * rate)
+        else:
+            rate *= 0.5
+    return found._replace(gradients=gradients, modes=start.modes)
+
+
+@np.errstate(all="ignore")
+def _step(target: Target, at: Start, draws: np.ndarray, rate: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """Location and scale after a step, in the coordinates of the Gaussian, where no scale changes by more than three
+    and the mean by no more than a draw is away from it; ``None`` where nothing is finite."""
+    points = at.loc + draws @ at.scale_tril.T
+    slopes = np.stack([target.value_and_grad(point)[1] for point in points])
+    bends = np.stack([target.hessian(point) for point in points])
+    known = np.isfinite(slopes).all(-1) & np.isfinite(bends).all((-2, -1))
+    if not known.any():
+        return None
+    precision = -at.scale_tril.T @ bends[known].mean(0) @ at.scale_tril
+    values, axes = np.linalg.eigh(0.5 * (precision + precision.T))
+    values = np.clip(values, *_RANGE)
+    move = rate * (axes.T @ (at.scale_tril.T @ slopes[known].mean(0))) / values
+    move *= min(1.0, len(move) ** 0.5 / max(float(np.linalg.norm(move)), 1e-300))
+    root = at.scale_tril @ (axes / np.sqrt(1 + rate * (values - 1)))
+    try:
+        return at.loc + at.scale_tril @ (axes @ move), np.linalg.cholesky(root @ root.T)
+    except np.linalg.LinAlgError:
+        return None
+
+
+def _scored(target: Target, loc: np.ndarray, scale_tril: np.ndarray, noise: np.ndarray) -> Start:
+    """A Gaussian with its ELBO by the draws that a standard normal's ``noise`` becomes; minus infinity for NaN."""
+    with np.errstate(all="ignore"):
+        log_ratio = target.log_density(loc + noise @ scale_tril.T) + 0.5 * np.square(noise).sum(-1)
+        elbo = log_ratio.mean() + 0.5 * len(loc) * np.log(2 * np.pi) + np.log(np.diagonal(scale_tril)).sum()
+        divergence = 0.5 * float(log_ratio.var()) if np.isfinite(elbo) else np.inf
+    return Start(loc, scale_tril, float(np.nan_to_num(elbo, nan=-np.inf)), 0, divergence=divergence)
 
 
 def distinct(starts: Sequence[Start], log_density: Callable[[np.ndarray], np.ndarray]) -> tuple[Start, ...]:

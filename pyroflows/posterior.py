@@ -505,7 +505,7 @@ class FlowPosterior:
             "guide": {
                 "base_df": self.guide.base_df,
                 "full_rank": self.guide.full_rank,
-                "noncentered": self.guide.noncentered,
+                "noncentered": self.guide.noncentering is not None,
             },
             "scale_is_matrix": isinstance(self.guide.outer_layers[0], TriangularAffine),
             "centered": self.guide.centering is not None,

@@ -191,19 +191,23 @@ class AutoFlow(AutoContinuous):
         inner = self.transform.layers[: -len(self.outer_layers)]
         self.transform = Compose([*inner, self._location_and_scale(loc, scale), self.coordinates])
 
-    def set_noncentering(self, noncentering: Noncentering) -> None:
-        """Replaces the last layer of a ``noncentered`` guide, before it is trained."""
-        if self.transform is None or self.noncentering is None:
+    def set_noncentering(self, noncentering: Noncentering | None) -> None:
+        """Replaces the last layer of a ``noncentered`` guide, before it is trained; ``None`` takes it away."""
+        if self.transform is None or not self.noncentered:
             raise RuntimeError("AutoFlow: set_noncentering needs a guide that is noncentered, and has been set up.")
-        self.transform = Compose([*self.transform.layers[:-1], noncentering])
+        self._set_last(self.centering, noncentering)
 
     def set_centering(self, centering: Centering | None) -> None:
         """Puts a layer after the location and scale, before the guide is trained; ``None`` takes it away."""
         if self.transform is None:
             raise RuntimeError("AutoFlow: set_centering needs the model's structure: call the guide first.")
+        self._set_last(centering, self.noncentering)
+
+    def _set_last(self, *layers: TransformModule | None) -> None:
+        """The layers after the location and scale."""
+        assert self.transform is not None
         place = len(self.transform.layers) - len(self.outer_layers) + 1
-        last = [layer for layer in (centering, self.noncentering) if layer is not None]
-        self.transform = Compose([*self.transform.layers[:place], *last])
+        self.transform = Compose([*self.transform.layers[:place], *(layer for layer in layers if layer is not None)])
 
     def log_density(self, *args: Any, **kwargs: Any) -> LogDensity:
         """The model's log-density over the guide's latent vector, given the model's arguments."""

@@ -863,7 +863,7 @@ def test_noncentering_where_there_is_nothing_to_take_out(fitter):
     guide, _ = noncentered(fitter, "gamma")
     assert guide.noncentering is None
     with pytest.raises(RuntimeError, match="noncentered"):
-        guide.set_noncentering(None)
+        fitter.pkg.AutoFlow(fitter.models.gamma).set_noncentering(None)
 
 
 def centering(fitter):
