@@ -418,7 +418,7 @@ class FlowVI:
             kept: Any = guide.noncentering
             guide.set_noncentering(plain.with_pseudo_observations(*told))
             try:
-                adapted, again = search(u, gradients)
+                adapted, again = search(u, gradients, alone=True)
             except RuntimeError:  # no start there has a finite ELBO
                 guide.set_noncentering(kept)
                 break
@@ -468,11 +468,16 @@ class FlowVI:
         priors = normal_priors(log_density, guide.prototype_trace, points_around(guide.init_loc), self._programs)
         if not (priors[2] >= 0).any():
             return target, start
-        plain, best, kept = target, (target, start), None
-        is_half_spent = partial(budget.is_spent, 0.5 * _SEARCH_SHARE, since=start.gradients)
-        other, gradients = marginal_start(target, start, *priors, is_half_spent, _numpy_rng(key))
-        gradients += start.gradients
-        for begin in (start,) if other is None else (start, other):
+        plain, best, kept, gradients, begin = target, (target, start), None, start.gradients, start
+        for first in (True, False):
+            if not first:
+                if best[1].divergence < _WORTHWHILE:
+                    break
+                is_half_spent = partial(budget.is_spent, 0.5 * _SEARCH_SHARE, since=gradients)
+                begin, evaluations = marginal_start(plain, start, *priors, is_half_spent, _numpy_rng(key))
+                gradients += evaluations
+                if begin is None:
+                    break
             is_spent = partial(budget.is_spent, _SEARCH_SHARE, since=gradients)
             found, layer, evaluations = self._centered_from(guide, log_density, plain, begin, priors, is_spent, search)
             gradients += evaluations
@@ -504,7 +509,7 @@ class FlowVI:
             layer = Centering(len(x)).with_likelihood(told)
             guide.set_centering(layer)
             try:
-                target, again = search(u, gradients, alone=not np.isfinite(begin.elbo))
+                target, again = search(u, gradients, alone=True)
             except RuntimeError:  # no start there has a finite ELBO
                 break
             gradients += again.gradients
