@@ -2,7 +2,7 @@
 
 The idea of Pathfinder (Zhang et al. 2022) with exact Hessians: L-BFGS walks uphill from each start; at points along the
 way the local Gaussian (the inverse Hessian's) is scored by its ELBO, and the best is kept. The mode itself is only
-one of the candidates, since at the mode of a funnel a Gaussian is useless.
+one of the candidates, since at the mode of a funnel a Gaussian is useless. Natural gradients then raise its ELBO.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BARRIER = np.log(20.0)  # modes are parted where the density between them falls
 _SAME_END = 0.1  # standard deviations between the ends of two walks to the same mode
 _ARRIVED = 1.0  # standard deviations that Newton's step from the end of a walk may have
 _FRACTION = 0.5  # of a standard deviation, by which latents are moved to see what changes; of one, where it is unknown
-_LEAST_GAIN = 0.25  # nats, below which nothing is to be gained by all of them
+_LEAST_GAIN = 0.05  # nats, below which nothing is to be gained by all of them
 _MOST_GRADIENTS = 100_000  # evaluations that seeing it may take: a thirteenth of a fit's
 _NEWTON_STEPS = 4  # to a conditional mode, as a rule
 _MOST_NEWTON_STEPS = 8  # and halvings of one

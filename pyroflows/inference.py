@@ -46,6 +46,7 @@ _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _MOST_LEGS = 4  # of a quarter as many steps again
 _MAX_ADAPTATIONS = 4  # of the non-centring, and of a centring, each from the start that the one before has found
 _WORTHWHILE = 0.5  # nats of the start's ELBO by which it has to gain for another one to be tried
+_WORTH_CENTERING = 0.1  # and for latents to be centred: of which a flow sees no more than that they are simpler
 _SEARCH_SHARE = 0.1  # of limited time or gradients, beyond which the search for a start does not go on to center
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
@@ -65,13 +66,14 @@ RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the
 class FlowVI:
     """Fits a flow to a model's posterior, with nothing to tune.
 
-    1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), where
-       latents whose prior depends on other latents are non-centred first (:class:`Noncentering`); then with the
-       pseudo-observations that the likelihood amounts to there, up to four times while that gains a nat. Latents with a
-       fixed normal prior, as in models that are non-centred by hand, are centred (:class:`Centering`) as far as the
-       likelihood's curvature depends on the other latents: around the start, and around a mode of the marginal of these
-       others, by Laplace approximations, if that gains a nat. This ends where a tenth of ``max_time`` or
-       ``max_gradients`` has been spent. The best is kept.
+    1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), and
+       improved by natural-gradient steps on its ELBO (``initialization.improve``), in coordinates chosen by what that
+       reaches. Latents whose prior depends on other latents are non-centred first (:class:`Noncentering`), then with
+       the pseudo-observations that the likelihood amounts to there, up to four times while that gains half a nat; and
+       left as they are where this gains as much. Latents with a fixed normal prior, as in models that are non-centred
+       by hand, are centred (:class:`Centering`) as far as the likelihood's curvature depends on the other latents:
+       around the start, and if that leaves half a nat also around a mode of the marginal of these others, by Laplace
+       approximations. This ends where a tenth of ``max_time`` or ``max_gradients`` has been spent.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
@@ -358,9 +360,9 @@ class FlowVI:
 
         def improved(start: Start, target: Target, rng: np.random.Generator, since: int) -> Start:
             is_spent = partial(budget.is_spent, _SEARCH_SHARE, since=since)
-            modes = [improve(target, mode, rng, is_spent) for mode in start.modes]
-            gradients = start.gradients + sum(mode.gradients for mode in modes)
-            modes = distinct(modes, target.log_density)
+            better = [improve(target, mode, rng, is_spent) for mode in start.modes]
+            gradients = start.gradients + sum(mode.gradients for mode in better)
+            modes = distinct(better, target.log_density)
             return modes[0]._replace(gradients=gradients, modes=modes)
 
         def search(u: Tensor, since: int = 0, alone: bool = False) -> tuple[Target, Start]:
@@ -417,8 +419,8 @@ class FlowVI:
     def _as_it_is(
         self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
     ) -> tuple[Target, Start]:
-        """The same, after the non-centring has been taken away, if that gains a nat: as where the data say so much of
-        the latents that their scale depends on the data alone."""
+        """The same, after the non-centring has been taken away, if that gains anything to speak of: as where the data
+        say so much of the latents that their scale depends on the data alone."""
         kept: Any = guide.noncentering
         u = guide.coordinates.forward_and_log_det(torch.as_tensor(start.loc).to(log_density.prototype))[0]
         guide.set_noncentering(None)
@@ -440,29 +442,27 @@ class FlowVI:
         search: Callable,
         budget: Budget,
     ) -> tuple[Target, Start]:
-        """The same, after latents of fixed normal priors have been centred, if that gains a nat.
+        """The same, after latents of fixed normal priors have been centred, if that gains anything to speak of.
 
-        Around the start and a mode of the marginal of the others, each time anew where that has led to, as long as it
-        gains a nat.
+        Around the start, and a mode of the marginal of the others if there is something left to gain, each time anew
+        where that has led to, as long as it gains.
         """
         priors = normal_priors(log_density, guide.prototype_trace, points_around(log_density.prototype))
         if not (priors[2] >= 0).any():
             return target, start
-        plain, best, kept, gradients, begin = target, (target, start), None, start.gradients, start
-        for first in (True, False):
-            if not first:
-                if best[1].divergence < _WORTHWHILE:
-                    break
-                is_half_spent = partial(budget.is_spent, 0.5 * _SEARCH_SHARE, since=gradients)
-                begin, evaluations = marginal_start(plain, start, *priors, is_half_spent, _numpy_rng())
-                gradients += evaluations
-                if begin is None:
-                    break
+        plain, best, kept, gradients = target, (target, start), None, start.gradients
+        begin: Start | None = start
+        while begin is not None:
             is_spent = partial(budget.is_spent, _SEARCH_SHARE, since=gradients)
             found, layer, evaluations = self._centered_from(guide, log_density, plain, begin, priors, is_spent, search)
             gradients += evaluations
-            if found is not None and found[1].elbo > best[1].elbo + (_WORTHWHILE if kept is None else 0):
+            if found is not None and found[1].elbo > best[1].elbo + (_WORTH_CENTERING if kept is None else 0):
                 best, kept = found, layer
+            if begin is not start or best[1].divergence < _WORTHWHILE:
+                break
+            is_half_spent = partial(budget.is_spent, 0.5 * _SEARCH_SHARE, since=gradients)
+            begin, evaluations = marginal_start(plain, start, *priors, is_half_spent, _numpy_rng())
+            gradients += evaluations
         guide.set_centering(kept)
         return best[0], best[1]._replace(gradients=gradients)
 

@@ -70,6 +70,20 @@ def dependent_support():
     numpyro.sample("b", dist.Uniform(0.0, a))
 
 
+def crossed(a, b, y):
+    """Effects of two ways of grouping."""
+    scale_a, scale_b, sigma = (
+        numpyro.sample(name, dist.Uniform(0.0, 100.0)) for name in ("scale_a", "scale_b", "sigma")
+    )
+    mu_a, mu_b = (numpyro.sample(name, dist.Normal(0.0, 10.0)) for name in ("mu_a", "mu_b"))
+    with numpyro.plate("of_a", 5):
+        effect_a = numpyro.sample("effect_a", dist.Normal(mu_a, scale_a))
+    with numpyro.plate("of_b", 8):
+        effect_b = numpyro.sample("effect_b", dist.Normal(mu_b, scale_b))
+    with numpyro.plate("data", 40):
+        numpyro.sample("y", dist.Normal(effect_a[..., a] + effect_b[..., b], sigma), obs=y)
+
+
 def cut_off():
     z = numpyro.sample("z", dist.Normal(0.0, 1.0))
     numpyro.factor("inside", jnp.where(z < 3.0, 0.0, -jnp.inf))

@@ -73,6 +73,18 @@ def dependent_support():
     pyro.sample("b", dist.Uniform(0.0, a))
 
 
+def crossed(a, b, y):
+    """Effects of two ways of grouping."""
+    scale_a, scale_b, sigma = (pyro.sample(name, dist.Uniform(0.0, 100.0)) for name in ("scale_a", "scale_b", "sigma"))
+    mu_a, mu_b = (pyro.sample(name, dist.Normal(0.0, 10.0)) for name in ("mu_a", "mu_b"))
+    with pyro.plate("of_a", 5):
+        effect_a = pyro.sample("effect_a", dist.Normal(mu_a, scale_a))
+    with pyro.plate("of_b", 8):
+        effect_b = pyro.sample("effect_b", dist.Normal(mu_b, scale_b))
+    with pyro.plate("data", 40):
+        pyro.sample("y", dist.Normal(effect_a[..., a] + effect_b[..., b], sigma), obs=y)
+
+
 def cut_off():
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     pyro.factor("inside", torch.where(z < 3.0, 0.0, -torch.inf))

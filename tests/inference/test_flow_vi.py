@@ -951,6 +951,50 @@ def differentiated(density, step=1e-3):
     return None, lambda x: (density(x), gradient(x)), hessian
 
 
+def test_a_start_is_the_gaussian_of_the_highest_elbo(fitter):
+    """Of exponential elements: E[H] = -exp(m + v / 2) = -1 / v and E[g] = 1 - exp(m + v / 2) = 0, so that m = -1/2."""
+    initialization = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
+    root = np.array([[2.0, 0.0, 0.0], [0.7, 0.1, 0.0], [-3.0, 0.2, 5.0]])
+    back = np.linalg.inv(root)
+
+    def log_density(x):
+        z = x @ back.T
+        return (z - np.exp(z)).sum(-1)
+
+    def value_and_grad(x):
+        return log_density(x), back.T @ (1 - np.exp(back @ x))
+
+    def hessian(x):
+        return -back.T @ np.diag(np.exp(back @ x)) @ back
+
+    target, rng = initialization.Target(log_density, value_and_grad, hessian), np.random.default_rng(0)
+    begin = initialization.Start(root @ [1.0, -2.0, 0.0], np.linalg.cholesky(0.3 * root @ root.T), -np.inf, 7)
+    found = initialization.improve(target, begin, rng)
+    np.testing.assert_allclose(back @ found.loc, -0.5, atol=0.1)
+    np.testing.assert_allclose(back @ found.scale_tril @ found.scale_tril.T @ back.T, np.eye(3), atol=0.15)
+    best = 3 * (-0.5 - 1 + 0.5 * np.log(2 * np.pi) + 0.5)
+    assert best - 0.03 < found.elbo < best + 0.15  # by 300 draws
+    assert found.divergence == pytest.approx(0.5 * 3 * (np.e - 2.5), rel=0.5)  # of z - exp(z) + (z + 1/2)^2 / 2
+    assert 7 < found.gradients < 1500
+    few = initialization.improve(target, begin, rng, lambda n: n > 100)
+    assert few.gradients <= 100 and few.elbo < found.elbo
+    outside = initialization.Target(
+        lambda x: np.full(len(x), np.nan), lambda x: (np.nan, x), lambda x: hessian(x) * np.nan
+    )
+    assert initialization.improve(outside, begin, rng).elbo == -np.inf
+
+
+def test_latents_of_which_the_data_say_enough_are_left_as_they_are(fitter):
+    """In crossed effects the non-centring takes one group's level for what the other one's is uncertain of."""
+    rng = np.random.default_rng(7)
+    a, b = rng.integers(0, 5, 40), rng.integers(0, 8, 40)
+    y = 0.3 * rng.normal(size=5)[a] + 0.4 * rng.normal(size=8)[b] + 0.2 * rng.normal(size=40)
+    posterior = fitter.run("crossed", *map(fitter.array, (a, b, y)), flow=_tiny(fitter), num_steps=20, num_particles=64)
+    assert posterior.guide.noncentered and posterior.guide.noncentering is None
+    schools = fitter.run("eight_schools", flow=_tiny(fitter), num_steps=20, num_particles=64)
+    assert schools.guide.noncentering is not None
+
+
 @pytest.mark.parametrize("kind", ["fixed", "turning", "scale", "noise"])
 def test_what_a_likelihood_amounts_to_given_the_other_latents(fitter, kind):
     """Left alone where it depends on them not at all, or otherwise than by scales."""
