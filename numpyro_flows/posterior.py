@@ -236,7 +236,7 @@ class FlowPosterior:
         with np.errstate(invalid="ignore"):  # a draw outside the model's support makes it minus infinity
             return Estimate(float(self._log_ratios.mean()), float(self._log_ratios.std() / self.num_draws**0.5))
 
-    @cached_property
+    @property
     def _elbo_inside(self) -> Estimate:
         """The ELBO of the guide cut off at the edge of the model's support; :attr:`elbo` where no draw is outside.
 

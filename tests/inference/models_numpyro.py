@@ -60,9 +60,9 @@ def gumbel():
     numpyro.sample("z", dist.Gumbel(0.0, 1.0))
 
 
-def student():
+def student(df=3.0):
     with numpyro.plate("elements", 2):
-        numpyro.sample("z", dist.StudentT(3.0, 0.0, 1.0))
+        numpyro.sample("z", dist.StudentT(df, 0.0, 1.0))
 
 
 def dependent_support():

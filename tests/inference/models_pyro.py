@@ -63,9 +63,9 @@ def gumbel():
     pyro.sample("z", dist.Gumbel(0.0, 1.0))
 
 
-def student():
+def student(df=3.0):
     with pyro.plate("elements", 2):
-        pyro.sample("z", dist.StudentT(3.0, 0.0, 1.0))
+        pyro.sample("z", dist.StudentT(df, 0.0, 1.0))
 
 
 def dependent_support():
