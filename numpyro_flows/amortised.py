@@ -329,7 +329,7 @@ class AmortisedFlowVI:
         if base is not None:
             params[f"{own.prefix}_base$params"] = parameters(base)
         refined = FlowPosterior(own, params, log_density, history, rng_key=draw_key)
-        if refined.elbo.value >= posterior.elbo.value:
+        if refined._elbo_inside.value >= posterior._elbo_inside.value:
             return refined
         posterior.history = history
         return posterior

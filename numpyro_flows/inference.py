@@ -57,7 +57,7 @@ _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _MOST_LEGS = 4  # of a quarter as many steps again
 _MAX_ADAPTATIONS = 4  # of the non-centring, and of a centring, each from the start that the one before has found
 _WORTHWHILE = 0.5  # nats of the start's ELBO by which it has to gain for another one to be tried
-_WORTH_CENTERING = 0.1  # and for latents to be centred: of which a flow sees no more than that they are simpler
+_WORTH_CENTERING = 0.1  # and for latents to be centred, which costs the flow nothing
 _SEARCH_SHARE = 0.1  # of limited time or gradients, beyond which the search for a start does not go on to center
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
@@ -375,15 +375,13 @@ class FlowVI:
             points.append(np.asarray(self._programs(_point, coordinates, log_density, samples), float))
         return points
 
+    def _latents(self, guide: AutoFlow, log_density: LogDensity, x: np.ndarray) -> Array:
+        """The latent vector of one in the guide's coordinates."""
+        coordinates = with_density(guide.coordinates, None)
+        return self._programs(forward, coordinates, log_density, jnp.asarray(x, guide.init_loc.dtype))[0]
+
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, key: Array, budget: Budget) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles these coordinates."""
-
-        def improved(start: Start, target: Target, rng: np.random.Generator, since: int) -> Start:
-            is_spent = partial(budget.is_spent, _SEARCH_SHARE, since=since)
-            better = [improve(target, mode, rng, is_spent) for mode in start.modes]
-            gradients = start.gradients + sum(mode.gradients for mode in better)
-            modes = distinct(better, target.log_density)
-            return modes[0]._replace(gradients=gradients, modes=modes)
 
         def search(u: Array, since: int = 0, alone: bool = False) -> tuple[Target, Start]:
             coordinates = with_density(guide.coordinates, None)
@@ -392,15 +390,15 @@ class FlowVI:
             for point in self._points(guide, log_density, key, 0 if alone else self.num_starts - 1, self.init_loc_fn):
                 if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     first.append(point)
-            rng = _numpy_rng(key)
-            return target, improved(find_start(target, first, rng), target, rng, since)
+            rng, is_spent = _numpy_rng(key), partial(budget.is_spent, _SEARCH_SHARE, since=since)
+            return target, improve(target, find_start(target, first, rng), rng, is_spent)
 
         target, start = search(guide.init_loc)
         if len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
         if guide.noncentering is not None:
             target, start = self._noncentered(guide, log_density, target, start, search)
-            if start.divergence > _WORTHWHILE:
+            if start.divergence > _WORTHWHILE and not budget.is_spent(_SEARCH_SHARE, start.gradients):
                 target, start = self._as_it_is(guide, log_density, target, start, search)
         if self.noncentered and not budget.is_spent(_SEARCH_SHARE, start.gradients):
             target, start = self._centered(guide, log_density, target, start, search, key, budget)
@@ -413,8 +411,7 @@ class FlowVI:
         plain: Any = guide.noncentering
         plain_target, gradients = target, start.gradients
         for _ in range(_MAX_ADAPTATIONS):
-            x, coordinates = jnp.asarray(start.loc, guide.init_loc.dtype), with_density(guide.coordinates, None)
-            u = self._programs(forward, coordinates, log_density, x)[0]
+            u = self._latents(guide, log_density, start.loc)
             at, factor = (np.asarray(a, float) for a in self._programs(_at, plain.with_density(None), log_density, u))
             told = pseudo_observations(plain_target, at, np.asarray(u, float), factor, plain.elements)
             kept: Any = guide.noncentering
@@ -437,11 +434,9 @@ class FlowVI:
     def _as_it_is(
         self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
     ) -> tuple[Target, Start]:
-        """The same, after the non-centring has been taken away, if that gains anything to speak of: as where the data
-        say so much of the latents that their scale depends on the data alone."""
+        """The same, after the non-centring has been taken away, if that gains anything to speak of."""
         kept: Any = guide.noncentering
-        x = jnp.asarray(start.loc, guide.init_loc.dtype)
-        u = self._programs(forward, with_density(guide.coordinates, None), log_density, x)[0]
+        u = self._latents(guide, log_density, start.loc)
         guide.set_noncentering(None)
         with contextlib.suppress(RuntimeError):  # no start there has a finite ELBO
             other, found = search(u, start.gradients, alone=True)
@@ -504,9 +499,8 @@ class FlowVI:
             if told is None:
                 break
             guide.set_centering(None)
-            x = jnp.asarray(around.loc, guide.init_loc.dtype)
-            u = self._programs(forward, with_density(guide.coordinates, None), log_density, x)[0]
-            layer = Centering(len(x)).with_likelihood(told)
+            u = self._latents(guide, log_density, around.loc)
+            layer = Centering(len(u)).with_likelihood(told)
             guide.set_centering(layer)
             try:
                 target, again = search(u, gradients, alone=True)
@@ -517,7 +511,7 @@ class FlowVI:
             if not gain > 0:
                 break
             found, kept = (target, again), layer
-            moved, _ = self._programs(forward, layer, log_density, jnp.asarray(again.loc, x.dtype))
+            moved, _ = self._programs(forward, layer, log_density, jnp.asarray(again.loc, u.dtype))
             around = again._replace(loc=np.asarray(moved, float))
             if gain < _WORTHWHILE:
                 break

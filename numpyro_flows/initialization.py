@@ -135,21 +135,31 @@ def find_modes(
 def improve(
     target: Target, start: Start, rng: np.random.Generator, is_spent: Callable[[int], bool] = lambda n: False
 ) -> Start:
-    """A Gaussian of higher ELBO: a local one knows the curvature at a point, this one that of the place it covers.
+    """Gaussians of higher ELBO: a local one knows the curvature at a point, these that of the places they cover.
 
     Steps of natural gradient, ``P <- P - rate (E[H] + P)`` for the precision and ``m <- m + rate E[-H]^-1 E[g]`` for
-    the mean (Opper & Archambeau 2009, eqs. 7 and 8; Khan & Nielsen 2018), with gradients ``g`` and Hessians ``H`` at a
-    few draws. A step is taken back, and the rate halved, where the ELBO by always the same draws does not rise.
+    the mean (Opper & Archambeau 2009; Khan & Nielsen 2018), with gradients ``g`` and Hessians ``H`` at a few draws. A
+    step is taken back, and the rate halved, where the ELBO by always the same draws does not rise.
 
     :param target: the log-density.
-    :param start: the Gaussian to begin with; returned where nothing is gained, and beyond ``MAX_HESSIAN_DIM``.
+    :param start: the Gaussian to begin with, and its modes; returned where nothing is gained, and beyond
+        ``MAX_HESSIAN_DIM``.
     :param rng: source of the draws.
     :param is_spent: whether so many gradient evaluations are too many.
-    :returns: the Gaussian, with the gradient evaluations of the start and its own.
+    :returns: the best, with the gradient evaluations of the start and its own.
     """
-    dim, gradients = len(start.loc), start.gradients
-    if dim > MAX_HESSIAN_DIM:
+    if len(start.loc) > MAX_HESSIAN_DIM:
         return start
+    found, gradients = [], start.gradients
+    for mode in start.modes or (start,):
+        found.append(_improved(target, mode._replace(gradients=gradients), rng, is_spent))
+        gradients = found[-1].gradients
+    modes = distinct([mode._replace(gradients=0) for mode in found], target.log_density) or (start,)
+    return modes[0]._replace(gradients=gradients, modes=modes)
+
+
+def _improved(target: Target, start: Start, rng: np.random.Generator, is_spent: Callable[[int], bool]) -> Start:
+    dim, gradients = len(start.loc), start.gradients
     noise = rng.standard_normal((_NUM_DRAWS, dim))
     found = _scored(target, start.loc, start.scale_tril, noise)
     rate, idle = 1.0, 0
@@ -167,13 +177,15 @@ def improve(
             found, rate = better, min(1.0, 1.5 * rate)
         else:
             rate *= 0.5
-    return found._replace(gradients=gradients, modes=start.modes)
+    if not np.isfinite(found.elbo):  # one of these draws is outside the model's support, and stays there
+        found = start
+    return found._replace(gradients=gradients)
 
 
 @np.errstate(all="ignore")
 def _step(target: Target, at: Start, draws: np.ndarray, rate: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """Location and scale after a step, in the coordinates of the Gaussian, where no scale changes by more than three
-    and the mean by no more than a draw is away from it; ``None`` where nothing is finite."""
+    """Location and scale after a step, in the coordinates of the Gaussian, where no precision changes by more than ten
+    times and the mean by no more than a draw is away from it; ``None`` where nothing is finite."""
     points = at.loc + draws @ at.scale_tril.T
     slopes = np.stack([target.value_and_grad(point)[1] for point in points])
     bends = np.stack([target.hessian(point) for point in points])

@@ -316,7 +316,7 @@ class AmortisedFlowVI:
             return posterior
         history = history._replace(gradients=vi.num_particles * len(history.elbo), seconds=time.perf_counter() - begin)
         refined = FlowPosterior(own, log_density, history)
-        if refined.elbo.value >= posterior.elbo.value:
+        if refined._elbo_inside.value >= posterior._elbo_inside.value:
             return refined
         posterior.history = history
         return posterior

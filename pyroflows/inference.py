@@ -46,7 +46,7 @@ _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _MOST_LEGS = 4  # of a quarter as many steps again
 _MAX_ADAPTATIONS = 4  # of the non-centring, and of a centring, each from the start that the one before has found
 _WORTHWHILE = 0.5  # nats of the start's ELBO by which it has to gain for another one to be tried
-_WORTH_CENTERING = 0.1  # and for latents to be centred: of which a flow sees no more than that they are simpler
+_WORTH_CENTERING = 0.1  # and for latents to be centred, which costs the flow nothing
 _SEARCH_SHARE = 0.1  # of limited time or gradients, beyond which the search for a start does not go on to center
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
@@ -355,15 +355,12 @@ class FlowVI:
             points.append(x[0].double().numpy(force=True))
         return points
 
+    def _latents(self, guide: AutoFlow, log_density: LogDensity, x: np.ndarray) -> Tensor:
+        """The latent vector of one in the guide's coordinates."""
+        return guide.coordinates.forward_and_log_det(torch.as_tensor(x).to(log_density.prototype))[0]
+
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, budget: Budget) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles these coordinates."""
-
-        def improved(start: Start, target: Target, rng: np.random.Generator, since: int) -> Start:
-            is_spent = partial(budget.is_spent, _SEARCH_SHARE, since=since)
-            better = [improve(target, mode, rng, is_spent) for mode in start.modes]
-            gradients = start.gradients + sum(mode.gradients for mode in better)
-            modes = distinct(better, target.log_density)
-            return modes[0]._replace(gradients=gradients, modes=modes)
 
         def search(u: Tensor, since: int = 0, alone: bool = False) -> tuple[Target, Start]:
             target = self._target(pulled_back(log_density, guide.coordinates))
@@ -371,18 +368,18 @@ class FlowVI:
             for point in self._points(guide, log_density, 0 if alone else self.num_starts - 1, self.init_loc_fn):
                 if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     first.append(point)
-            rng = _numpy_rng()
+            rng, is_spent = _numpy_rng(), partial(budget.is_spent, _SEARCH_SHARE, since=since)
             found = find_start(target, first, rng)
             if log_density.mode == "loop":  # a Hessian takes a run of the model for each of its rows
                 return target, found
-            return target, improved(found, target, rng, since)
+            return target, improve(target, found, rng, is_spent)
 
         target, start = search(log_density.prototype)
         if len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
         if guide.noncentering is not None:
             target, start = self._noncentered(guide, log_density, target, start, search)
-            if start.divergence > _WORTHWHILE:
+            if start.divergence > _WORTHWHILE and not budget.is_spent(_SEARCH_SHARE, start.gradients):
                 target, start = self._as_it_is(guide, log_density, target, start, search)
         if self.noncentered and not budget.is_spent(_SEARCH_SHARE, start.gradients):
             target, start = self._centered(guide, log_density, target, start, search, budget)
@@ -395,7 +392,7 @@ class FlowVI:
         plain: Any = guide.noncentering
         plain_target, gradients = target, start.gradients
         for _ in range(_MAX_ADAPTATIONS):
-            u = guide.coordinates.forward_and_log_det(torch.as_tensor(start.loc).to(log_density.prototype))[0]
+            u = self._latents(guide, log_density, start.loc)
             x = plain.inverse_and_log_det(u)[0]
             at, factor, centred = (t.double().numpy(force=True) for t in (x, plain.factor(x), u))
             told = pseudo_observations(plain_target, at, centred, factor, plain.elements)
@@ -419,10 +416,9 @@ class FlowVI:
     def _as_it_is(
         self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
     ) -> tuple[Target, Start]:
-        """The same, after the non-centring has been taken away, if that gains anything to speak of: as where the data
-        say so much of the latents that their scale depends on the data alone."""
+        """The same, after the non-centring has been taken away, if that gains anything to speak of."""
         kept: Any = guide.noncentering
-        u = guide.coordinates.forward_and_log_det(torch.as_tensor(start.loc).to(log_density.prototype))[0]
+        u = self._latents(guide, log_density, start.loc)
         guide.set_noncentering(None)
         with contextlib.suppress(RuntimeError):  # no start there has a finite ELBO
             other, found = search(u, start.gradients, alone=True)
@@ -484,9 +480,8 @@ class FlowVI:
             if told is None:
                 break
             guide.set_centering(None)
-            x = torch.as_tensor(around.loc).to(log_density.prototype)
-            u = guide.coordinates.forward_and_log_det(x)[0]
-            layer = Centering(len(x)).to(x).with_likelihood(told)
+            u = self._latents(guide, log_density, around.loc)
+            layer = Centering(len(u)).to(u).with_likelihood(told)
             guide.set_centering(layer)
             try:
                 target, again = search(u, gradients, alone=True)
@@ -497,7 +492,7 @@ class FlowVI:
             if not gain > 0:
                 break
             found, kept = (target, again), layer
-            moved = layer.forward_and_log_det(torch.as_tensor(again.loc).to(x))[0]
+            moved = layer.forward_and_log_det(torch.as_tensor(again.loc).to(u))[0]
             around = again._replace(loc=moved.double().numpy(force=True))
             if gain < _WORTHWHILE:
                 break

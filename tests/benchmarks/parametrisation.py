@@ -6,17 +6,16 @@ Both forms of a model have the same evidence, so that their ELBOs can be compare
 anything: latents whose prior depends on others are non-centred by the guide, those of a fixed normal prior centred.
 
 ``groups``: varying intercepts and slopes of 919 observations in 85 groups (as simulated in ``tests.benchmarks.radon``);
-``counts``: Poisson counts of 40 groups with a log-rate each; ``walk``: the volatility of 60 returns, a stationary
-autoregression; ``process``: Poisson counts at 30 places, whose log-rate is a Gaussian process of unknown amplitude and
-length scale. Columns: number of latents, log evidence, its gap to the ELBO in nats (also that of the first fit), Pareto
-k, the verdict's first words, millions of gradients, seconds with compilation. ``--plain`` adds fits with
+``counts``: Poisson counts of 40 groups with a log-rate each; ``walk``: the volatility of ``tests.benchmarks.neutra``;
+``process``: Poisson counts at 30 places, whose log-rate is a Gaussian process of unknown amplitude and length scale.
+Columns: number of latents, log evidence, its gap to the ELBO in nats (also that of the first fit), Pareto k, the
+verdict's first words, millions of gradients, seconds with compilation. ``--plain`` adds fits with
 ``noncentered=False``. float64.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import time
 import warnings
@@ -25,14 +24,16 @@ from typing import Any
 
 import numpy as np
 
+from tests.benchmarks.neutra import NumPyro, Pyro
 from tests.benchmarks.posteriors import print_row
 from tests.benchmarks.radon import simulated
 
-GROUPS, TIMES, PLACES = 40, 60, 30
+GROUPS, PLACES = 40, 30
 
 
-def models(ecosystem: Any, xp: Any, array: Callable) -> dict[str, Callable[[bool], None]]:
+def models(lab: Any, ecosystem: Any, xp: Any) -> dict[str, Callable[[bool], None]]:
     """``model(centred)`` by name, in NumPyro or Pyro (``ecosystem``) with jax.numpy or torch (``xp``)."""
+    array, volatility = lab.array, lab.targets["volatility"]
     dist, sample, plate = ecosystem.distributions, ecosystem.sample, ecosystem.plate
     rng = np.random.default_rng(0)
     county, floor, uranium, radon = simulated()
@@ -69,21 +70,6 @@ def models(ecosystem: Any, xp: Any, array: Callable) -> dict[str, Callable[[bool
         with plate("groups", GROUPS):
             sample("y", dist.Poisson(xp.exp(log_rate)), obs=array(observed.astype(float)))
 
-    walk_of = np.zeros(TIMES)
-    for t in range(1, TIMES):
-        walk_of[t] = 0.95 * walk_of[t - 1] + 0.25 * rng.standard_normal()
-    returns = np.exp(walk_of / 2) * rng.standard_normal(TIMES)
-    lag = np.subtract.outer(np.arange(TIMES), np.arange(TIMES))
-
-    def walk(centred: bool) -> None:
-        mu, sigma = sample("mu", dist.Normal(array(0.0), 2.0)), sample("sigma", dist.HalfNormal(array(0.5)))
-        phi = sample("phi", dist.Beta(array(20.0), array(1.5)))
-        first = array((lag >= 0) & (np.arange(TIMES) == 0))  # of a stationary process
-        root = sigma * array(lag >= 0) * phi ** array(np.maximum(lag, 0)) * xp.where(first, (1 - phi**2) ** -0.5, 1.0)
-        h = mu + correlated("h", root, TIMES, centred)
-        with plate("times", TIMES):
-            sample("y", dist.Normal(array(0.0), xp.exp(h / 2)), obs=array(returns))
-
     places = np.linspace(0, 6, PLACES)
     at_places = rng.poisson(np.exp(1 + np.sin(places)))
     square = array(np.square(places[:, None] - places))
@@ -98,27 +84,10 @@ def models(ecosystem: Any, xp: Any, array: Callable) -> dict[str, Callable[[bool
         with plate("places", PLACES):
             sample("y", dist.Poisson(xp.exp(1.0 + f)), obs=array(at_places.astype(float)))
 
+    def walk(centred: bool) -> None:
+        (volatility.model if centred else volatility.noncentred)()
+
     return {"groups": groups, "counts": counts, "walk": walk, "process": process}
-
-
-def backend(name: str) -> tuple[Any, Any, Callable, Callable]:
-    """Ecosystem, array module, conversion, and ``fit(model, seed, **options)``."""
-    ecosystem = importlib.import_module(name)
-    if name == "numpyro":
-        ecosystem.enable_x64()
-        jax, xp, package = importlib.import_module("jax"), importlib.import_module("jax.numpy"), "numpyro_flows"
-        array, key = xp.asarray, lambda seed: (jax.random.key(seed),)
-    else:
-        xp, package = importlib.import_module("torch"), "pyroflows"
-        xp.set_default_dtype(xp.float64)
-        ecosystem.enable_validation(False)
-        array, key = xp.as_tensor, lambda seed: ecosystem.set_rng_seed(seed) or ()
-    flow_vi = importlib.import_module(package).FlowVI
-
-    def fit(model: Callable, seed: int, **options: Any) -> Any:
-        return flow_vi(model, progress_bar=False, **options).run(*key(seed))
-
-    return ecosystem, xp, array, fit
 
 
 def main() -> None:
@@ -129,8 +98,12 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="also with noncentered=False")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    ecosystem, xp, array, fit = backend(options.backend)
-    known = models(ecosystem, xp, array)
+    if options.backend == "numpyro":
+        lab: Any = NumPyro()
+        known = models(lab, lab.numpyro, lab.jax.numpy)
+    else:
+        lab = Pyro()
+        known = models(lab, lab.pyro, lab.torch)
     if unknown := [name for name in options.models if name not in known]:
         raise SystemExit(f"Unknown models {unknown}: there are {list(known)}.")
     print("| model | form | d | log evidence | gap | of the first fit | Pareto k | verdict | gradients | s |")
@@ -140,7 +113,7 @@ def main() -> None:
             for centred in (True, False):
                 for seed in range(options.seeds):
                     begin = time.perf_counter()
-                    posterior = fit(lambda: known[name](centred), seed, noncentered=noncentered)  # noqa: B023
+                    posterior = lab.fit(lambda: known[name](centred), seed, noncentered=noncentered)  # noqa: B023
                     seconds = time.perf_counter() - begin
                     first = re.search(r"gap (\S+),", posterior.history.tried[0])
                     form = ("centred" if centred else "by hand") + ("" if noncentered else ", plain")
