@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +13,6 @@ from numpyro_flows.distributions import Base, FlowDistribution, distribution_of
 from numpyro_flows.transform_module import Compose, Repeat, TransformModule
 from numpyro_flows.transforms import Continuous
 
-_LARGEST_WEIGHT = 8.0  # of an importance weight, in means
-
-
-class Terms(NamedTuple):
-    """What an ELBO is the mean of, and what its steps need besides."""
-
-    values: Array  # log p(u) - log q(u), (n,)
-    log_q: Array | None  # log q(u), (n,), whose gradient is that of a density at fixed u; of the path estimator
-
 
 def elbo_terms(
     transform: TransformModule,
@@ -31,7 +21,7 @@ def elbo_terms(
     x: Array,
     *,
     path: bool = False,
-) -> Terms:
+) -> Array:
     """``log p(u) - log q(u)`` at ``u = transform(x)``; its mean over ``x ~ base`` is the ELBO.
 
     :param transform: the flow from the base to the unconstrained latents.
@@ -46,11 +36,11 @@ def elbo_terms(
     log_base = distribution_of(base).log_prob(x)
     if not path:
         u, log_det = transform.forward_and_log_det(x)
-        return Terms(log_density(u) - log_base + log_det, None)
+        return log_density(u) - log_base + log_det
     u, log_det, score = transform.forward_and_score(x, _score(base, x))
     log_q = log_base - log_det
     moved = (score * (u - lax.stop_gradient(u))).sum(-1)  # zero; its gradient is that of log q by way of the draws
-    return Terms(log_density(u) - lax.stop_gradient(log_q) - moved, log_q - moved)
+    return log_density(u) - lax.stop_gradient(log_q) - moved
 
 
 def unfolded(
@@ -61,21 +51,6 @@ def unfolded(
     if not isinstance(distribution, FlowDistribution):
         return transform, base
     return Compose([distribution.transform, transform]), distribution.base_dist
-
-
-def forward_kl(log_q: Array, log_ratios: Array) -> Array:
-    """A loss whose gradient estimates that of ``KL(p || q)``, by truncated self-normalised importance weights.
-
-    The ELBO says little about the tails of ``q``; this says that ``q`` must not be small where ``p`` is not, which is
-    what keeps importance weights bounded. No weight counts for more than eight times the mean one (Ionides 2008,
-    truncated importance sampling), or single draws would rule the steps. The mean of ``log q``, whose gradient has
-    expectation zero, is a control variate: the gradient vanishes where the weights are equal.
-
-    :param log_q: of draws of ``q`` ``(n,)``, held fixed: as ``elbo_terms`` returns it.
-    :param log_ratios: ``log p(u) - log q(u)`` ``(n,)``, held fixed.
-    """
-    weights = jnp.minimum(jax.nn.softmax(lax.stop_gradient(log_ratios)), _LARGEST_WEIGHT / len(log_q))
-    return log_q.mean() - (weights * log_q).sum() / weights.sum()
 
 
 def score_gradient(terms: Array, log_density: Array) -> Array:

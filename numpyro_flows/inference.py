@@ -21,7 +21,7 @@ from tqdm import tqdm
 from numpyro_flows import flows
 from numpyro_flows.centering import Centering, normal_priors
 from numpyro_flows.distributions import Base, FlexibleBase, MixtureBase
-from numpyro_flows.elbo import elbo_terms, forward_kl, score_gradient, unfolded
+from numpyro_flows.elbo import elbo_terms, score_gradient, unfolded
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import check_base
 from numpyro_flows.initialization import (
@@ -69,7 +69,6 @@ _GAP_NEAR = 0.1  # above which more steps will not do: the flow is not rich enou
 _GAP_HOPELESS = 0.15  # before annealing, which would spend half of the steps on what a richer flow is needed for
 _RICHER_STEPS, _RICHER_RATE = 0.6, 2.0  # of a fit with a richer flow, in those of the first: as good, in less time
 _HOPELESS_FROM = 1000  # steps, before which the ELBO's rise does not foretell where it ends
-_K_TAILS = 0.5  # of Pareto k, below which a poor fit goes on without the forward KL divergence, which costs ELBO
 RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the default one turns to
 
 
@@ -88,8 +87,7 @@ class FlowVI:
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
        of 250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
-    3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the forward KL
-       divergence added to the loss, which makes the tails wide enough for importance weights. Left out where the KL
+    3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine. Left out where the KL
        divergence is above 0.15 still, and phase 5 may take as long as it needs; and phase 2 ends, from 1,000 steps on,
        once the KL divergence would stay above it were the ELBO to rise on as it last did.
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
@@ -209,9 +207,8 @@ class FlowVI:
             if other.noncentering is not None:
                 other.set_noncentering(guide.noncentering)
             other.set_centering(guide.centering)
-            tails = not posterior.pareto_k < _K_TAILS
             begin = start._replace(modes=modes)
-            found = self._fit(other, log_density, begin, key, draw_key, budget, tails, richer=richer)
+            found = self._fit(other, log_density, begin, key, draw_key, budget, richer=richer)
             if not found.history.interrupted:
                 self._note_missed(found, modes, target, budget)
             return found
@@ -307,7 +304,6 @@ class FlowVI:
         fit_key: Array,
         draw_key: Array,
         budget: Budget,
-        tails: bool = True,
         hopeless: float = np.inf,
         richer: bool = False,
     ) -> FlowPosterior:
@@ -321,7 +317,7 @@ class FlowVI:
         if richer:
             steps, rate = max(round(_RICHER_STEPS * steps), 1), _RICHER_RATE * rate
         schedule = budget.schedule(steps, self.num_particles, rate, hopeless=hopeless)
-        fit = self._ascend(guide, log_density, fit_key, schedule, tails=tails)
+        fit = self._ascend(guide, log_density, fit_key, schedule)
         return self._posterior(guide, log_density, fit, schedule, draw_key, budget, self.num_particles)
 
     def _go_on(self, posterior: FlowPosterior, fit_key: Array, draw_key: Array, budget: Budget) -> FlowPosterior:
@@ -331,8 +327,7 @@ class FlowVI:
         schedule = budget.schedule(steps, num_particles, 0.5 * self.learning_rate, annealing=True)
         guide, layers = posterior.guide, posterior._transform.layers
         modules = Compose(layers[: -len(guide.outer_layers)]), posterior._base
-        tails = not posterior.pareto_k < _K_TAILS
-        fit = self._ascend(guide, posterior.log_density, fit_key, schedule, modules, num_particles, tails)
+        fit = self._ascend(guide, posterior.log_density, fit_key, schedule, modules, num_particles)
         found = self._posterior(guide, posterior.log_density, fit, schedule, draw_key, budget, num_particles)
         found._look_at(posterior._modes, np.random.default_rng(0))
         history = found.history
@@ -554,7 +549,6 @@ class FlowVI:
         schedule: Schedule | None = None,
         modules: tuple[TransformModule, Base | None] | None = None,
         num_particles: int | None = None,
-        tails: bool = True,
     ) -> tuple[TransformModule, Base | None, History]:
         """Phases 2 and 3, in the coordinates of the start, from the guide's first parameters or given modules."""
         assert guide.transform is not None
@@ -567,7 +561,7 @@ class FlowVI:
         if use_path is None:
             passes, inverse_passes = inner.passes
             use_path = inverse_passes <= passes
-        ascent = _Ascent(log_density, with_density(outer, None), rest, fixed_base, n, use_path, use_path and tails)
+        ascent = _Ascent(log_density, with_density(outer, None), rest, fixed_base, n, use_path)
         state = first_state(params)
         trace: list[float] = []
         divergence: list[float] = []
@@ -576,7 +570,7 @@ class FlowVI:
         with tqdm(total=schedule.expected_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
             try:
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
-                    inputs = np.asarray(schedule.annealing), state, np.asarray(step_sizes, dtype), key
+                    inputs = state, np.asarray(step_sizes, dtype), key
                     state, outputs = guide._programs(_chunk, ascent, *inputs, np.asarray(len(trace)))
                     elbos, divergences, skipped = jax.device_get(outputs)
                     trace += [value if np.isfinite(value) else np.nan for value in elbos.tolist()]
@@ -617,7 +611,6 @@ class _Ascent(eqx.Module):
     fixed_base: Any  # where no base is learned
     num_particles: int = eqx.field(static=True)
     path: bool = eqx.field(static=True)
-    tails: bool = eqx.field(static=True)  # whether annealing adds the forward KL divergence
 
     def modules(self, params: Any) -> tuple[TransformModule, Any]:
         transform, learned = eqx.combine(params, self.rest)
@@ -628,30 +621,28 @@ class _Ascent(eqx.Module):
         u, log_det = with_density(self.outer, self.log_density).forward_and_log_det(z)
         return jax.vmap(self.log_density)(u) + log_det
 
-    def loss(self, params: Any, annealing: Array, key: Array) -> tuple[Array, Array]:
+    def loss(self, params: Any, key: Array) -> tuple[Array, Array]:
         (flow, base), n = unfolded(*self.modules(params)), self.num_particles
         x, log_density_of_base = base.draw(key, n) if isinstance(base, Base) else (base.sample(key, (n,)), None)
-        terms, log_q = elbo_terms(flow, base, self.whitened, x, path=self.path)
+        terms = elbo_terms(flow, base, self.whitened, x, path=self.path)
         loss = -terms.mean()
         if log_density_of_base is not None:
             loss = loss + score_gradient(terms, log_density_of_base)
-        if log_q is not None and self.tails:  # one program for both phases
-            loss = loss + forward_kl(jnp.where(annealing, log_q, lax.stop_gradient(log_q)), terms)
         return loss, terms
 
-    def step(self, annealing: Array, state: tuple, step_size: Array, key: Array) -> tuple[tuple, tuple[Array, Array]]:
-        gradient, terms = jax.grad(self.loss, has_aux=True)(state[0], annealing, key)
+    def step(self, state: tuple, step_size: Array, key: Array) -> tuple[tuple, tuple[Array, Array]]:
+        gradient, terms = jax.grad(self.loss, has_aux=True)(state[0], key)
         return update(state, gradient, step_size), (terms.mean(), 0.5 * terms.var())
 
 
 def _chunk(
-    ascent: _Ascent, annealing: Array, state: tuple, step_sizes: Array, key: Array, done: Array
+    ascent: _Ascent, state: tuple, step_sizes: Array, key: Array, done: Array
 ) -> tuple[tuple, tuple[Array, Array, Array]]:
     """Several steps: the state after them, ELBO and approximate KL divergence of each, steps skipped so far."""
 
     def step(state: tuple, given: tuple[Array, Array]) -> tuple[tuple, tuple[Array, Array]]:
         number, step_size = given
-        return ascent.step(annealing, state, step_size, jax.random.fold_in(key, number))
+        return ascent.step(state, step_size, jax.random.fold_in(key, number))
 
     numbers = done + jnp.arange(len(step_sizes))
     state, (elbos, divergences) = lax.scan(step, state, (numbers, step_sizes))

@@ -23,6 +23,7 @@ from numpyro_flows.programs import Programs
 from numpyro_flows.transform_module import Compose, TransformModule
 
 WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
+_ROWS = 256  # of a Hessian at once: as many as a fit has draws in a step
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
 LOCATION_SCALE = (dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.LogNormal)
 
@@ -304,4 +305,11 @@ def value_and_grad(log_density: LogDensity, coordinates: TransformModule, x: Arr
 
 def hessian(log_density: LogDensity, coordinates: TransformModule, x: Array) -> Array:
     """Hessian ``(dim, dim)`` of that log-density."""
-    return jax.hessian(pulled_back(log_density, coordinates))(x)
+    density = pulled_back(log_density, coordinates)
+    if len(x) <= _ROWS:
+        return jax.hessian(density)(x)
+
+    def row(axis: Array) -> Array:
+        return jax.jvp(jax.grad(density), (x,), (axis,))[1]
+
+    return lax.map(row, jnp.eye(len(x), dtype=x.dtype), batch_size=_ROWS)

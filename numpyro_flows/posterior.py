@@ -21,7 +21,7 @@ from numpyro_flows.distributions import BASES, FlowDistribution
 from numpyro_flows.evidence import Estimate
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import FACTORIES
-from numpyro_flows.initialization import MAX_HESSIAN_DIM, Start, missed_mass
+from numpyro_flows.initialization import Start, missed_mass
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.noncentering import forward, log_densities, with_density
 from numpyro_flows.programs import quick_key
@@ -29,6 +29,7 @@ from numpyro_flows.refinement import RefinedPosterior
 from numpyro_flows.transform_module import TransformModule, parameters
 from numpyro_flows.transforms import TriangularAffine
 
+_MAX_JACOBIAN_DIM = 300  # of a flow, which automatic differentiation is worth
 _BATCH = 256  # draws per pass over the model: bounds the memory
 _MANY = 10_000  # and over the flow
 _AT_ONCE = 512  # points whose density is found at once, so that one program serves few and many
@@ -334,7 +335,7 @@ class FlowPosterior:
         estimate. Infinite where the inverse is not found.
         """
         u, scale = self.draws.unconstrained[:16], self.draws.unconstrained.std(0)
-        with_jacobian = self._transform.log_det_is_exact and u.shape[-1] <= MAX_HESSIAN_DIM
+        with_jacobian = self._transform.log_det_is_exact and u.shape[-1] <= _MAX_JACOBIAN_DIM
 
         try:
             found = float(self._programs(_flow_error, self._flow[0], self.log_density, u, scale, with_jacobian))

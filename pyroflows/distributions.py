@@ -169,11 +169,13 @@ class FlexibleBase(Base):
     importance weights unbounded.
 
     :param dim: size of a draw.
-    :param df: tail index at the start: about the degrees of freedom of a Student-t with such tails.
+    :param df: tail index at the start: about the degrees of freedom of a Student-t with such tails. Unless given, 20,
+        and in more than ten dimensions ``20 sqrt(dim / 10)``: what they cost a normal then stays the same.
     """
 
-    def __init__(self, dim: int, df: float = 20.0):
+    def __init__(self, dim: int, df: float | None = None):
         super().__init__()
+        df = 20.0 * max(1.0, dim / 10) ** 0.5 if df is None else df
         check_tail_index(df)
         self.skewness = Elementwise(dim, SinhArcsinh())
         self.tails = Elementwise(dim, _HeavyTails())

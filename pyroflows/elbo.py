@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -13,15 +12,6 @@ from pyroflows.distributions import Base, FlowDistribution, distribution_of
 from pyroflows.transform_module import Compose, TransformModule, differentiable
 from pyroflows.transforms import Continuous
 
-_LARGEST_WEIGHT = 8.0  # of an importance weight, in means
-
-
-class Terms(NamedTuple):
-    """What an ELBO is the mean of, and what its steps need besides."""
-
-    values: Tensor  # log p(u) - log q(u), (n,)
-    log_q: Tensor | None  # log q(u), (n,), whose gradient is that of a density at fixed u; of the path estimator
-
 
 def elbo_terms(
     transform: TransformModule,
@@ -30,7 +20,7 @@ def elbo_terms(
     x: Tensor,
     *,
     path: bool = False,
-) -> Terms:
+) -> Tensor:
     """``log p(u) - log q(u)`` at ``u = transform(x)``; its mean over ``x ~ base`` is the ELBO.
 
     :param transform: the flow from the base to the unconstrained latents.
@@ -44,7 +34,7 @@ def elbo_terms(
     """
     if not path:
         u, log_det = transform.forward_and_log_det(x)
-        return Terms(log_density(u) - distribution_of(base).log_prob(x) + log_det, None)
+        return log_density(u) - distribution_of(base).log_prob(x) + log_det
     with torch.enable_grad():
         x = differentiable(x).view_as(x)  # a tensor of its own, at which the score's gradient ends
         log_base = distribution_of(base).log_prob(x)
@@ -52,7 +42,7 @@ def elbo_terms(
     u, log_det, score = transform.forward_and_score(x, score)
     log_q = log_base - log_det
     moved = (score * (u - u.detach())).sum(-1)  # zero; its gradient is that of log q by way of the draws
-    return Terms(log_density(u) - log_q.detach() - moved, log_q - moved)
+    return log_density(u) - log_q.detach() - moved
 
 
 def unfolded(
@@ -63,21 +53,6 @@ def unfolded(
     if not (isinstance(distribution, FlowDistribution) and isinstance(distribution.transform, TransformModule)):
         return transform, base
     return Compose([distribution.transform, transform]), distribution.base_dist
-
-
-def forward_kl(log_q: Tensor, log_ratios: Tensor) -> Tensor:
-    """A loss whose gradient estimates that of ``KL(p || q)``, by truncated self-normalised importance weights.
-
-    The ELBO says little about the tails of ``q``; this says that ``q`` must not be small where ``p`` is not, which is
-    what keeps importance weights bounded. No weight counts for more than eight times the mean one (Ionides 2008,
-    truncated importance sampling), or single draws would rule the steps. The mean of ``log q``, whose gradient has
-    expectation zero, is a control variate: the gradient vanishes where the weights are equal.
-
-    :param log_q: of draws of ``q`` ``(n,)``, held fixed: as ``elbo_terms`` returns it.
-    :param log_ratios: ``log p(u) - log q(u)`` ``(n,)``, held fixed.
-    """
-    weights = torch.softmax(log_ratios.detach(), 0).clamp_max(_LARGEST_WEIGHT / len(log_q))
-    return log_q.mean() - (weights * log_q).sum() / weights.sum()
 
 
 def score_gradient(terms: Tensor, log_density: Tensor) -> Tensor:

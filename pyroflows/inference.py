@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pyroflows import flows
 from pyroflows.centering import Centering, normal_priors
 from pyroflows.distributions import Base, FlexibleBase, MixtureBase, distribution_of
-from pyroflows.elbo import elbo_terms, forward_kl, score_gradient, unfolded
+from pyroflows.elbo import elbo_terms, score_gradient, unfolded
 from pyroflows.graphs import recorded_step
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base
@@ -58,8 +58,7 @@ _GAP_NEAR = 0.1  # above which more steps will not do: the flow is not rich enou
 _GAP_HOPELESS = 0.15  # before annealing, which would spend half of the steps on what a richer flow is needed for
 _RICHER_STEPS, _RICHER_RATE = 0.6, 2.0  # of a fit with a richer flow, in those of the first: as good, in less time
 _HOPELESS_FROM = 1000  # steps, before which the ELBO's rise does not foretell where it ends
-_RECORD_FROM = 1000  # steps of a phase for which it is worth while to record one
-_K_TAILS = 0.5  # of Pareto k, below which a poor fit goes on without the forward KL divergence, which costs ELBO
+_RECORD_FROM = 1000  # steps for which it is worth while to record one
 RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the default one turns to
 
 
@@ -78,8 +77,7 @@ class FlowVI:
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
        of 250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
-    3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine, with the forward KL
-       divergence added to the loss, which makes the tails wide enough for importance weights. Left out where the KL
+    3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine. Left out where the KL
        divergence is above 0.15 still, and phase 5 may take as long as it needs; and phase 2 ends, from 1,000 steps on,
        once the KL divergence would stay above it were the ELBO to rise on as it last did.
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
@@ -96,8 +94,8 @@ class FlowVI:
     non-centring``. The last three are held fixed, so that the flow works on a posterior of about unit scale. Steps with
     a gradient that is not finite are skipped and counted; one of more than ten times the median length of the last 25
     is shortened to that.
-    Where a phase has 1,000 steps or more, one is recorded as a graph which the others
-    run (``graphs.recorded_step``): what the model reads besides its arguments is taken as it was then.
+    The first of 1,000 steps or more is recorded as a graph which the others run (``graphs.recorded_step``): what the
+    model reads besides its arguments is taken as it was then.
 
     :param model: Pyro model with continuous latents.
     :param flow: factory ``flow(dim) -> TransformModule``.
@@ -191,8 +189,7 @@ class FlowVI:
             if other.noncentering is not None:
                 other.set_noncentering(guide.noncentering)
             other.set_centering(guide.centering)
-            tails = not posterior.pareto_k < _K_TAILS
-            found = self._fit(other, log_density, start._replace(modes=modes), budget, tails, richer=richer)
+            found = self._fit(other, log_density, start._replace(modes=modes), budget, richer=richer)
             if not found.history.interrupted:
                 self._note_missed(found, modes, target, budget)
             return found
@@ -274,7 +271,6 @@ class FlowVI:
         log_density: LogDensity,
         start: Start,
         budget: Budget,
-        tails: bool = True,
         hopeless: float = np.inf,
         richer: bool = False,
     ) -> FlowPosterior:
@@ -288,7 +284,7 @@ class FlowVI:
         if richer:
             steps, rate = max(round(_RICHER_STEPS * steps), 1), _RICHER_RATE * rate
         schedule = budget.schedule(steps, self.num_particles, rate, hopeless=hopeless)
-        return self._trained(guide, log_density, schedule, budget, self.num_particles, tails)
+        return self._trained(guide, log_density, schedule, budget, self.num_particles)
 
     def _go_on(self, posterior: FlowPosterior, budget: Budget) -> FlowPosterior:
         """Trains a copy of the guide from where it stands: half the step size, and falling from the first step."""
@@ -299,8 +295,7 @@ class FlowVI:
         for module in (guide.transform, guide._modules.get("learned_base")):
             if module is not None:
                 module.requires_grad_(True)
-        tails = not posterior.pareto_k < _K_TAILS
-        found = self._trained(guide, posterior.log_density, schedule, budget, num_particles, tails)
+        found = self._trained(guide, posterior.log_density, schedule, budget, num_particles)
         found._look_at(posterior._modes, np.random.default_rng(0))
         history = found.history
         found.history = history._replace(
@@ -317,10 +312,9 @@ class FlowVI:
         schedule: Schedule,
         budget: Budget,
         num_particles: int,
-        tails: bool,
     ) -> FlowPosterior:
         """What training the guide finds, with what the run has spent."""
-        history = self._ascend(guide, log_density, schedule, num_particles, tails)
+        history = self._ascend(guide, log_density, schedule, num_particles)
         budget.gradients += num_particles * len(history.elbo)
         if schedule.late:
             budget.stopped = "max_time"
@@ -528,7 +522,6 @@ class FlowVI:
         log_density: LogDensity,
         schedule: Schedule | None = None,
         num_particles: int | None = None,
-        tails: bool = True,
     ) -> History:
         """Phases 2 and 3, in the coordinates of the start; trains the guide in place, from where it stands."""
         schedule = schedule or Schedule(self.num_steps, self.learning_rate)
@@ -551,28 +544,19 @@ class FlowVI:
         flow, base = unfolded(inner, base)
         ascent = Ascent(parameters)
 
-        def gradient(annealing: bool) -> tuple[Tensor, Tensor]:
+        def gradient() -> tuple[Tensor, Tensor]:
             """ELBO with approximate KL divergence, and the gradient of the loss."""
             x, log_density_of_base = base.draw(n) if isinstance(base, Base) else (base.sample((n,)), None)
-            terms, log_q = elbo_terms(flow, base, whitened, x, path=use_path)
+            terms = elbo_terms(flow, base, whitened, x, path=use_path)
             loss = -terms.mean()
             if log_density_of_base is not None:
                 loss = loss + score_gradient(terms, log_density_of_base)
-            if log_q is not None and annealing and tails:
-                loss = loss + forward_kl(log_q, terms)
             terms = terms.detach()
             return torch.stack([terms.mean(), 0.5 * terms.var(correction=0)]), ascent.gradient(loss)
 
-        gradients: dict[bool, Callable[[], tuple[Tensor, ...]]] = {}
-
-        def step(step_size: float, annealing: bool) -> Tensor:
+        def step(gradient: Callable[[], tuple[Tensor, ...]], step_size: float) -> Tensor:
             """ELBO, approximate KL divergence, and whether the step was skipped."""
-            if annealing not in gradients:
-                steps_left = schedule.expected_steps - len(trace)
-                worth_it = density.mode != "loop" and (steps_left if annealing else steps_left / 2) >= _RECORD_FROM
-                plain = partial(gradient, annealing)
-                gradients[annealing] = recorded_step(plain, density.prototype.device) if worth_it else plain
-            values, slope = gradients[annealing]()
+            values, slope = gradient()
             return torch.cat([values, ascent.update(slope, step_size).to(values)[None]])
 
         trace: list[float] = []
@@ -581,8 +565,10 @@ class FlowVI:
         best = -np.inf, copies(parameters)
         with tqdm(total=schedule.expected_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
             try:
+                worth_it = density.mode != "loop" and schedule.expected_steps >= _RECORD_FROM
+                prepared = recorded_step(gradient, density.prototype.device) if worth_it else gradient
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
-                    done = torch.stack([step(float(size), schedule.annealing) for size in step_sizes])
+                    done = torch.stack([step(prepared, float(size)) for size in step_sizes])
                     elbos, divergences, skips = done.T.tolist()
                     trace += [value if np.isfinite(value) else np.nan for value in elbos]
                     divergence += divergences

@@ -20,12 +20,13 @@ from pyroflows.distributions import BASES, FlowDistribution
 from pyroflows.evidence import Estimate
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import FACTORIES
-from pyroflows.initialization import MAX_HESSIAN_DIM, Start, missed_mass
+from pyroflows.initialization import Start, missed_mass
 from pyroflows.log_density import LogDensity
 from pyroflows.noncentering import pulled_back
 from pyroflows.refinement import RefinedPosterior
 from pyroflows.transforms import TriangularAffine
 
+_MAX_JACOBIAN_DIM = 300  # of a flow, which automatic differentiation is worth
 _BATCH = 256  # draws per pass over the model: bounds the memory
 _MANY = 10_000  # and over the flow
 PARETO_K_GOOD = 0.7  # below it Pareto-smoothed importance sampling is reliable (Vehtari et al. 2024)
@@ -321,7 +322,7 @@ class FlowPosterior:
         errors = [(y - u).abs() / scale]
         if self._transform.log_det_is_exact:
             errors.append((log_det + back_log_det).abs())
-        if self._transform.log_det_is_exact and u.shape[-1] <= MAX_HESSIAN_DIM:
+        if self._transform.log_det_is_exact and u.shape[-1] <= _MAX_JACOBIAN_DIM:
             rows = [torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0] for i in range(y.shape[-1])]
             errors.append((torch.linalg.slogdet(torch.stack(rows, 1))[1] - log_det).abs())
         found = float(torch.stack([part.detach().max() for part in errors]).max())
