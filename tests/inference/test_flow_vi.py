@@ -987,6 +987,17 @@ def test_a_start_is_the_gaussian_of_the_highest_elbo(fitter):
     assert kept.elbo == -1.0 and kept.loc is begin.loc
 
 
+def test_a_fit_of_many_latents_keeps_what_its_start_has_found(fitter):
+    """A start beyond the latents of which a Hessian is taken at once, and annealing, which must not undo it."""
+    rng, dim = np.random.default_rng(0), 320
+    x = rng.normal(size=(400, dim)) / dim**0.5
+    y = x @ rng.normal(size=dim) + rng.normal(size=400)
+    evidence = stats.multivariate_normal.logpdf(y, np.zeros(400), np.eye(400) + x @ x.T)
+    options = {"flow": _tiny(fitter), "num_steps": 100, "num_particles": 64, "num_starts": 1}
+    posterior = fitter.run("regression", *map(fitter.array, (x, y)), **options)
+    assert evidence - 0.25 < posterior.elbo.value < evidence + 0.01
+
+
 @slow_in_jax
 def test_latents_of_which_the_data_say_enough_are_left_as_they_are(fitter):
     """The start is better without the non-centring in crossed effects, and with it in the eight schools."""
