@@ -750,10 +750,6 @@ class Schedule:
         self._anneal_steps = num_steps if annealing else 0
 
     @property
-    def annealing(self) -> bool:
-        return self._anneal_from is not None
-
-    @property
     def expected_steps(self) -> int:
         """Steps of the whole fit, as far as it is known."""
         return self.num_steps if self._anneal_from is None else self._anneal_from + self._anneal_steps
