@@ -7,7 +7,8 @@ anything: latents whose prior depends on others are non-centred by the guide, th
 
 ``groups``: varying intercepts and slopes of 919 observations in 85 groups (as simulated in ``tests.benchmarks.radon``);
 ``counts``: Poisson counts of 40 groups with a log-rate each; ``walk``: the volatility of ``tests.benchmarks.neutra``;
-``process``: Poisson counts at 30 places, whose log-rate is a Gaussian process of unknown amplitude and length scale.
+``process``: Poisson counts at 30 places, whose log-rate is a Gaussian process of unknown amplitude and length scale;
+``counties``: varying intercepts of 2,000 observations in 386 groups (390 latents), which is not run unless named.
 Columns: number of latents, log evidence, its gap to the ELBO in nats (also that of the first fit), Pareto k, the
 verdict's first words, millions of gradients, seconds with compilation. ``--plain`` adds fits with
 ``noncentered=False``. float64.
@@ -28,7 +29,7 @@ from tests.benchmarks.neutra import NumPyro, Pyro
 from tests.benchmarks.posteriors import print_row
 from tests.benchmarks.radon import simulated
 
-GROUPS, PLACES = 40, 30
+GROUPS, PLACES, COUNTIES = 40, 30, 386
 
 
 def models(lab: Any, ecosystem: Any, xp: Any) -> dict[str, Callable[[bool], None]]:
@@ -84,10 +85,22 @@ def models(lab: Any, ecosystem: Any, xp: Any) -> dict[str, Callable[[bool], None
         with plate("places", PLACES):
             sample("y", dist.Poisson(xp.exp(1.0 + f)), obs=array(at_places.astype(float)))
 
+    of_many = rng.choice(COUNTIES, 2000 - COUNTIES, p=rng.dirichlet(np.ones(COUNTIES)))
+    member = np.concatenate([np.arange(COUNTIES), of_many])
+    treated = rng.binomial(1, 0.2, 2000).astype(float)
+    outcome = 1.2 + 0.4 * rng.standard_normal(COUNTIES)[member] - 0.6 * treated + 0.75 * rng.standard_normal(2000)
+
+    def counties(centred: bool) -> None:
+        mu, beta = sample("mu", dist.Normal(array(0.0), 10.0)), sample("beta", dist.Normal(array(0.0), 10.0))
+        tau, sigma = (sample(name, dist.HalfNormal(array(1.0))) for name in ("tau", "sigma"))
+        alpha = effects("alpha", mu, tau, COUNTIES, centred)
+        with plate("observations", len(outcome)):
+            sample("y", dist.Normal(alpha[member] + beta * array(treated), sigma), obs=array(outcome))
+
     def walk(centred: bool) -> None:
         (volatility.model if centred else volatility.noncentred)()
 
-    return {"groups": groups, "counts": counts, "walk": walk, "process": process}
+    return {"groups": groups, "counts": counts, "walk": walk, "process": process, "counties": counties}
 
 
 def main() -> None:
