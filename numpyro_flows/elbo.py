@@ -33,11 +33,11 @@ def elbo_terms(
         landing"). The score of ``q`` goes along with the draws (``forward_and_score``), at a conditioner's gradient a
         coupling.
     """
-    log_base = distribution_of(base).log_prob(x)
     if not path:
         u, log_det = transform.forward_and_log_det(x)
-        return log_density(u) - log_base + log_det
-    u, log_det, score = transform.forward_and_score(x, _score(base, x))
+        return log_density(u) - distribution_of(base).log_prob(x) + log_det
+    log_base, score = _value_and_score(base, x)
+    u, log_det, score = transform.forward_and_score(x, score)
     log_q = log_base - log_det
     moved = (score * (u - lax.stop_gradient(u))).sum(-1)  # zero; its gradient is that of log q by way of the draws
     return log_density(u) - lax.stop_gradient(log_q) - moved
@@ -98,7 +98,8 @@ def velocity_of(flow: TransformModule) -> Continuous:
     return flow
 
 
-def _score(base: dist.Distribution | Base, x: Array) -> Array:
-    """The gradient by ``x`` of the base's log-density, its parameters held fixed."""
+def _value_and_score(base: dist.Distribution | Base, x: Array) -> tuple[Array, Array]:
+    """The base's log-density ``(n,)``, parameters and draws held fixed, and its gradient by ``x``."""
     fixed = distribution_of(lax.stop_gradient(base) if isinstance(base, Base) else base)
-    return jax.grad(lambda x: fixed.log_prob(x).sum())(lax.stop_gradient(x))
+    value, pullback = jax.vjp(fixed.log_prob, lax.stop_gradient(x))
+    return value, pullback(jnp.ones_like(value))[0]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-MAX_HESSIAN_DIM = 1000  # beyond it a Hessian costs more than the steps it saves
+MAX_HESSIAN_DIM = 1000  # beyond it a Hessian takes more gradients than four steps
 _NUM_DRAWS = 300
 _LEAST_CURVATURE = 1e-3  # of the likelihood, in units of the prior's precision, below which it tells nothing
 _MISSED = np.log(20.0)  # a guide misses what it gives less than a twentieth of the posterior's density

@@ -38,7 +38,7 @@ def elbo_terms(
     with torch.enable_grad():
         x = differentiable(x).view_as(x)  # a tensor of its own, at which the score's gradient ends
         log_base = distribution_of(base).log_prob(x)
-        score = torch.autograd.grad(log_base.sum(), x, retain_graph=True)[0]
+        score = torch.autograd.grad(log_base.sum(), x)[0]
     u, log_det, score = transform.forward_and_score(x, score)
     log_q = log_base - log_det
     moved = (score * (u - u.detach())).sum(-1)  # zero; its gradient is that of log q by way of the draws

@@ -554,9 +554,9 @@ class FlowVI:
             terms = terms.detach()
             return torch.stack([terms.mean(), 0.5 * terms.var(correction=0)]), ascent.gradient(loss)
 
-        def step(gradient: Callable[[], tuple[Tensor, ...]], step_size: float) -> Tensor:
+        def step(run: Callable[[], tuple[Tensor, ...]], step_size: float) -> Tensor:
             """ELBO, approximate KL divergence, and whether the step was skipped."""
-            values, slope = gradient()
+            values, slope = run()
             return torch.cat([values, ascent.update(slope, step_size).to(values)[None]])
 
         trace: list[float] = []
