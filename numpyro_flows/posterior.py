@@ -35,10 +35,19 @@ _MANY = 10_000  # and over the flow
 _AT_ONCE = 512  # points whose density is found at once, so that one program serves few and many
 PARETO_K_GOOD = 0.7  # below it Pareto-smoothed importance sampling is reliable (Vehtari et al. 2024)
 SHARE_OF_EVEN = 0.99  # of draws, which weights of a variance of one percent are worth
-GAP_GOOD = 0.05  # nats of KL divergence from the posterior, below which draws can be used as they are
+GAP_GOOD = 0.05  # nats of KL divergence, as far as ten latents go, below which draws can be used as they are
 MEAN_ERROR_GOOD, SD_ERROR_GOOD = 0.1, 0.1  # in standard deviations, and in logarithms of their ratio
 MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
 FLOW_ERROR_BAD = 0.02  # nats of log-determinant, or standard deviations of a round trip
+
+
+def tolerated(nats: float, dim: int) -> float:
+    """Nats of KL divergence that so many latents may have, if ten may have ``nats``.
+
+    Those of independent parts add up, so that the same quality of each makes a total in proportion to their number; up
+    to a hundred, lest importance weights become too uneven to tell.
+    """
+    return nats * min(max(dim, 10), 100) / 10
 
 
 class History(NamedTuple):
@@ -367,19 +376,18 @@ class FlowPosterior:
 
     @cached_property
     def moment_error(self) -> tuple[float, float]:
-        """What importance weights say of the guide's moments, of the worst unconstrained latent.
+        """What importance weights say of the guide's mean and standard deviations on the unconstrained space.
 
-        The largest error of a mean, in standard deviations, and the largest of a standard deviation, as the absolute
-        value of the logarithm of its ratio.
+        The error of the mean of the worst linear combination of latents, in its standard deviations and beyond what
+        chance explains (beyond 1,000 latents, of the worst of them), and the largest error of a latent's standard
+        deviation, as the absolute value of the logarithm of its ratio.
         """
-        u, weights = np.asarray(self.draws.unconstrained, float), np.exp(self._psis[0])
-        weights = weights / weights.sum()
-        mean = weights @ u
-        sd = np.sqrt(weights @ np.square(u - mean))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            errors = np.abs(u.mean(0) - mean) / sd, np.abs(np.log(u.std(0) / sd))
-        worst = [float(error.max()) for error in errors]
-        return worst[0], worst[1]
+        weights = np.exp(self._psis[0])
+        return diagnosis.moment_error(np.asarray(self.draws.unconstrained, float), weights / weights.sum())
+
+    @property
+    def _moments_are_good(self) -> bool:
+        return self.moment_error[0] < MEAN_ERROR_GOOD and self.moment_error[1] < SD_ERROR_GOOD
 
     def verdict(self) -> str:
         """One line: whether to use the draws as they are, importance-resampled, or not."""
@@ -417,8 +425,8 @@ class FlowPosterior:
                 f"rise by {self.departure.nats:.2f} +- {self.departure.standard_error:.2f} above those expected. "
                 f"Try refine(method='nuts', adapt=True), a richer flow= or reparametrise ({numbers})."
             )
-        near = self._gap < GAP_GOOD and self.moment_error[0] < MEAN_ERROR_GOOD and self.moment_error[1] < SD_ERROR_GOOD
-        if near and not outside:
+        limit = tolerated(GAP_GOOD, self.log_density.dim)
+        if self._gap < limit and self._moments_are_good and not outside:
             return f"Good: use the draws as they are ({numbers})."
         return f"Usable: prefer importance_resample() ({numbers})."
 

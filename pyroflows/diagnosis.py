@@ -21,6 +21,7 @@ _SHORTEST = 0.25  # step of the most careful chain, in those of the boldest
 _LARGEST_LOG_WEIGHT = 10.0  # beyond which it does not matter how much is missed
 _NEGLIGIBLE = 0.1  # nats
 _UNCERTAIN = 0.5  # nats that may be missed, where importance weights are so uneven that they cannot tell
+_MAX_DIRECTIONS = 1000  # latents, beyond which each is looked at alone
 
 
 class Departure(NamedTuple):
@@ -60,6 +61,28 @@ def departure(posterior: Any) -> Departure:
         found.append((values.mean() - expected, math.hypot(error, values.std() / len(values) ** 0.5)))
     nats, standard_error = max(found, key=lambda pair: pair[0] - 3 * pair[1])
     return Departure(float(nats), float(standard_error), 2 * _NUM_CHAINS * (1 + _NUM_ITERATIONS * _NUM_LEAPFROGS))
+
+
+def moment_error(u: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """What normalised importance weights ``(n,)`` say of the moments of a guide's draws ``(n, dim)``.
+
+    The error of the mean in the direction where it is largest, that of the worst linear combination, in its standard
+    deviations and beyond what chance explains; beyond 1,000 latents, of the worst of them. And the largest error of a
+    latent's standard deviation, as the absolute value of the logarithm of its ratio.
+    """
+    (n, dim), scale = u.shape, u.std(0)
+    with np.errstate(all="ignore"):
+        z = (u - u.mean(0)) / scale
+        mean = weights @ z
+        sd = np.sqrt(weights @ np.square(z - mean))
+        if not (np.isfinite(sd).all() and (sd > 0).all()):
+            return np.inf, np.inf
+        sd_error = float(np.abs(np.log(sd)).max())
+        if dim > _MAX_DIRECTIONS:
+            return float(np.abs(mean).max()), sd_error
+        square = mean @ np.linalg.pinv(z.T @ z / n, rcond=1e-9, hermitian=True) @ mean
+    chance = dim * (weights @ weights - 1 / n)
+    return math.sqrt(max(float(square - chance), 0.0)), sd_error
 
 
 def _clipped(log_weights: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ from pyroflows.initialization import (
 )
 from pyroflows.log_density import LogDensity, prototype_trace
 from pyroflows.noncentering import points_around, pulled_back
-from pyroflows.posterior import FlowPosterior, History
+from pyroflows.posterior import FlowPosterior, History, tolerated
 from pyroflows.training import CHUNK, Ascent, copies, settle
 from pyroflows.transform_module import Compose, TransformModule
 
@@ -51,11 +51,11 @@ _SEARCH_SHARE = 0.1  # of limited time or gradients, beyond which the search for
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
-_NEARLY_EXACT = 0.01  # nats of KL divergence, below which a fit that no longer improves may end before its budget
+_NEARLY_EXACT = 0.01  # nats of KL divergence of ten latents, below which a fit that no longer improves may end early
 _NUM_STEPS = 5000
-_GAP_POOR = 0.02  # nats of KL divergence, above which a fit goes on
-_GAP_NEAR = 0.1  # above which more steps will not do: the flow is not rich enough
-_GAP_HOPELESS = 0.15  # before annealing, which would spend half of the steps on what a richer flow is needed for
+_GAP_POOR = 0.02  # nats of KL divergence of ten latents, above which a fit goes on
+_GAP_NEAR = 0.08  # more than that, from where more steps will not do: the flow is not rich enough
+_GAP_HOPELESS = 0.13  # before annealing, which would spend half of the steps on what a richer flow is needed for
 _RICHER_STEPS, _RICHER_RATE = 0.6, 2.0  # of a fit with a richer flow, in those of the first: as good, in less time
 _HOPELESS_FROM = 1000  # steps, before which the ELBO's rise does not foretell where it ends
 _RECORD_FROM = 1000  # steps for which it is worth while to record one
@@ -75,20 +75,22 @@ class FlowVI:
        approximations. This ends where a tenth of ``max_time`` or ``max_gradients`` has been spent.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
-       exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01) and the ELBO
-       of 250 steps is no longer above that of the 250 before by more than their Monte-Carlo error.
+       exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01; in more than
+       ten latents 0.001 for each, up to 0.1) and the ELBO of 250 steps is no longer above that of the 250 before by
+       more than their Monte-Carlo error.
     3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine. Left out where the KL
-       divergence is above 0.15 still, and phase 5 may take as long as it needs; and phase 2 ends, from 1,000 steps on,
-       once the KL divergence would stay above it were the ELBO to rise on as it last did.
+       divergence is still 0.13 above what phase 5 leaves as it is, and phase 5 may take as long as it needs; and phase
+       2 ends, from 1,000 steps on, once the KL divergence would stay above it were the ELBO to rise on as it last did.
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
        there are modes which the guide misses; its own draws cannot. If there are, and the base is the default, the
        fit is made once more with a ``MixtureBase`` that starts on all of them, and the better one kept.
-    5. *Escalation*, where the fit is still poor (by Pareto k, the gap between ELBO and importance-sampled evidence, or
-       the chains of ``FlowPosterior.departure``): a quarter as many steps again from where it stands, with twice the
-       draws, where that may do (the gap is below 0.1), else a fit of the next flow of ``richer`` (three fifths as many
-       steps of twice the size), until one is good or none is left. The last one goes on where the steps could make it
-       good, as far as the ELBO's rise over as many before tells, and does so up to four times while each leaves little
-       enough for the next ones. The best is kept; ``history.tried`` tells of all.
+    5. *Escalation*, where the fit is still poor: by Pareto k, by the chains of ``FlowPosterior.departure``, or by the
+       gap between ELBO and importance-sampled evidence (above 0.02 nats; in more than ten latents 0.002 for each, up to
+       0.2, unless ``moment_error`` is above a tenth). A quarter as many steps again from where it stands, with twice
+       the draws, where that may do (the gap is at most 0.08 larger), else a fit of the next flow of ``richer`` (three
+       fifths as many steps of twice the size), until one is good or none is left. The last one goes on where the steps
+       could make it good, as far as the ELBO's rise over as many before tells, and does so up to four times while each
+       leaves little enough for the next ones. The best is kept; ``history.tried`` tells of all.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> centring ->
     non-centring``. The last three are held fixed, so that the flow works on a posterior of about unit scale. Steps with
@@ -172,7 +174,7 @@ class FlowVI:
         log_density = guide.log_density(*args, **kwargs)
         target, start = self._find_start(guide, log_density, budget)
         budget.gradients += start.gradients
-        hopeless = _GAP_HOPELESS if self.escalate and self.richer else np.inf
+        hopeless = tolerated(_GAP_POOR, len(start.loc)) + _GAP_HOPELESS if self.escalate and self.richer else np.inf
         posterior = self._fit(guide, log_density, start, budget, hopeless=hopeless)
         if posterior.history.interrupted:
             return posterior
@@ -283,7 +285,8 @@ class FlowVI:
         steps, rate = self.num_steps, self.learning_rate
         if richer:
             steps, rate = max(round(_RICHER_STEPS * steps), 1), _RICHER_RATE * rate
-        schedule = budget.schedule(steps, self.num_particles, rate, hopeless=hopeless)
+        nearly_exact = tolerated(_NEARLY_EXACT, len(loc))
+        schedule = budget.schedule(steps, self.num_particles, rate, nearly_exact=nearly_exact, hopeless=hopeless)
         return self._trained(guide, log_density, schedule, budget, self.num_particles)
 
     def _go_on(self, posterior: FlowPosterior, budget: Budget) -> FlowPosterior:
@@ -636,6 +639,7 @@ class Budget:
         learning_rate: float,
         *,
         annealing: bool = False,
+        nearly_exact: float = _NEARLY_EXACT,
         hopeless: float = np.inf,
     ) -> Schedule:
         """The schedule of a fit, as far as there is something left. With limits, no fit is given up as hopeless."""
@@ -646,6 +650,7 @@ class Budget:
             int(min(num_steps, left)),
             learning_rate,
             annealing=annealing,
+            nearly_exact=nearly_exact,
             deadline=deadline,
             hopeless=np.inf if limited else hopeless,
         )
@@ -659,6 +664,7 @@ class Schedule:
     :param num_steps: steps at most.
     :param learning_rate: the first step size.
     :param annealing: whether to begin with the second part.
+    :param nearly_exact: approximate KL divergence below which the first part ends once the ELBO is stationary.
     :param deadline: by ``time.perf_counter``. The second part begins when a third of the time until then is over.
     :param hopeless: approximate KL divergence above which there is no second part, and the first one ends as soon as
         the ELBO rises too slowly to bring it below.
@@ -670,10 +676,12 @@ class Schedule:
         learning_rate: float,
         *,
         annealing: bool = False,
+        nearly_exact: float = _NEARLY_EXACT,
         deadline: float | None = None,
         hopeless: float = np.inf,
     ):
-        self.num_steps, self.learning_rate, self.deadline, self.hopeless = num_steps, learning_rate, deadline, hopeless
+        self.num_steps, self.learning_rate, self.deadline = num_steps, learning_rate, deadline
+        self.nearly_exact, self.hopeless = nearly_exact, hopeless
         self.stationary = self.finished = self.late = self.shortened = False
         self._begin = time.perf_counter()
         self._anneal_from: int | None = 0 if annealing else None
@@ -697,7 +705,7 @@ class Schedule:
             if done and self._is_hopeless(trace, divergence):
                 self.finished = True
                 return None
-            nearly_exact = known(divergence[-_WINDOW:]) < _NEARLY_EXACT if done else False
+            nearly_exact = known(divergence[-_WINDOW:]) < self.nearly_exact if done else False
             hurried = done > 0 and elapsed >= allowed / 3
             if (self.stationary and nearly_exact) or 2 * done >= self.num_steps or hurried:
                 self.late = hurried and 2 * done < self.num_steps and not (self.stationary and nearly_exact)
@@ -728,8 +736,10 @@ class Schedule:
 
 def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
     """Whether a fit leaves something to be desired; by what is cheap first."""
-    chance = 2 * posterior._elbo_inside.standard_error
-    if not posterior.weights_are_reliable or posterior._gap > _GAP_POOR + chance or posterior.misses_modes:
+    if not posterior.weights_are_reliable or posterior.misses_modes:
+        return True
+    gap = posterior._gap - 2 * posterior._elbo_inside.standard_error
+    if gap > tolerated(_GAP_POOR, posterior.log_density.dim) or (gap > _GAP_POOR and not posterior._moments_are_good):
         return True
     before = posterior.history.gradients
     suspicious = posterior.departure.suspicious
@@ -739,7 +749,8 @@ def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
 
 def is_near(posterior: FlowPosterior) -> bool:
     """Whether a poor fit is one that more steps could mend."""
-    return posterior.weights_are_reliable and posterior._gap < _GAP_NEAR
+    limit = tolerated(_GAP_POOR, posterior.log_density.dim) + _GAP_NEAR
+    return posterior.weights_are_reliable and posterior._gap < limit
 
 
 def may_mend(posterior: FlowPosterior, num_steps: int, legs: int, gain: float) -> bool:
@@ -754,7 +765,7 @@ def may_mend(posterior: FlowPosterior, num_steps: int, legs: int, gain: float) -
     if not posterior.weights_are_reliable or len(trace) < num_steps + window or not window:
         return True  # nothing foretells it
     last, before = trace[-window:], trace[-num_steps - window :][:window]
-    return gap - (known(last) - known(before)) < _GAP_POOR
+    return gap - (known(last) - known(before)) < tolerated(_GAP_POOR, posterior.log_density.dim)
 
 
 def is_better(found: FlowPosterior, than: FlowPosterior) -> bool:

@@ -1,8 +1,10 @@
 """The verdict on fits that are known to be good or bad: no false trust, hardly a false alarm."""
 
+import copy
 import functools
 import importlib
 import math
+import types
 import warnings
 
 import numpy as np
@@ -115,6 +117,68 @@ def test_a_good_fit_is_trusted(fitter, name):
     assert posterior.verdict().startswith("Do not trust: chains")
     posterior.departure = posterior.departure._replace(nats=0.0, standard_error=0.3)
     assert posterior.verdict().startswith("Do not trust: chains")
+
+
+def test_the_worst_linear_combination_of_the_latents_counts(fitter):
+    """Small errors of many latents add up to a large one of their sum; sampling noise of their number does not."""
+    rng, dim, n = np.random.default_rng(0), 50, 40_000
+    z = rng.standard_normal((n, dim))
+    moment_error = fitter.module("diagnosis").moment_error
+
+    def found(log_weights, mixing):
+        weights = np.exp(log_weights)
+        return moment_error(1.0 + z @ mixing, weights / weights.sum())
+
+    for mixing in (np.eye(dim), rng.standard_normal((dim, dim))):
+        mean_error, _ = found(0.03 * z.sum(1), mixing)  # a shift of every independent part by 0.03
+        assert mean_error == pytest.approx(0.03 * dim**0.5, abs=0.02)
+        assert found(rng.standard_normal(n), mixing)[0] < 0.5 * (dim * (math.e - 1) / n) ** 0.5  # nothing but chance
+    mixing = np.eye(dim)
+    assert found(-0.5 * (0.8**-2 - 1) * z[:, 7] ** 2, mixing) == pytest.approx((0.0, -math.log(0.8)), abs=0.02)
+    z[:, 3] = 0.0
+    assert found(np.zeros(n), mixing) == (np.inf, np.inf)
+
+
+@pytest.mark.parametrize("variances, word", [(np.full(60, 0.91), "Good"), (np.r_[0.5, np.ones(59)], "Usable")])
+def test_many_latents_may_be_further_from_the_posterior_in_all(fitter, variances, word):
+    """0.15 nats: in sixty latents, each of which is hardly wrong, or in one of them."""
+    posterior = copy.copy(fitter.run("gaussian", fitter.array(np.eye(60)), flow=affine(fitter), base=None, num_steps=1))
+    divergence = 0.5 * (1 / variances - 1 + np.log(variances)).sum()
+    posterior.log_density = posterior.guide.log_density(fitter.array(np.diag(variances)))
+    for known in ("draws", "_log_ratios", "_psis", "departure", "moment_error", "flow_error"):
+        vars(posterior).pop(known, None)
+    assert posterior._gap == pytest.approx(divergence, abs=0.02) and 0.12 < divergence < 0.17
+    assert posterior.verdict().startswith(word)
+
+
+@pytest.mark.parametrize(
+    "dim, gap, moments_are_good, poor, near",
+    [
+        (10, 0.015, False, False, True),
+        (10, 0.03, True, True, True),
+        (10, 0.11, True, True, False),
+        (60, 0.11, True, False, True),
+        (60, 0.11, False, True, True),
+        (60, 0.15, True, True, True),
+        (60, 0.21, True, True, False),
+        (1000, 0.19, True, False, True),
+        (1000, 0.21, True, True, True),
+    ],
+)
+def test_what_is_poor(fitter, dim, gap, moments_are_good, poor, near):
+    inference = fitter.module("inference")
+    posterior = types.SimpleNamespace(
+        weights_are_reliable=True,
+        misses_modes=False,
+        _gap=gap,
+        _elbo_inside=types.SimpleNamespace(standard_error=0.001),
+        _moments_are_good=moments_are_good,
+        log_density=types.SimpleNamespace(dim=dim),
+        departure=types.SimpleNamespace(suspicious=False),
+        history=fitter.pkg.posterior.History(np.zeros(1)),
+    )
+    assert inference.is_poor(posterior, inference.Budget()) == poor
+    assert inference.is_near(posterior) == near
 
 
 @pytest.mark.slow
