@@ -13,6 +13,8 @@ from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
 
+from numpyro_flows.programs import default_key, quick_key
+
 _BATCH = 1000  # simulations at a time: bounds the memory
 
 
@@ -55,8 +57,9 @@ class PriorPredictive:
         self.model, self.site_names, self.arguments = model, site_names, arguments
         self._fixed = args, kwargs
         self._structure: Any
-        self.leaves, self._structure = jax.tree.flatten(self._arguments(jax.random.key(0)))
-        self.observed = self._find_data(owner)
+        call, trace = self._first_draw(owner)
+        self.leaves, self._structure = jax.tree.flatten(call)
+        self.observed = self._find_data(trace, owner)
         drawn = arguments is not None  # numbers of Python's stay as they are: a model may take them for sizes
         arrays = [i for i, leaf in enumerate(self.leaves) if drawn and isinstance(leaf, jax.Array | np.ndarray)]
         self.varying = sorted({*arrays, *self.observed.values()})
@@ -65,7 +68,7 @@ class PriorPredictive:
         args, kwargs = self._fixed
         if self.arguments is None:
             return args, kwargs
-        drawn = self.arguments(key)
+        drawn = self.arguments(self._keys(key))
         if not isinstance(drawn, tuple | dict):
             raise ValueError(
                 "arguments must return a tuple of the model's positional arguments, or a dict of its keyword "
@@ -73,15 +76,24 @@ class PriorPredictive:
             )
         return (args, {**kwargs, **drawn}) if isinstance(drawn, dict) else (drawn, kwargs)
 
-    def _find_data(self, owner: str) -> dict[str, int]:
+    def _first_draw(self, owner: str) -> tuple[tuple[tuple, dict[str, Any]], dict[str, Any]]:
+        """The model's arguments and a trace; settles of which generator its keys are.
+
+        Of that of fits, but where the model takes keys of jax's own alone, as its Poisson draws do.
+        """
+        for self._keys in (quick_key, default_key):
+            try:
+                call = self._arguments(jax.random.key(0))
+                return call, self._trace(jax.random.key(0), *call)
+            except NotImplementedError as error:
+                cause = error
+        raise ValueError(
+            f"{owner}: the model cannot be drawn from ({cause}). Every latent needs a proper prior, and every "
+            "observed site a distribution that can be sampled."
+        ) from cause
+
+    def _find_data(self, trace: dict[str, Any], owner: str) -> dict[str, int]:
         """Which leaf of the arguments each observed site has for its data."""
-        try:
-            trace = self._trace(jax.random.key(0), *jax.tree.unflatten(self._structure, self.leaves))
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{owner}: the model cannot be drawn from ({error}). Every latent needs a proper prior, and every "
-                "observed site a distribution that can be sampled."
-            ) from error
         sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
         factors = [n for n, s in sites.items() if isinstance(s["fn"], dist.Unit) or s["infer"].get("is_auxiliary")]
         if factors:
@@ -115,7 +127,7 @@ class PriorPredictive:
         return found
 
     def _trace(self, key: Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        with handlers.block(), handlers.seed(rng_seed=key), handlers.uncondition():
+        with handlers.block(), handlers.seed(rng_seed=self._keys(key)), handlers.uncondition():
             return handlers.trace(self.model).get_trace(*args, **kwargs)
 
     def call(self, data: tuple[Array, ...]) -> tuple[tuple, dict[str, Any]]:

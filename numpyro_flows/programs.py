@@ -58,6 +58,14 @@ def quick_key(key: Array) -> Array:
     return jax.random.wrap_key_data(jax.random.key_data(typed), impl=GENERATOR)
 
 
+def default_key(key: Array) -> Array:
+    """A key of that generator as one of jax's default one, for what takes no other: its Poisson draws."""
+    typed = _typed_key(key)
+    if jax.random.key_impl(typed) != GENERATOR:
+        return typed
+    return jax.random.wrap_key_data(jax.random.key_data(typed), impl="threefry2x32")
+
+
 def _of_parts(function: Callable) -> Callable:
     def run(inputs: Any, rest: tuple) -> Any:
         typed, structure = rest
