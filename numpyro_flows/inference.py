@@ -65,8 +65,8 @@ _WIDE = 4.0  # standard deviations of the start over which half of them spread
 _NEARLY_EXACT = 0.01  # nats of KL divergence of ten latents, below which a fit that no longer improves may end early
 _NUM_STEPS = 5000
 _GAP_POOR = 0.02  # nats of KL divergence of ten latents, above which a fit goes on
-_GAP_NEAR = 0.08  # more than that, from where more steps will not do: the flow is not rich enough
-_GAP_HOPELESS = 0.13  # before annealing, which would spend half of the steps on what a richer flow is needed for
+_GAP_NEAR = 0.1, 1.1  # nats, or in units of that, above which more steps will not do: the flow is not rich enough
+_GAP_HOPELESS = 0.15, 1.4  # before annealing, which would spend half of the steps on what a richer flow is needed for
 _RICHER_STEPS, _RICHER_RATE = 0.6, 2.0  # of a fit with a richer flow, in those of the first: as good, in less time
 _HOPELESS_FROM = 1000  # steps, before which the ELBO's rise does not foretell where it ends
 RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the default one turns to
@@ -89,18 +89,19 @@ class FlowVI:
        ten latents 0.001 for each, up to 0.1) and the ELBO of 250 steps is no longer above that of the 250 before by
        more than their Monte-Carlo error.
     3. *Annealing*: as many steps again, over which the step size falls to zero along a cosine. Left out where the KL
-       divergence is still 0.13 above what phase 5 leaves as it is, and phase 5 may take as long as it needs; and phase
-       2 ends, from 1,000 steps on, once the KL divergence would stay above it were the ELBO to rise on as it last did.
+       divergence is above 0.15 still (or 1.4 times what phase 5 puts up with, if that is more), and phase 5 may take as
+       long as it needs; and phase 2 ends, from 1,000 steps on, once the KL divergence would stay above it were the ELBO
+       to rise on as it last did.
     4. *A look elsewhere*: paths uphill from other points, and the posterior's mass around their ends, show whether
        there are modes which the guide misses; its own draws cannot. If there are, and the base is the default, the
        fit is made once more with a ``MixtureBase`` that starts on all of them, and the better one kept.
     5. *Escalation*, where the fit is still poor: by Pareto k, by the chains of ``FlowPosterior.departure``, or by the
        gap between ELBO and importance-sampled evidence (above 0.02 nats; in more than ten latents 0.002 for each, up to
        0.2, unless ``moment_error`` is above a tenth). A quarter as many steps again from where it stands, with twice
-       the draws, where that may do (the gap is at most 0.08 larger), else a fit of the next flow of ``richer`` (three
-       fifths as many steps of twice the size), until one is good or none is left. The last one goes on where the steps
-       could make it good, as far as the ELBO's rise over as many before tells, and does so up to four times while each
-       leaves little enough for the next ones. The best is kept; ``history.tried`` tells of all.
+       the draws, where that may do (the gap is below 0.1, or 1.1 times that), else a fit of the next flow of ``richer``
+       (three fifths as many steps of twice the size), until one is good or none is left. The last one goes on where the
+       steps could make it good, as far as the ELBO's rise over as many before tells, and does so up to four times while
+       each leaves little enough for the next ones. The best is kept; ``history.tried`` tells of all.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> centring ->
     non-centring``. The last three are held fixed, so that the flow works on a posterior of about unit scale. Steps with
@@ -192,7 +193,7 @@ class FlowVI:
         self.compiles_anew = bool(guide._held)
         target, start = self._find_start(guide, log_density, start_key, budget)
         budget.gradients += start.gradients
-        hopeless = tolerated(_GAP_POOR, len(start.loc)) + _GAP_HOPELESS if self.escalate and self.richer else np.inf
+        hopeless = gap_limit(_GAP_HOPELESS, len(start.loc)) if self.escalate and self.richer else np.inf
         posterior = self._fit(guide, log_density, start, fit_key, draw_key, budget, hopeless=hopeless)
         if posterior.history.interrupted:
             return posterior
@@ -804,6 +805,11 @@ class Schedule:
         return recent > self.hopeless
 
 
+def gap_limit(limits: tuple[float, float], dim: int) -> float:
+    """The larger of so many nats of KL divergence, and of so many times those which a good fit may have."""
+    return max(limits[0], limits[1] * tolerated(_GAP_POOR, dim))
+
+
 def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
     """Whether a fit leaves something to be desired; by what is cheap first."""
     if not posterior.weights_are_reliable or posterior.misses_modes:
@@ -819,8 +825,7 @@ def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
 
 def is_near(posterior: FlowPosterior) -> bool:
     """Whether a poor fit is one that more steps could mend."""
-    limit = tolerated(_GAP_POOR, posterior.log_density.dim) + _GAP_NEAR
-    return posterior.weights_are_reliable and posterior._gap < limit
+    return posterior.weights_are_reliable and posterior._gap < gap_limit(_GAP_NEAR, posterior.log_density.dim)
 
 
 def may_mend(posterior: FlowPosterior, num_steps: int, legs: int, gain: float) -> bool:

@@ -387,7 +387,7 @@ def test_a_hopeless_fit_is_not_annealed(fitter, monkeypatch):
     limited = module.Budget(max_gradients=1000)
     assert limited.is_spent(0.05, 51) and limited.is_spent(0.05, 41, since=10) and not limited.is_spent(0.05, 50)
     assert module.Budget(max_time=1e-9).is_spent(0.05, 0) and not module.Budget().is_spent(0.05, 10**9)
-    monkeypatch.setattr(module, "_GAP_HOPELESS", 0.01)
+    monkeypatch.setattr(module, "_GAP_HOPELESS", (0.01, 0.0))
     steps = [int(re.search(r"(\d+) steps:", line)[1]) for line in poor(fitter).history.tried]
     assert steps[0] == 50 and len(steps) > 1 and min(steps[1:]) >= 60  # what comes after is annealed
 
