@@ -96,8 +96,10 @@ class LogDensity(eqx.Module):
         return True
 
     def __call__(self, u: Array) -> Array:
-        """Log-density of one unconstrained vector ``(dim,)``."""
-        return -potential_energy(self._seeded(), self.args, self.kwargs, self.unpack(u))
+        """Log-density of one unconstrained vector ``(dim,)``, the same whether compiled or not: not finite where
+        NumPyro's validation, which sees numbers alone, would end the run."""
+        with numpyro.validation_enabled(False):
+            return -potential_energy(self._seeded(), self.args, self.kwargs, self.unpack(u))
 
     def constrain(self, u: Array) -> dict[str, Array]:
         """Latent and deterministic sites at one unconstrained vector ``(dim,)``."""

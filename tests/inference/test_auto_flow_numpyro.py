@@ -31,6 +31,7 @@ from numpyro.infer.reparam import NeuTraReparam  # noqa: E402
 
 from numpyro_flows import AutoFlow, flows  # noqa: E402
 from numpyro_flows.distributions import MixtureBase  # noqa: E402
+from numpyro_flows.log_density import LogDensity  # noqa: E402
 from tests.inference.models_numpyro import bimodal, constrained, dependent_support, eight_schools  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("jax-auto_flow")
@@ -111,6 +112,19 @@ def test_noncentering_passes_what_a_scan_draws():
     np.testing.assert_allclose(log_det, jnp.linalg.slogdet(jacobians)[1], atol=1e-6)
     np.testing.assert_allclose(guide.coordinates.inv(u), x, atol=1e-5)
     assert np.isfinite(jax.vmap(log_density)(u)).all()
+
+
+def test_a_matrix_that_is_no_covariance_is_no_density():
+    """Compiled models are not validated; those at hand, against which they are checked, must not end a fit by it."""
+
+    def model():
+        scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+        numpyro.sample("x", dist.MultivariateNormal(jnp.zeros(2), scale * jnp.ones((2, 2))), obs=jnp.ones(2))
+
+    log_density = LogDensity(model, (), {}, (("scale", ()),))
+    with numpyro.validation_enabled():
+        values = [evaluate(log_density)(jnp.zeros(1)) for evaluate in (lambda f: f, jax.jit)]
+    assert not np.isfinite(values).any()
 
 
 def test_progress_bar_and_stable_update():
