@@ -11,10 +11,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
 from numpyro import distributions as dist
 from numpyro import handlers
+from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.distributions import biject_to
 from numpyro.primitives import Messenger
 
@@ -164,8 +166,8 @@ class _Prior:
         assert self.log_density is not None
         precisions, data = self.log_density.unpack(precision), self.log_density.unpack(pseudo_data)
 
-        def move(name: str, loc: Array, scale: Array, value: Array) -> tuple[Array, Array, Array]:
-            moved, log_scale = _conditioned(loc, scale, precisions[name], data[name], value, inverse)
+        def move(name: str, loc: Array, scale: Array, value: Array, at: Any = ...) -> tuple[Array, Array, Array]:
+            moved, log_scale = _conditioned(loc, scale, precisions[name][at], data[name][at], value, inverse)
             return (value if inverse else moved), moved, log_scale
 
         return move
@@ -184,7 +186,7 @@ def priors_at(log_density: LogDensity, points: Array) -> dict[str, tuple[Array, 
     return jax.vmap(lambda point: _Prior(log_density)._sweep(point, _stay).seen)(points)
 
 
-def _stay(name: str, loc: Array, scale: Array, value: Array) -> tuple[Array, Array, Array]:
+def _stay(name: str, loc: Array, scale: Array, value: Array, at: Any = ...) -> tuple[Array, Array, Array]:
     return value, value, jnp.zeros_like(value)
 
 
@@ -217,7 +219,8 @@ class _Done(Exception):
 class _Sweep(Messenger):
     """Sets the latents in the model's order, each by ``move`` from its location, scale and given value.
 
-    Those of NumPyro's ``scan`` pass: they come with values, from a run of their own.
+    Those of NumPyro's ``scan`` are set within it, step by step. (In a reversed one they pass: they come with values,
+    from a run of their own.)
     """
 
     def __init__(self, fn: Callable, values: dict[str, Array], sites: tuple[str, ...], move: Callable):
@@ -228,19 +231,56 @@ class _Sweep(Messenger):
         self.log_scales: dict[str, Array] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] != "sample" or msg["is_observed"] or msg["name"] not in self.values:
-            return
-        name = msg["name"]
+        if _is_scan(msg):
+            msg["kwargs"]["substitute_stack"].append(("substitute", self._within_scan))
+        elif self._is_latent(msg) and msg["name"] not in self.results:
+            name, fn = msg["name"], msg["fn"]
+            u = self._set(name, prior_of(fn, self.values[name].shape) if msg["value"] is None else None)
+            msg["value"] = biject_to(fn.support)(u)
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if _is_scan(msg):
+            trace = msg["value"][1][0].trace
+            for name in [name for name, site in trace.items() if self._is_latent(site)]:
+                loc, scale = (trace.pop(part, None) for part in _parts(name))
+                self._set(name, None if loc is None else (loc["value"], scale["value"]))
+
+    def _is_latent(self, msg: dict[str, Any]) -> bool:
+        return msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.values
+
+    def _set(self, name: str, prior: tuple[Array, Array] | None) -> Array:
+        """Notes what becomes of a latent; returns its unconstrained value."""
         u = self.values[name]
         self.results[name], self.log_scales[name] = u, jnp.zeros_like(u)
-        prior = prior_of(msg["fn"], u.shape)
-        if prior is not None and msg["value"] is None:
+        if prior is not None:
             self.seen[name] = prior
             if name in self.sites:
                 u, self.results[name], self.log_scales[name] = self.move(name, *prior, u)
         if len(self.results) == len(self.values):
             raise _Done
-        msg["value"] = biject_to(msg["fn"].support)(u)
+        return u
+
+    def _within_scan(self, site: dict[str, Any]) -> Array | None:
+        """The value of a latent at a step of a scan, whose location and scale leave it as sites beside."""
+        if not self._is_latent(site):
+            return None
+        name, step = site["name"], site["infer"]["_scan_current_index"]
+        u = self.values[name][step]
+        prior = prior_of(site["fn"], u.shape)
+        if prior is not None:
+            for part, value in zip(_parts(name), prior, strict=True):
+                numpyro.deterministic(part, value)
+            if name in self.sites:
+                u = self.move(name, *prior, u, step)[0]
+        return biject_to(site["fn"].support)(u)
+
+
+def _is_scan(msg: dict[str, Any]) -> bool:
+    return msg["type"] == "control_flow" and msg["fn"] is scan_wrapper and not msg["args"][-1]
+
+
+def _parts(name: str) -> tuple[str, str]:
+    return f"{name}'s location", f"{name}'s scale"
 
 
 def noncentering_of(log_density: LogDensity, prototype: Array, programs: Programs) -> Noncentering | None:

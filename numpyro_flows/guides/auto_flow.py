@@ -111,7 +111,11 @@ class AutoFlow(AutoContinuous):
         key = jax.random.key(0) if key is None else key
         self._prototype_call = key, args, kwargs
         seeded = handlers.seed(self.model, key)
-        check_latents(prototype_trace(seeded, args, kwargs, self.init_loc_fn), owner)
+        trace = prototype_trace(seeded, args, kwargs, self.init_loc_fn)
+        check_latents(trace, owner)
+        for site in trace.values():  # plates within a scan are in no trace, but NumPyro asks for their sizes
+            for frame in site.get("cond_indep_stack", ()):
+                self._prototype_frame_full_sizes.setdefault(frame.name, frame.size)
         try:
             with handlers.seed(rng_seed=key), numpyro.validation_enabled(False):
                 super()._setup_prototype(*args, **kwargs)

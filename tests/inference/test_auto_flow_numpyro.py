@@ -95,12 +95,60 @@ def test_noncentered_in_svi():
     assert np.isfinite(reparam.transform_sample(mcmc.get_samples()["auto_shared_latent"])["theta"]).all()
 
 
-def test_noncentering_passes_what_a_scan_draws():
-    """NumPyro's ``scan`` gives its sites values before other handlers see them; the layer stays exact beside it."""
+def walks(scanned):
+    """Walks of one element, of a plate of three and of vectors of two, and a latent that depends on where one ends."""
+
+    def step(last, name):
+        alone = numpyro.sample(f"alone{name}", dist.Normal(0.5 * last[0], scale))
+        with numpyro.plate("rows", 3):
+            together = numpyro.sample(f"together{name}", dist.StudentT(4.0, last[1], 0.3 * scale))
+        factor = scale * jnp.array([[1.0, 0.0], [0.5, 2.0]])
+        joint = numpyro.sample(f"joint{name}", dist.MultivariateNormal(last[2], scale_tril=factor))
+        rate = numpyro.sample(f"rate{name}", dist.Gamma(2.0, 1.0))
+        return alone, together, joint * rate
+
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    last = jnp.zeros(()), jnp.zeros(3), jnp.ones(2)
+    if scanned:
+        last, _ = scan(lambda last, _: (step(last, ""), None), last, jnp.arange(3))
+    else:
+        for t in range(3):
+            last = step(last, f"_{t}")
+    numpyro.sample("end", dist.Normal(last[0] + last[1].sum() + last[2].sum(), 1.0))
+
+
+def test_noncentering_of_what_a_scan_draws():
+    """Every step's latents relative to their priors, as of the same model with a loop."""
+    densities = []
+    for scanned in (True, False):
+        guide = AutoFlow(functools.partial(walks, scanned), small, noncentered=True)
+        density = guide.log_density()
+        assert len(guide.noncentering.sites) == (4 if scanned else 10)
+        rng = np.random.default_rng(0)
+        told = {}
+        for name in ("scale", "alone", "together", "joint", "rate", "end"):  # the same numbers in either layout
+            sites = [(n, shape) for n, shape in density.shapes if n == name or n.startswith(f"{name}_")]
+            shape = (3, *sites[0][1]) if len(sites) == 3 else sites[0][1]
+            values = rng.normal(size=(3, *shape))
+            told.update({sites[0][0]: values} if len(sites) == 1 else {sites[t][0]: values[:, t] for t in range(3)})
+        flat = [jnp.concatenate([told[n][i].ravel() for n, _ in density.shapes]) for i in range(3)]
+        layer = guide.noncentering.with_pseudo_observations(jnp.exp(flat[0]), flat[1])
+        u, log_det = layer.forward_and_log_det(flat[2])
+        np.testing.assert_allclose(log_det, jnp.linalg.slogdet(jax.jacfwd(layer)(flat[2]))[1], rtol=1e-5)
+        x, back = layer.inverse_and_log_det(u)
+        np.testing.assert_allclose(x, flat[2], atol=1e-5)
+        assert layer.factor(x).shape == (density.dim, density.dim)
+        densities.append([float(log_det), float(-back), float(density(u))])
+    np.testing.assert_allclose(*densities, rtol=1e-5)
+
+
+def test_noncentering_passes_what_a_reversed_scan_draws():
+    """NumPyro gives such sites values in the order of its steps; the layer stays exact beside them."""
 
     def model():
         scale = numpyro.sample("scale", dist.HalfNormal(1.0))
-        scan(lambda last, _: 2 * (numpyro.sample("walk", dist.Normal(last, scale)),), 0.0, jnp.arange(3))
+        step = lambda last, _: 2 * (numpyro.sample("walk", dist.Normal(last, scale)),)  # noqa: E731
+        scan(step, 0.0, jnp.arange(3), reverse=True)
         numpyro.sample("effect", dist.Normal(0.0, scale))
 
     guide = AutoFlow(model, small, noncentered=True)
