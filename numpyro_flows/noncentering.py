@@ -29,14 +29,23 @@ _ROWS = 256  # of a Hessian at once: as many as a fit has draws in a step
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
 LOCATION_SCALE = (dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.LogNormal)
 
+JOINT = (dist.MultivariateNormal, dist.LowRankMultivariateNormal, dist.MultivariateStudentT)
+
 
 def prior_of(fn: Any, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
-    """Location ``shape`` and scale of a latent, if its prior has them; the scale of a multivariate normal is its
-    Cholesky factor ``(*shape, shape[-1])``."""
+    """Location ``shape`` and scale of a latent, if its prior has them.
+
+    The scale of a multivariate normal is its Cholesky factor ``(*shape, shape[-1])``, that of a random walk the one of
+    its steps ``(*shape[:-1], 1)``.
+    """
     fn = unwrapped(fn)
     if isinstance(fn, LOCATION_SCALE):
         return jnp.broadcast_to(fn.loc, shape), jnp.broadcast_to(fn.scale, shape)
-    if isinstance(fn, dist.MultivariateNormal):
+    if isinstance(fn, dist.GaussianRandomWalk):
+        return jnp.zeros(shape), jnp.broadcast_to(fn.scale, shape[:-1])[..., None]
+    if isinstance(fn, dist.CAR):
+        fn = dist.MultivariateNormal(fn.loc, precision_matrix=fn.precision_matrix, validate_args=False)
+    if isinstance(fn, JOINT):
         return jnp.broadcast_to(fn.loc, shape), jnp.broadcast_to(fn.scale_tril, (*shape, shape[-1]))
     return None
 
@@ -58,11 +67,11 @@ class Noncentering(TransformModule):
 
     and so do all elements of one with a multivariate normal prior (a Gaussian process) together: with ``L`` the prior's
     Cholesky factor and ``R R^T = I + L^T precision L``, the scale is the matrix ``L R^{-T}``, at ``O(n^3)`` a draw for
-    ``n`` elements. With precision 0 it is non-centred (Papaspiliopoulos et al. 2007), with a large one centred, and
-    exact where the likelihood is normal in ``u``: the funnel between scales and effects is gone for every value of the
-    scale. Partially non-centred in between, as in Gorinova et al. 2020, and by the prior as in Ambrogioni et al. 2021,
-    but adapted to the scale. All other elements pass. Both directions run the model once a draw;
-    ``precision`` and ``pseudo_data`` are not trained.
+    ``n`` elements (of a ``GaussianRandomWalk`` at ``O(n)``). With precision 0 it is non-centred (Papaspiliopoulos et
+    al. 2007), with a large one centred, and exact where the likelihood is normal in ``u``: the funnel between scales
+    and effects is gone for every value of the scale. Partially non-centred in between, as in Gorinova et al. 2020, and
+    by the prior as in Ambrogioni et al. 2021, but adapted to the scale. All other elements pass. Both directions run
+    the model once a draw; ``precision`` and ``pseudo_data`` are not trained.
 
     Shapes: ``x`` and ``u`` ``(..., dim)``, log-determinants ``(...)``.
 
@@ -119,6 +128,8 @@ class Noncentering(TransformModule):
         blocks = []
         for name, shape in self.prior.shapes.items():
             scale = seen[name][1] if name in self.sites else jnp.ones(shape, x.dtype)
+            if _is_walk(scale, shape):
+                scale = scale[..., None] * jnp.tri(shape[-1], dtype=x.dtype)
             joint = scale.ndim > len(shape)
             blocks += [*scale.reshape(-1, *scale.shape[-2:])] if joint else [jnp.diag(scale.reshape(-1))]
         return jax.scipy.linalg.block_diag(*blocks)
@@ -194,6 +205,8 @@ def _conditioned(
     loc: Array, scale: Array, precision: Array, data: Array, value: Array, inverse: bool
 ) -> tuple[Array, Array]:
     """``u`` of ``x``, or the other way round, and the logarithms of the scales."""
+    if _is_walk(scale, loc.shape):
+        return _walked(scale[..., 0] ** 2, precision, data, value, inverse)
     if scale.ndim == loc.ndim:
         s = lax.rsqrt(scale**-2 + precision)
         centre = loc + precision * s**2 * (data - loc)
@@ -210,6 +223,40 @@ def _conditioned(
         return (jnp.swapaxes(root, -1, -2) @ standard - shift).squeeze(-1), log_scale
     standard = solve_triangular(root, value[..., None] + shift, lower=True, trans="T")
     return loc + (scale @ standard).squeeze(-1), log_scale
+
+
+def _is_walk(scale: Array, shape: tuple[int, ...]) -> bool:
+    return scale.ndim == len(shape) and scale.shape != shape
+
+
+def _walked(variance: Array, precision: Array, data: Array, value: Array, inverse: bool) -> tuple[Array, Array]:
+    """The same for a random walk, step by step, each given the one before and all pseudo-observations to come.
+
+    What these say of a step, a precision and it times a value, comes backwards from the end (Kalman filtering), so that
+    a walk of ``n`` steps takes ``O(n)``.
+    """
+
+    def look_ahead(later: tuple[Array, Array], at: tuple[Array, Array]) -> tuple[tuple, tuple]:
+        share = 1 / (1 + variance * later[0])
+        told = at[0] + share * later[0], at[0] * at[1] + share * later[1]
+        return told, told
+
+    def step(before: Array, given: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        shrinkage, shift, s, x = given
+        u = shrinkage * before + shift + s * x
+        return u, u
+
+    precision, data, value = (jnp.moveaxis(a, -1, 0) for a in (precision, data, value))
+    nothing = jnp.zeros_like(value[0])
+    _, (told, weighted) = lax.scan(look_ahead, (nothing, nothing), (precision, data), reverse=True)
+    shrinkage = 1 / (1 + variance * told)
+    shift, s = variance * shrinkage * weighted, jnp.sqrt(variance * shrinkage)
+    if inverse:
+        before = jnp.concatenate([nothing[None], value[:-1]])
+        moved = (value - shrinkage * before - shift) / s
+    else:
+        moved = lax.scan(step, nothing, (shrinkage, shift, s, value))[1]
+    return jnp.moveaxis(moved, 0, -1), jnp.moveaxis(jnp.log(s), 0, -1)
 
 
 class _Done(Exception):

@@ -24,6 +24,12 @@ LOCATION_SCALE = tuple(
     getattr(torch.distributions, name) for name in ("Normal", "StudentT", "Cauchy", "Laplace", "Gumbel", "LogNormal")
 ) + (dist.Logistic,)
 
+JOINT = (
+    torch.distributions.MultivariateNormal,
+    torch.distributions.LowRankMultivariateNormal,
+    dist.MultivariateStudentT,
+)
+
 
 def prior_of(fn: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
     """Location ``shape`` and scale of a latent, if its prior has them; the scale of a multivariate normal is its
@@ -31,7 +37,7 @@ def prior_of(fn: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
     fn = unwrapped(fn)
     if isinstance(fn, LOCATION_SCALE):
         return fn.loc.expand(shape), fn.scale.expand(shape)
-    if isinstance(fn, torch.distributions.MultivariateNormal):
+    if isinstance(fn, JOINT):
         return fn.loc.expand(shape), fn.scale_tril.expand(shape + shape[-1:])
     return None
 

@@ -32,6 +32,7 @@ from numpyro.infer.reparam import NeuTraReparam  # noqa: E402
 from numpyro_flows import AutoFlow, flows  # noqa: E402
 from numpyro_flows.distributions import MixtureBase  # noqa: E402
 from numpyro_flows.log_density import LogDensity  # noqa: E402
+from numpyro_flows.noncentering import pulled_back  # noqa: E402
 from tests.inference.models_numpyro import bimodal, constrained, dependent_support, eight_schools  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("jax-auto_flow")
@@ -140,6 +141,46 @@ def test_noncentering_of_what_a_scan_draws():
         assert layer.factor(x).shape == (density.dim, density.dim)
         densities.append([float(log_det), float(-back), float(density(u))])
     np.testing.assert_allclose(*densities, rtol=1e-5)
+
+
+RING = np.roll(np.eye(5), 1, 0) + np.roll(np.eye(5), -1, 0)
+JOINT_PRIORS = {
+    "walk": lambda scale: dist.GaussianRandomWalk(scale, 5),
+    "walks": lambda scale: dist.GaussianRandomWalk(scale * jnp.array([1.0, 3.0]), 5).to_event(1),
+    "neighbours": lambda scale: dist.CAR(scale, 0.6, scale**-2, RING),
+    "low rank": lambda scale: dist.LowRankMultivariateNormal(
+        jnp.ones(5), scale * jnp.linspace(-1, 2, 10).reshape(5, 2), scale * jnp.linspace(0.2, 1.0, 5)
+    ),
+}
+
+
+@pytest.mark.parametrize("prior", JOINT_PRIORS)
+def test_noncentering_takes_joint_priors_and_data_out(prior):
+    """With the data themselves as pseudo-observations, what is left of the effects is standard normal."""
+    noise = np.linspace(0.5, 2.0, 5)
+
+    def model():
+        effect = numpyro.sample("effect", JOINT_PRIORS[prior](numpyro.sample("scale", dist.HalfNormal(1.0))))
+        numpyro.sample("y", dist.Normal(effect, noise).to_event(effect.ndim), obs=jnp.ones_like(effect) * noise)
+
+    guide = AutoFlow(model, small, noncentered=True)
+    log_density = guide.log_density()
+    assert guide.noncentering.sites == ("effect",)
+    copies = (log_density.dim - 1) // 5
+    told = np.r_[0.0, np.tile(noise**-2, copies)], np.r_[0.0, np.tile(noise, copies)]
+    layer = guide.noncentering.with_pseudo_observations(*told)
+    guide.set_noncentering(layer)
+    density = jax.vmap(pulled_back(log_density, guide.coordinates))
+    x = np.random.default_rng(0).normal(0.0, 2.0, size=(6, log_density.dim))
+    there, centre = (density(jnp.asarray(z)) for z in (x, np.where(np.arange(x.shape[1]) < 1, x, 0.0)))
+    np.testing.assert_allclose(there - centre, -0.5 * (x[:, 1:] ** 2).sum(-1), rtol=1e-6, atol=1e-6)
+    u, log_det = layer.forward_and_log_det(jnp.asarray(x))
+    back, inverse_log_det = layer.inverse_and_log_det(u)
+    np.testing.assert_allclose(back, x, atol=1e-6)
+    np.testing.assert_allclose(inverse_log_det, -log_det, atol=1e-6)
+    plain = layer.with_pseudo_observations(np.zeros(x.shape[1]), np.zeros(x.shape[1]))
+    jacobian = jax.jacfwd(plain)(jnp.asarray(x[0]))
+    np.testing.assert_allclose(plain.factor(jnp.asarray(x[0]))[1:, 1:], jacobian[1:, 1:], atol=1e-6)
 
 
 def test_noncentering_passes_what_a_reversed_scan_draws():
