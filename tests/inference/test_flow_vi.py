@@ -494,8 +494,11 @@ def test_more_steps_are_repeated_while_they_pay(fitter):
     posterior = SimpleNamespace(
         history=SimpleNamespace(elbo=trace),
         weights_are_reliable=True,
+        log_density=SimpleNamespace(dim=100),
         _gap=0.6,
     )
+    assert may_mend(posterior, 500, 0, np.inf)  # rose by 0.5, and 0.2 may be left
+    posterior.log_density.dim = 10
     assert not may_mend(posterior, 500, 0, np.inf)  # rose by 0.5 where 0.6 are missing
     assert may_mend(posterior, 500, 1, 0.21) and not may_mend(posterior, 500, 1, 0.19)  # three more such legs
     assert may_mend(posterior, 500, 3, 0.61) and not may_mend(posterior, 500, 3, 0.59)
