@@ -29,7 +29,7 @@ _ROWS = 256  # of a Hessian at once: as many as a fit has draws in a step
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
 LOCATION_SCALE = (dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.LogNormal)
 
-JOINT = (dist.MultivariateNormal, dist.LowRankMultivariateNormal, dist.MultivariateStudentT)
+JOINT = (dist.MultivariateNormal, dist.MultivariateStudentT)
 
 
 def prior_of(fn: Any, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
@@ -43,8 +43,6 @@ def prior_of(fn: Any, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
         return jnp.broadcast_to(fn.loc, shape), jnp.broadcast_to(fn.scale, shape)
     if isinstance(fn, dist.GaussianRandomWalk):
         return jnp.zeros(shape), jnp.broadcast_to(fn.scale, shape[:-1])[..., None]
-    if isinstance(fn, dist.CAR):
-        fn = dist.MultivariateNormal(fn.loc, precision_matrix=fn.precision_matrix, validate_args=False)
     if isinstance(fn, JOINT):
         return jnp.broadcast_to(fn.loc, shape), jnp.broadcast_to(fn.scale_tril, (*shape, shape[-1]))
     return None

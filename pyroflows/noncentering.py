@@ -24,11 +24,7 @@ LOCATION_SCALE = tuple(
     getattr(torch.distributions, name) for name in ("Normal", "StudentT", "Cauchy", "Laplace", "Gumbel", "LogNormal")
 ) + (dist.Logistic,)
 
-JOINT = (
-    torch.distributions.MultivariateNormal,
-    torch.distributions.LowRankMultivariateNormal,
-    dist.MultivariateStudentT,
-)
+JOINT = (torch.distributions.MultivariateNormal, dist.MultivariateStudentT)
 
 
 def prior_of(fn: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:

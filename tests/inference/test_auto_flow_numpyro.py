@@ -143,14 +143,10 @@ def test_noncentering_of_what_a_scan_draws():
     np.testing.assert_allclose(*densities, rtol=1e-5)
 
 
-RING = np.roll(np.eye(5), 1, 0) + np.roll(np.eye(5), -1, 0)
 JOINT_PRIORS = {
     "walk": lambda scale: dist.GaussianRandomWalk(scale, 5),
     "walks": lambda scale: dist.GaussianRandomWalk(scale * jnp.array([1.0, 3.0]), 5).to_event(1),
-    "neighbours": lambda scale: dist.CAR(scale, 0.6, scale**-2, RING),
-    "low rank": lambda scale: dist.LowRankMultivariateNormal(
-        jnp.ones(5), scale * jnp.linspace(-1, 2, 10).reshape(5, 2), scale * jnp.linspace(0.2, 1.0, 5)
-    ),
+    "vector": lambda scale: dist.MultivariateNormal(jnp.ones(5), scale_tril=scale * jnp.tri(5)),
 }
 
 
