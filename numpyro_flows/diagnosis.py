@@ -77,7 +77,7 @@ def moment_error(u: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     with np.errstate(all="ignore"):
         z = (u - u.mean(0)) / scale
         mean = weights @ z
-        sd = np.sqrt(weights @ np.square(z - mean))
+        sd = np.sqrt(weights @ np.square(z) - mean**2)
         if not (np.isfinite(sd).all() and (sd > 0).all()):
             return np.inf, np.inf
         sd_error = float(np.abs(np.log(sd)).max())

@@ -35,8 +35,8 @@ JOINT = (dist.MultivariateNormal, dist.MultivariateStudentT)
 def prior_of(fn: Any, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
     """Location ``shape`` and scale of a latent, if its prior has them.
 
-    The scale of a multivariate normal is its Cholesky factor ``(*shape, shape[-1])``, that of a random walk the one of
-    its steps ``(*shape[:-1], 1)``.
+    The scale of a multivariate normal or Student-t is its Cholesky factor ``(*shape, shape[-1])``, that of a random
+    walk the one of its steps ``(*shape[:-1], 1)``.
     """
     fn = unwrapped(fn)
     if isinstance(fn, LOCATION_SCALE):

@@ -28,8 +28,10 @@ JOINT = (torch.distributions.MultivariateNormal, dist.MultivariateStudentT)
 
 
 def prior_of(fn: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
-    """Location ``shape`` and scale of a latent, if its prior has them; the scale of a multivariate normal is its
-    Cholesky factor ``(*shape, shape[-1])``."""
+    """Location ``shape`` and scale of a latent, if its prior has them.
+
+    The scale of a multivariate normal or Student-t is its Cholesky factor ``(*shape, shape[-1])``.
+    """
     fn = unwrapped(fn)
     if isinstance(fn, LOCATION_SCALE):
         return fn.loc.expand(shape), fn.scale.expand(shape)

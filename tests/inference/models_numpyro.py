@@ -154,6 +154,15 @@ def out_of_order():
         numpyro.sample("obs", dist.Normal(effect, 3.0), obs=jnp.array([0.5, -1.0]))
 
 
+VECTOR_TRIL = [[1.0, 0.0], [0.5, 2.0]]
+
+
+def heavy_vector():
+    """A vector with the heavy tails of a multivariate Student-t, and its scale."""
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    numpyro.sample("vector", dist.MultivariateStudentT(4.0, jnp.ones(2), scale * jnp.array(VECTOR_TRIL)))
+
+
 CURVES = [[1.5, -0.5, 0.25], [0.5, 2.0, -1.0]]
 CURVE_NOISE = [0.5, 1.0, 2.0]
 CURVE_TRIL = [[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.5, 0.4, 0.7]]

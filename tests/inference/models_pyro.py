@@ -155,6 +155,20 @@ def out_of_order():
         pyro.sample("obs", dist.Normal(effect, 3.0), obs=torch.tensor([0.5, -1.0]))
 
 
+VECTOR_TRIL = [[1.0, 0.0], [0.5, 2.0]]
+
+
+def heavy_vector():
+    """A vector with the heavy tails of a multivariate Student-t, and its scale."""
+    scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(1.0)))
+    pyro.sample(
+        "vector",
+        dist.MultivariateStudentT(
+            4.0, torch.ones(2).to(scale), scale[..., None, None] * torch.tensor(VECTOR_TRIL).to(scale)
+        ),
+    )
+
+
 CURVES = [[1.5, -0.5, 0.25], [0.5, 2.0, -1.0]]
 CURVE_NOISE = [0.5, 1.0, 2.0]
 CURVE_TRIL = [[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.5, 0.4, 0.7]]

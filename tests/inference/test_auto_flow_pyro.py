@@ -400,20 +400,6 @@ def test_a_prior_without_a_factor_makes_its_draw_alone_not_finite_in_a_noncentri
     assert not y[1, 1:].isfinite().any()
 
 
-def test_noncentering_of_a_multivariate_student_t():
-    def model():
-        scale = pyro.sample("scale", dist.HalfNormal(1.0))
-        pyro.sample("tail", dist.MultivariateStudentT(4.0, torch.ones(2), scale[..., None, None] * torch.eye(2)))
-
-    guide = AutoFlow(model, small, noncentered=True)
-    guide()
-    assert guide.noncentering.sites == ("tail",)
-    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-    u, log_det = guide.noncentering.forward_and_log_det(x)
-    torch.testing.assert_close(u[:, 1:], 1 + x[:, :1].exp() * x[:, 1:])
-    torch.testing.assert_close(log_det, 2 * x[:, 0])
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_distributions_made_before_the_run_take_what_is_not_finite(mode):
     class Regression(PyroModule):

@@ -392,6 +392,27 @@ def test_a_hopeless_fit_is_not_annealed(fitter, monkeypatch):
     assert steps[0] == 50 and len(steps) > 1 and min(steps[1:]) >= 60  # what comes after is annealed
 
 
+def test_when_a_fit_is_nearly_exact_or_hopeless_depends_on_the_number_of_latents(fitter, monkeypatch):
+    module, flat = fitter.module("inference"), np.random.default_rng(0).normal(size=500).tolist()
+    for nearly_exact, falls in ((0.01, False), (0.06, True)):
+        schedule = module.Schedule(5000, 1e-3, nearly_exact=nearly_exact)
+        step_sizes = schedule.next_chunk(flat, [0.05] * 500)
+        assert schedule.stationary and (step_sizes[-1] < 1e-3) == falls
+    schedules, next_chunk = [], module.Schedule.next_chunk
+
+    def noted(schedule, *args):
+        schedules.append(schedule)
+        return next_chunk(schedule, *args)
+
+    monkeypatch.setattr(module.Schedule, "next_chunk", noted)
+    flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=1, hidden_dims=(4,))
+    for dim, nearly_exact, hopeless in ((2, 0.01, 0.15), (60, 0.06, 1.4 * 0.12)):
+        fitter.run("gaussian", fitter.array(np.eye(dim)), flow=flow, num_steps=2, num_particles=8, escalate=True)
+        assert schedules[0].nearly_exact == pytest.approx(nearly_exact)
+        assert schedules[0].hopeless == pytest.approx(hopeless)
+        schedules.clear()
+
+
 def test_a_good_fit_does_not_go_on(fitter):
     flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=1, hidden_dims=(4,))
     posterior = fitter.run("conjugate", fitter.array(DATA), flow=flow, num_steps=200, escalate=True)
@@ -799,6 +820,16 @@ def test_noncentering_of_correlated_elements_is_their_conjugate_conditional(fitt
     back, inverse_log_det = (np.asarray(part) for part in layer.inverse_and_log_det(fitter.array(u)))
     np.testing.assert_allclose(back, x, atol=1e-9)
     np.testing.assert_allclose(inverse_log_det, -log_det, atol=1e-10)
+
+
+def test_noncentering_of_a_vector_with_heavy_tails(fitter):
+    guide, _ = noncentered(fitter, "heavy_vector")
+    assert guide.noncentering.sites == ("vector",)
+    x = np.random.default_rng(1).normal(size=(4, 3))
+    u, log_det = (np.asarray(part) for part in guide.noncentering.forward_and_log_det(fitter.array(x)))
+    tril = np.array(fitter.models.VECTOR_TRIL)
+    np.testing.assert_allclose(u[:, 1:], 1 + np.exp(x[:, :1]) * (x[:, 1:] @ tril.T), rtol=1e-9)
+    np.testing.assert_allclose(log_det, 2 * x[:, 0] + np.log(np.diagonal(tril)).sum(), atol=1e-9)
 
 
 def observations(models, name):
