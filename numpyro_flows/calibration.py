@@ -26,9 +26,10 @@ from scipy import stats
 from tqdm import tqdm
 
 from numpyro_flows import _arviz
-from numpyro_flows.inference import FlowVI, _numpy_rng, _numpy_seed
+from numpyro_flows.inference import FlowVI
 from numpyro_flows.log_density import check_latents
 from numpyro_flows.posterior import Estimate
+from numpyro_flows.programs import numpy_rng
 from numpyro_flows.transform_module import _typed_key
 
 LOG_LIKELIHOOD = "log_likelihood"
@@ -516,7 +517,7 @@ class _Simulator:
                 values = self._evaluate(data, joined)
                 draws = {**draws, **{name: value[1:] for name, value in values.items()}}
                 truth = {**truth, **{name: value[0] for name, value in values.items()}}
-            return _ranked(truth, draws, self.var_names or [], _numpy_rng(tie_key))
+            return _ranked(truth, draws, self.var_names or [], numpy_rng(tie_key))
         except Exception as error:
             return _failure(error)
 
@@ -547,16 +548,15 @@ class _Simulator:
             values = jax.vmap(self._evaluate)(data, joined)
             draws = {**draws, **{name: value[:, 1:] for name, value in values.items()}}
             truth = {**truth, **{name: value[:, 0] for name, value in values.items()}}
-        names, ties = self.var_names or [], jax.vmap(_numpy_seed)(tie_keys)
         arrays = [{name: np.asarray(x) for name, x in part.items()} for part in (data, truth, draws)]
         outcomes = []
-        for i, tie in enumerate(np.asarray(ties)):
+        for i, tie_key in enumerate(tie_keys):
             try:
                 one_data, one_truth, one_draws = ({name: x[i] for name, x in part.items()} for part in arrays)
                 bad = [name for name, value in one_data.items() if not np.isfinite(value).all()]
                 if bad:
                     raise FloatingPointError(f"simulated data of site(s) {bad} are not finite")
-                outcomes.append(_ranked(one_truth, one_draws, names, np.random.default_rng(int(tie))))
+                outcomes.append(_ranked(one_truth, one_draws, self.var_names or [], numpy_rng(tie_key)))
             except FloatingPointError as error:
                 outcomes.append(_failure(error))
         return outcomes

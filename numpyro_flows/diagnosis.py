@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.noncentering import forward, inverse, pulled_back, with_density
+from numpyro_flows.programs import numpy_rng
 from numpyro_flows.refinement import BaseSpace
 
 _NUM_CHAINS = 128
@@ -100,12 +101,12 @@ def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, floa
 
 def _in_base_space(posterior: Any, rng_key: Array) -> np.ndarray:
     """Log weights ``(chains,)`` at the ends of chains in the space of the guide's base."""
-    return np.asarray(posterior._programs(_base_space_chains, BaseSpace(posterior), rng_key), float)
+    space, noise = BaseSpace(posterior), _noise(rng_key, posterior.draws.unconstrained)
+    return np.asarray(posterior._programs(_base_space_chains, space, noise, rng_key), float)
 
 
-def _base_space_chains(space: BaseSpace, rng_key: Array) -> Array:
-    start_key, run_key = jax.random.split(rng_key)
-    z, value = _hamiltonian(space.log_density, space.base.sample(start_key, (_NUM_CHAINS,)), run_key)
+def _base_space_chains(space: BaseSpace, noise: tuple[Array, Array], rng_key: Array) -> Array:
+    z, value = _hamiltonian(space.log_density, space.base.sample(rng_key, (_NUM_CHAINS,)), *noise)
     return value - space.base.log_prob(z)
 
 
@@ -113,22 +114,25 @@ def _in_whitened_space(posterior: Any, rng_key: Array) -> np.ndarray:
     """The same, of chains in the coordinates where the guide has mean zero and covariance one."""
     coordinates, density = with_density(posterior.guide.coordinates, None), posterior.log_density
     x, _ = posterior._programs(inverse, coordinates, density, posterior.draws.unconstrained[: 8 * _NUM_CHAINS])
-    moments = (np.asarray(a, x.dtype) for a in _location_and_scale(np.asarray(x, float)))
-    u, log_model = posterior._programs(_whitened_chains, coordinates, density, x[:_NUM_CHAINS], *moments, rng_key)
+    points = np.asarray(x, float)
+    loc, scale_tril = _location_and_scale(points)
+    z = np.linalg.solve(scale_tril, (points[:_NUM_CHAINS] - loc).T).T
+    inputs = (np.asarray(a, x.dtype) for a in (loc, scale_tril, z))
+    u, log_model = posterior._programs(_whitened_chains, coordinates, density, *inputs, _noise(rng_key, x))
     return np.asarray(log_model - posterior._log_guide(u), float)
 
 
 def _whitened_chains(
-    coordinates: Any, log_density: LogDensity, x: Array, loc: Array, scale_tril: Array, rng_key: Array
+    coordinates: Any, log_density: LogDensity, loc: Array, scale_tril: Array, z: Array, noise: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    """Ends of chains from ``x``, as latent vectors, and the model's log-densities there."""
+    """Ends of chains from ``loc + scale_tril z``, as latent vectors, and the model's log-densities there."""
     density = pulled_back(log_density, coordinates)
 
     def whitened(z: Array) -> Array:
         value = density(loc + scale_tril @ z)
         return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
-    z, value = _hamiltonian(whitened, jnp.linalg.solve(scale_tril, (x - loc).T).T, rng_key)
+    z, value = _hamiltonian(whitened, z, *noise)
     u, log_det = forward(coordinates, log_density, loc + z @ scale_tril.T)
     return u, value - log_det
 
@@ -143,18 +147,29 @@ def _location_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return loc, np.diag(scale)
 
 
-def _hamiltonian(log_density: Callable[[Array], Array], z: Array, rng_key: Array) -> tuple[Array, Array]:
+def _noise(rng_key: Array, like: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Momenta ``(iterations, chains, dim)``, and levels that acceptance is held against, drawn outside the programs.
+
+    (Each generator in a program takes a third of a second to compile.)
+    """
+    rng = numpy_rng(rng_key)
+    shape = _NUM_ITERATIONS, _NUM_CHAINS
+    return rng.standard_normal((*shape, like.shape[-1])).astype(like.dtype), rng.uniform(size=shape).astype(like.dtype)
+
+
+def _hamiltonian(log_density: Callable[[Array], Array], z: Array, momenta: Array, levels: Array) -> tuple[Array, Array]:
     """Ends ``(chains, dim)`` of chains from ``z``, and their log-densities ``(chains,)``.
 
     The step size is adapted to all chains, and each has a share of it.
+
+    :param momenta: standard normals ``(iterations, chains, dim)``.
+    :param levels: uniform numbers ``(iterations, chains)``.
     """
     value_and_grad = jax.vmap(jax.value_and_grad(log_density))
-    share = jnp.geomspace(_SHORTEST, 1.0, len(z), dtype=z.dtype)[:, None]
+    share = np.geomspace(_SHORTEST, 1.0, len(z)).astype(z.dtype)[:, None]
 
-    def step(carry: tuple[Array, Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple, None]:
-        (z, _, log_step), (key, rate) = carry, inputs
-        momentum_key, accept_key = jax.random.split(key)
-        start = jax.random.normal(momentum_key, z.shape, z.dtype)
+    def step(carry: tuple[Array, Array, Array], inputs: tuple[Array, Array, Array]) -> tuple[tuple, None]:
+        (z, _, log_step), (start, level, rate) = carry, inputs
         size = share * jnp.exp(log_step)
 
         def leapfrog(i: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
@@ -168,11 +183,10 @@ def _hamiltonian(log_density: Callable[[Array], Array], z: Array, rng_key: Array
         new, end, first, last = lax.fori_loop(0, _NUM_LEAPFROGS + 1, leapfrog, (z, start, zeros, zeros))
         log_ratio = last - first + 0.5 * (jnp.square(start).sum(-1) - jnp.square(end).sum(-1))
         probability = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio), 0.0))
-        accepted = jax.random.uniform(accept_key, probability.shape, z.dtype) < probability
+        accepted = level < probability
         log_step = log_step + rate * (probability.mean() - _ACCEPTANCE)
         return (jnp.where(accepted[:, None], new, z), jnp.where(accepted, last, first), log_step), None
 
     log_step = jnp.asarray(-0.25 * math.log(z.shape[-1]), z.dtype)
-    rates = 2.0 / jnp.sqrt(1.0 + jnp.arange(_NUM_ITERATIONS, dtype=z.dtype))
-    keys = jax.random.split(rng_key, _NUM_ITERATIONS)
-    return lax.scan(step, (z, jnp.zeros(len(z), z.dtype), log_step), (keys, rates))[0][:2]
+    rates = (2.0 / np.sqrt(1.0 + np.arange(_NUM_ITERATIONS))).astype(z.dtype)
+    return lax.scan(step, (z, jnp.zeros(len(z), z.dtype), log_step), (momenta, levels, rates))[0][:2]

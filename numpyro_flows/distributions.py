@@ -24,7 +24,27 @@ from numpyro_flows.univariate import SinhArcsinh, TailTransform
 from numpyro_flows.univariate.tails import side, stretch
 
 
-class FlowDistribution(dist.TransformedDistribution):
+class _InOrder:
+    """A distribution whose parts are in the order of their names, which are program inputs.
+
+    NumPyro's come in that of a set, another one in every process, which jax's cache on disk then takes for another
+    program.
+    """
+
+    @classmethod
+    def gather_pytree_data_fields(cls) -> tuple[str, ...]:
+        return tuple(sorted(super().gather_pytree_data_fields()))  # type: ignore[misc]
+
+
+class _Normal(_InOrder, dist.Normal):
+    pass
+
+
+class _StudentT(_InOrder, dist.StudentT):
+    pass
+
+
+class FlowDistribution(_InOrder, dist.TransformedDistribution):
     """The density of ``y = transform(x)``, ``x ~ base``: ``log p(y) = log p(x) - log |det dy/dx|``.
 
     A NumPyro ``TransformedDistribution`` that takes one pass where NumPyro's takes two: a density at given points
@@ -98,7 +118,7 @@ def standard_base(dim: int, df: float | None = None, like: Array | None = None) 
     :param like: an array whose dtype the draws have; jax's default unless given.
     """
     zeros = jnp.zeros(dim, None if like is None else like.dtype)
-    return (dist.Normal(zeros, 1.0) if df is None else dist.StudentT(df, zeros, 1.0)).to_event(1)
+    return (_Normal(zeros, 1.0) if df is None else _StudentT(df, zeros, 1.0)).to_event(1)
 
 
 class Base(eqx.Module):
@@ -150,7 +170,7 @@ class LocScaleBase(Base):
 
     def distribution(self) -> dist.Distribution:
         scale = jnp.exp(self.log_scale)
-        base = dist.Normal(self.loc, scale) if self.df is None else dist.StudentT(self.df, self.loc, scale)
+        base = _Normal(self.loc, scale) if self.df is None else _StudentT(self.df, self.loc, scale)
         return base.to_event(1)
 
 
@@ -274,7 +294,7 @@ class ResampledBase(Base):
         return Resampled(self.acceptance, noise, self.num_tries)
 
 
-class DiagonalMixture(dist.Distribution):
+class DiagonalMixture(_InOrder, dist.Distribution):
     """A mixture of normals with diagonal covariances.
 
     Draws carry the gradient of every parameter, weights included, by implicit reparameterisation (Figurnov et al.
@@ -314,7 +334,7 @@ class DiagonalMixture(dist.Distribution):
         return x - solve_triangular(lax.stop_gradient(slope), moved[..., None], lower=True)[..., 0]
 
 
-class Resampled(dist.Distribution):
+class Resampled(_InOrder, dist.Distribution):
     """Normals, each accepted with probability ``a(x)`` or drawn anew; the last of ``num_tries`` tries is always taken.
 
     The density is ``N(x; 0, I) ((1 - t) a(x) / Z + t)`` with ``t = (1 - Z)^(num_tries - 1)`` (Bauer & Mnih 2019;

@@ -23,8 +23,7 @@ _jit = partial(jax.jit, inline=True)  # models that are run, not traced, would d
 _APART = np.uint32(0x80000000)  # between the counters of a key's children and those of its numbers
 
 
-@_jit
-def threefry(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
+def _threefry(key: Any, first: Any, second: Any) -> tuple[Any, Any]:
     """Threefry-2x32 with 20 rounds: two random words for each pair of counters.
 
     :param key: two words ``(2,)``.
@@ -40,24 +39,36 @@ def threefry(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
     return first, second
 
 
+threefry = _jit(_threefry)
+
+
 def _seed(seed: Array) -> Array:
     shift = lax.full_like(seed, 32)
     high = lax.shift_right_logical(seed, shift) if seed.dtype.itemsize == 8 else jnp.zeros_like(seed)
     return jnp.stack([high.astype(np.uint32), seed.astype(np.uint32)])
 
 
+def _is_traced(*args: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in args)
+
+
 def _split(key: Array, shape: Sequence[int]) -> Array:
-    return _children(key, math.prod(shape)).reshape(*shape, 2)
-
-
-@partial(_jit, static_argnums=1)
-def _children(key: Array, n: int) -> Array:
-    counter = lax.iota(np.uint32, n)
-    return jnp.stack(threefry(key, counter, counter ^ _APART), -1)
+    n = math.prod(shape)
+    counter = lax.iota(np.uint32, n) if _is_traced(key) else np.arange(n, dtype=np.uint32)
+    counter = counter.reshape(shape)
+    return _keys(key, counter, counter ^ _APART)
 
 
 def _fold_in(key: Array, data: Any) -> Array:
-    return jnp.stack(threefry(key, jnp.zeros_like(data), data))
+    return _keys(key, jnp.zeros_like(data), data)
+
+
+def _keys(key: Array, first: Any, second: Any) -> Array:
+    """Keys from counters, ``(..., 2)``: by NumPy where the numbers are known, for a program takes long to compile."""
+    if _is_traced(key, first, second):
+        return jnp.stack(threefry(key, first, second), -1)
+    with np.errstate(over="ignore"):  # words wrap around
+        return jnp.asarray(np.stack(_threefry(*(np.asarray(x) for x in (key, first, second))), -1))
 
 
 @partial(_jit, static_argnums=1)

@@ -49,7 +49,7 @@ from numpyro_flows.noncentering import (
     with_density,
 )
 from numpyro_flows.posterior import FlowPosterior, History, tolerated
-from numpyro_flows.programs import Programs, quick_key
+from numpyro_flows.programs import Programs, numpy_rng, quick_key
 from numpyro_flows.training import CHUNK, first_state, update
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
@@ -389,7 +389,7 @@ class FlowVI:
             for point in self._points(guide, log_density, key, 0 if alone else self.num_starts - 1, self.init_loc_fn):
                 if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     first.append(point)
-            rng, is_spent = _numpy_rng(key), partial(budget.is_spent, _SEARCH_SHARE, since=since)
+            rng, is_spent = numpy_rng(key), partial(budget.is_spent, _SEARCH_SHARE, since=since)
             return target, improve(target, find_start(target, first, rng), rng, is_spent)
 
         target, start = search(guide.init_loc)
@@ -475,7 +475,7 @@ class FlowVI:
             if begin is not start or best[1].divergence < _WORTHWHILE:
                 break
             is_half_spent = partial(budget.is_spent, 0.5 * _SEARCH_SHARE, since=gradients)
-            begin, evaluations = marginal_start(plain, start, *priors, is_half_spent, _numpy_rng(key))
+            begin, evaluations = marginal_start(plain, start, *priors, is_half_spent, numpy_rng(key))
             gradients += evaluations
         guide.set_centering(kept)
         return best[0], best[1]._replace(gradients=gradients)
@@ -528,7 +528,7 @@ class FlowVI:
 
         As many by ``init_loc_fn``, nearer to zero on the way to each, by the prior, and widely around the start.
         """
-        rng = _numpy_rng(key)
+        rng = numpy_rng(key)
         initial = self._points(guide, log_density, key, _NUM_PROBES, self.init_loc_fn)
         points = [scale * point for scale in (1.0, *_NEARER) for point in initial]
         for k in jax.random.split(jax.random.fold_in(key, 0), _NUM_PROBES):
@@ -667,14 +667,6 @@ def _at(layer: Noncentering, log_density: LogDensity, u: Array) -> tuple[Array, 
 
 def _in_numpy(program: Callable, x: np.ndarray) -> Any:
     return jax.tree.map(lambda part: np.asarray(part, float), program(x))
-
-
-def _numpy_rng(key: Array) -> np.random.Generator:
-    return np.random.default_rng(int(_numpy_seed(key)))
-
-
-def _numpy_seed(key: Array) -> Array:
-    return jax.random.randint(key, (), 0, 2**31 - 1)
 
 
 class Budget:

@@ -58,6 +58,11 @@ def quick_key(key: Array) -> Array:
     return jax.random.wrap_key_data(jax.random.key_data(typed), impl=GENERATOR)
 
 
+def numpy_rng(key: Array) -> np.random.Generator:
+    """NumPy's generator, seeded by a key, without a program to compile."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+
+
 def default_key(key: Array) -> Array:
     """A key of that generator as one of jax's default one, for what takes no other: its Poisson draws."""
     typed = _typed_key(key)

@@ -39,3 +39,17 @@ def test_draws():
     correlations = np.corrcoef(series)[np.triu_indices(30, 1)] * 801**0.5
     assert np.abs(correlations).max() < 5 and correlations.std() == pytest.approx(1, abs=0.15)
     assert jax.random.bits(key, (0, 4)).shape == (0, 4) and jax.random.split(key, 0).shape == (0,)
+
+
+def test_keys_are_the_same_known_or_traced():
+    """A key's children and those of its numbers, by NumPy where the key is known and by a program where it is not."""
+    key = jax.random.key(2**32 - 1, impl=generator.GENERATOR)
+    for shape in (0, 1, 7, (2, 3)):
+        split = lambda k, shape=shape: jax.random.key_data(jax.random.split(k, shape))  # noqa: E731
+        np.testing.assert_array_equal(split(key), jax.jit(split)(key))
+    for number in (0, 5, 2**31):
+        fold = lambda k, n: jax.random.key_data(jax.random.fold_in(k, n))  # noqa: E731
+        np.testing.assert_array_equal(fold(key, number), jax.jit(fold)(key, np.uint32(number)))
+    keys = jax.random.split(key, 3)
+    together = jax.random.key_data(jax.vmap(jax.random.split)(keys))
+    np.testing.assert_array_equal(together, [jax.random.key_data(jax.random.split(k)) for k in keys])

@@ -42,6 +42,24 @@ def test_other_data_compile_nothing():
     assert len(sizes) > 5 and not vi.compiles_anew
 
 
+def test_distributions_have_their_parts_in_one_order():
+    """NumPyro's come in that of a set, by which jax's cache on disk would not know a program in the next process."""
+    module = numpyro_flows.distributions
+
+    def parts(distribution):
+        yield distribution
+        for leaf in jax.tree.leaves(distribution.tree_flatten()[0], is_leaf=lambda x: isinstance(x, dist.Distribution)):
+            if isinstance(leaf, dist.Distribution):
+                yield from parts(leaf)
+
+    key = jax.random.key(0)
+    bases = [module.standard_base(2), module.standard_base(2, 5.0), module.LocScaleBase(2).distribution()]
+    bases += [factory(2, key=key).distribution() for factory in (module.FlexibleBase, module.ResampledBase)]
+    bases.append(module.MixtureBase(2, 3, key=key).distribution())
+    found = {type(part).__name__: part.gather_pytree_data_fields() for base in bases for part in parts(base)}
+    assert len(found) >= 5 and all(list(fields) == sorted(fields) for fields in found.values()), found
+
+
 def test_a_model_may_look_at_its_data():
     def looks(x):
         theta = numpyro.sample("theta", dist.Normal(3.0 if x.mean() > 0 else -3.0, 2.0))
