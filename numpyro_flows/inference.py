@@ -41,6 +41,7 @@ from numpyro_flows.log_density import LogDensity, prototype_trace
 from numpyro_flows.noncentering import (
     Noncentering,
     forward,
+    forward_and_log_density,
     hessian,
     inverse,
     log_densities,
@@ -622,8 +623,8 @@ class _Ascent(eqx.Module):
 
     def whitened(self, z: Array) -> Array:
         """The model's log-density of a batch in the coordinates of the start."""
-        u, log_det = with_density(self.outer, self.log_density).forward_and_log_det(z)
-        return jax.vmap(self.log_density)(u) + log_det
+        _, log_det, value = forward_and_log_density(self.outer, self.log_density, z)
+        return value + log_det
 
     def loss(self, params: Any, key: Array) -> tuple[Array, Array]:
         (flow, base), n = unfolded(*self.modules(params)), self.num_particles

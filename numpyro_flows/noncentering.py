@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -17,7 +18,8 @@ from jax.scipy.linalg import solve_triangular
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
-from numpyro.distributions import biject_to
+from numpyro.infer.util import _unconstrain_reparam as _constrained
+from numpyro.infer.util import log_density as log_joint
 from numpyro.primitives import Messenger
 
 from numpyro_flows.log_density import LogDensity
@@ -132,6 +134,13 @@ class Noncentering(TransformModule):
             blocks += [*scale.reshape(-1, *scale.shape[-2:])] if joint else [jnp.diag(scale.reshape(-1))]
         return jax.scipy.linalg.block_diag(*blocks)
 
+    def forward_and_log_density(self, x: Array) -> tuple[Array, Array, Array]:
+        """Where ``x`` goes, log-determinants, and the model's log-densities there, by one run of the model a draw."""
+        fixed = lax.stop_gradient((self.precision, self.pseudo_data))
+        u, log_scales, value = jax.vmap(lambda row: self.prior.run_to_the_end(row, *fixed))(x.reshape(-1, x.shape[-1]))
+        batch = x.shape[:-1]
+        return u.reshape(x.shape), log_scales.sum(-1).reshape(batch), value.reshape(batch)
+
     def _map(self, x: Array, inverse: bool) -> tuple[Array, Array]:
         fixed = lax.stop_gradient((self.precision, self.pseudo_data))
         y, log_scales = jax.vmap(lambda row: self.prior.run(row, *fixed, inverse))(x.reshape(-1, x.shape[-1]))
@@ -166,9 +175,21 @@ class _Prior:
 
     def run(self, x: Array, precision: Array, pseudo_data: Array, inverse: bool) -> tuple[Array, Array]:
         """The other side of ``x`` ``(dim,)`` and the logarithms ``(dim,)`` of the scales ``s``."""
-        sweep = self._sweep(x, self.move(precision, pseudo_data, inverse))
-        parts = [jnp.ravel(sweep.results[name]) for name in self.shapes]
-        return jnp.concatenate(parts), jnp.concatenate([jnp.ravel(sweep.log_scales[name]) for name in self.shapes])
+        return self._vectors(self._sweep(x, self.move(precision, pseudo_data, inverse)))
+
+    def run_to_the_end(self, x: Array, precision: Array, pseudo_data: Array) -> tuple[Array, Array, Array]:
+        """``u`` of ``x`` ``(dim,)``, the logarithms ``(dim,)`` of the scales ``s``, and the model's log-density."""
+        density = self.log_density
+        assert density is not None
+        sweep = self._messenger(x, self.move(precision, pseudo_data, False), to_the_end=True)
+        with numpyro.validation_enabled(False), handlers.block():
+            value, _ = log_joint(sweep, density.args, density.kwargs, {})
+        return *self._vectors(sweep), value
+
+    def _vectors(self, sweep: _Sweep) -> tuple[Array, Array]:
+        by_site = sweep.results, sweep.log_scales
+        results, log_scales = (jnp.concatenate([jnp.ravel(of[name]) for name in self.shapes]) for of in by_site)
+        return results, log_scales
 
     def move(self, precision: Array, pseudo_data: Array, inverse: bool) -> Callable:
         """What a sweep does with a latent of ``sites``."""
@@ -182,12 +203,16 @@ class _Prior:
         return move
 
     def _sweep(self, x: Array, move: Callable) -> _Sweep:
-        assert self.log_density is not None
-        density = self.log_density
-        sweep = _Sweep(handlers.seed(density.model, rng_seed=0), density.unpack(x), self.sites, move)
+        density, sweep = self.log_density, self._messenger(x, move)
+        assert density is not None
         with contextlib.suppress(_Done), handlers.block():
             sweep(*density.args, **density.kwargs)
         return sweep
+
+    def _messenger(self, x: Array, move: Callable, to_the_end: bool = False) -> _Sweep:
+        assert self.log_density is not None
+        model = handlers.seed(self.log_density.model, rng_seed=0)
+        return _Sweep(model, self.log_density.unpack(x), self.sites, move, to_the_end)
 
 
 def priors_at(log_density: LogDensity, points: Array) -> dict[str, tuple[Array, Array]]:
@@ -264,27 +289,33 @@ class _Done(Exception):
 class _Sweep(Messenger):
     """Sets the latents in the model's order, each by ``move`` from its location, scale and given value.
 
-    Those of NumPyro's ``scan`` are set within it, step by step. (In a reversed one they pass: they come with values,
-    from a run of their own.)
+    Those of NumPyro's ``scan`` are set within it, step by step. (Those of a reversed one pass.) The supports' Jacobians
+    become factors of the model, as NumPyro's own.
+
+    :param to_the_end: whether the model's likelihood is run too.
     """
 
-    def __init__(self, fn: Callable, values: dict[str, Array], sites: tuple[str, ...], move: Callable):
+    def __init__(
+        self, fn: Callable, values: dict[str, Array], sites: tuple[str, ...], move: Callable, to_the_end: bool = False
+    ):
         super().__init__(fn)
-        self.values, self.sites, self.move = values, sites, move
+        self.values, self.sites, self.move, self.to_the_end = values, sites, move, to_the_end
         self.seen: dict[str, tuple[Array, Array]] = {}  # location and scale of every site of that form
         self.results: dict[str, Array] = {}
         self.log_scales: dict[str, Array] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if _is_scan(msg):
-            msg["kwargs"]["substitute_stack"].append(("substitute", self._within_scan))
+            within = partial(_constrained, self.values) if _is_reversed(msg) else self._within_scan
+            msg["kwargs"]["substitute_stack"].append(("substitute", within))
         elif self._is_latent(msg) and msg["name"] not in self.results:
-            name, fn = msg["name"], msg["fn"]
-            u = self._set(name, prior_of(fn, self.values[name].shape) if msg["value"] is None else None)
-            msg["value"] = biject_to(fn.support)(u)
+            name, done = msg["name"], msg.get("_control_flow_done", False)
+            u = self._set(name, prior_of(msg["fn"], self.values[name].shape) if msg["value"] is None else None)
+            if not done:
+                msg["value"] = _constrained({name: u}, msg)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if _is_scan(msg):
+        if _is_scan(msg) and not _is_reversed(msg):
             trace = msg["value"][1][0].trace
             for name in [name for name, site in trace.items() if self._is_latent(site)]:
                 loc, scale = (trace.pop(part, None) for part in _parts(name))
@@ -301,7 +332,7 @@ class _Sweep(Messenger):
             self.seen[name] = prior
             if name in self.sites:
                 u, self.results[name], self.log_scales[name] = self.move(name, *prior, u)
-        if len(self.results) == len(self.values):
+        if len(self.results) == len(self.values) and not self.to_the_end:
             raise _Done
         return u
 
@@ -317,11 +348,15 @@ class _Sweep(Messenger):
                 numpyro.deterministic(part, value)
             if name in self.sites:
                 u = self.move(name, *prior, u, step)[0]
-        return biject_to(site["fn"].support)(u)
+        return _constrained({name: u}, site)
 
 
 def _is_scan(msg: dict[str, Any]) -> bool:
-    return msg["type"] == "control_flow" and msg["fn"] is scan_wrapper and not msg["args"][-1]
+    return msg["type"] == "control_flow" and msg["fn"] is scan_wrapper
+
+
+def _is_reversed(msg: dict[str, Any]) -> bool:
+    return msg["args"][-1]
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -356,13 +391,29 @@ def with_density(transform: TransformModule, log_density: LogDensity | None) -> 
     return transform
 
 
+def forward_and_log_density(
+    transform: TransformModule, log_density: LogDensity, x: Array
+) -> tuple[Array, Array, Array]:
+    """Where vectors ``(n, dim)`` go by a guide's transform, the log-determinants, and the model's log-densities there.
+
+    The model runs once for both its non-centring and its density.
+    """
+    transform = with_density(transform, log_density)
+    if not (isinstance(transform, Compose) and transform.layers and isinstance(transform.layers[-1], Noncentering)):
+        u, log_det = transform.forward_and_log_det(x)
+        return u, log_det, jax.vmap(log_density)(u)
+    *others, last = transform.layers
+    u, log_det = Compose(others).forward_and_log_det(x)
+    u, last_log_det, value = last.forward_and_log_density(u)
+    return u, log_det + last_log_det, value
+
+
 def pulled_back(log_density: LogDensity, coordinates: TransformModule) -> Callable[[Array], Array]:
     """The log-density of one vector ``(dim,)`` before a guide's coordinates, their log-determinant included."""
-    layers = with_density(coordinates, log_density)
 
     def density(x: Array) -> Array:
-        u, log_det = layers.forward_and_log_det(x)
-        return log_density(u) + log_det
+        _, log_det, value = forward_and_log_density(coordinates, log_density, x[None])
+        return (value + log_det)[0]
 
     return density
 

@@ -20,7 +20,7 @@ from numpyro_flows import _arviz, evidence
 from numpyro_flows.density import _fit_modules
 from numpyro_flows.evidence import Estimate
 from numpyro_flows.log_density import LogDensity
-from numpyro_flows.noncentering import inverse, with_density
+from numpyro_flows.noncentering import forward_and_log_density, inverse, with_density
 from numpyro_flows.programs import Programs, quick_key
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
@@ -67,13 +67,15 @@ class BaseSpace(eqx.Module):
         self._transform, self._log_density = with_density(transform, None), posterior.log_density
         self.dim, self.dtype = posterior.log_density.dim, posterior.guide.init_loc.dtype
 
-    def _forward(self, z: Array) -> tuple[Array, Array]:
-        return with_density(self._transform, self._log_density).forward_and_log_det(z)
+    def _forward(self, z: Array) -> tuple[Array, Array, Array]:
+        """Latent vector of one ``z`` ``(dim,)``, the log-determinant, and the model's log-density."""
+        u, log_det, value = (part[0] for part in forward_and_log_density(self._transform, self._log_density, z[None]))
+        return u, log_det, jnp.where(jnp.isnan(value), -jnp.inf, value)
 
     def log_density(self, z: Array) -> Array:
         """Log-density of the posterior at one vector ``(dim,)``, up to a constant; minus infinity for ``NaN``."""
-        u, log_det = self._forward(z)
-        value = self._log_density(u) + log_det
+        _, log_det, log_model = self._forward(z)
+        value = log_model + log_det
         return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
     def score(self, z: Array) -> Scored:
@@ -81,9 +83,7 @@ class BaseSpace(eqx.Module):
         return lax.map(self._score, z, batch_size=_BATCH)
 
     def _score(self, z: Array) -> Scored:
-        u, log_det = self._forward(z)
-        log_model = self._log_density(u)
-        log_model, log_base = jnp.where(jnp.isnan(log_model), -jnp.inf, log_model), self.base.log_prob(z)
+        (u, log_det, log_model), log_base = self._forward(z), self.base.log_prob(z)
         return Scored(u, log_model, log_base - log_det, z, log_base)
 
 

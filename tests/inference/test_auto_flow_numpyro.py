@@ -32,7 +32,7 @@ from numpyro.infer.reparam import NeuTraReparam  # noqa: E402
 from numpyro_flows import AutoFlow, flows  # noqa: E402
 from numpyro_flows.distributions import MixtureBase  # noqa: E402
 from numpyro_flows.log_density import LogDensity  # noqa: E402
-from numpyro_flows.noncentering import pulled_back  # noqa: E402
+from numpyro_flows.noncentering import forward_and_log_density, pulled_back  # noqa: E402
 from tests.inference.models_numpyro import bimodal, constrained, dependent_support, eight_schools  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("jax-auto_flow")
@@ -197,6 +197,47 @@ def test_noncentering_passes_what_a_reversed_scan_draws():
     np.testing.assert_allclose(log_det, jnp.linalg.slogdet(jacobians)[1], atol=1e-6)
     np.testing.assert_allclose(guide.coordinates.inv(u), x, atol=1e-5)
     assert np.isfinite(jax.vmap(log_density)(u)).all()
+
+
+def scaled_and_masked():
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    with numpyro.plate("rows", 4), handlers.mask(mask=jnp.array([True, True, False, True])), handlers.scale(scale=2.0):
+        effect = numpyro.sample("effect", dist.LogNormal(0.0, scale))
+        numpyro.sample("y", dist.Normal(effect, 1.0), obs=jnp.ones(4))
+    numpyro.factor("constraint", -(effect.sum() ** 2))
+
+
+def after_a_reversed_scan():
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+
+    def step(last, _):
+        return 2 * (numpyro.sample("walk", dist.Normal(last, scale)) + numpyro.sample("rate", dist.Gamma(2.0, 1.0)),)
+
+    last, _ = scan(step, 0.0, jnp.arange(3), reverse=True)
+    numpyro.sample("effect", dist.Normal(last, scale))
+
+
+@pytest.mark.parametrize(
+    "model", [eight_schools, functools.partial(walks, True), scaled_and_masked, after_a_reversed_scan]
+)
+def test_one_run_of_the_model_serves_its_noncentering_and_its_density(model):
+    runs = []
+
+    def counted():
+        runs.append(None)
+        model()
+
+    guide = AutoFlow(counted, small, noncentered=True)
+    log_density = guide.log_density()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, log_density.dim)))
+    layer = guide.noncentering.with_pseudo_observations(jnp.exp(x[0]), x[1])
+    guide.set_noncentering(layer)
+    runs.clear()
+    found = forward_and_log_density(guide.coordinates, log_density, x)
+    assert len(runs) == 1
+    u, log_det = layer.forward_and_log_det(x)
+    for one, two in zip(found, (u, log_det, jax.vmap(log_density)(u)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
 
 
 def test_a_matrix_that_is_no_covariance_is_no_density():
