@@ -533,7 +533,7 @@ class FlowVI:
         initial = self._points(guide, log_density, key, _NUM_PROBES, self.init_loc_fn)
         points = [scale * point for scale in (1.0, *_NEARER) for point in initial]
         for k in jax.random.split(jax.random.fold_in(key, 0), _NUM_PROBES):
-            with contextlib.suppress(ValueError, RuntimeError):  # a model may refuse what its prior draws
+            with contextlib.suppress(Exception):  # a prior may have no draws, or a model refuse them
                 points += self._points(guide, log_density, k, 1, init_to_sample)
         points += list(start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T)
         points = [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
