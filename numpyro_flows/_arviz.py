@@ -131,7 +131,7 @@ def _panels(data: Any, var_names: list[str] | None) -> list[tuple[str, np.ndarra
     if unknown:
         raise ValueError(f"plot: var_names {unknown} are not among {list(data.data_vars)}.")
     return [
-        (f"{name}[{','.join(map(str, index))}]" if index else name, np.asarray(data[name])[(..., *index)])
+        (f"{name}[{','.join(map(str, index))}]" if index else name, np.asarray(data[name], float)[(..., *index)])
         for name in names
         for index in np.ndindex(*data[name].shape[2:])
     ]
@@ -149,10 +149,11 @@ def plot(posterior: Any, var_names: list[str] | None, num_samples: int) -> Any:
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows), squeeze=False, layout="constrained")
     elbo, ratios, *rest = axes.ravel()
     trace = posterior.history.elbo
+    known = trace[np.isfinite(trace)]
     elbo.plot(trace, lw=0.5)
-    elbo.set(title="ELBO", xlabel="step", ylim=np.nanquantile(trace, [0.05, 1.0]) if len(trace) else None)
-    centred = posterior._log_ratios - np.median(posterior._log_ratios)
-    ratios.hist(centred, bins=60)
+    elbo.set(title="ELBO", xlabel="step", ylim=np.quantile(known, [0.05, 1.0]) if len(known) else None)
+    inside = posterior._log_ratios[np.isfinite(posterior._log_ratios)]
+    ratios.hist(inside - (np.median(inside) if len(inside) else 0.0), bins=60)
     ratios.set(title=f"log weights, Pareto k {posterior.pareto_k:.2f}", yscale="log")
     for axis, (label, values) in zip(rest, panels, strict=False):
         low, high = np.quantile(values, [0.002, 0.998])
@@ -172,6 +173,8 @@ def plot_pair(data: Any, var_names: list[str] | None) -> Any:
     import matplotlib.pyplot as plt
 
     labels = dict(_panels(data["posterior"], var_names))
+    if len(labels) < 2:
+        raise ValueError(f"plot: a pair takes two elements at least, but there is {list(labels)}: use kind='summary'.")
     one = from_groups({"posterior": labels}, {})
     if _HAS_DATA_TREE:
         import arviz_plots

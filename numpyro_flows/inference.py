@@ -364,7 +364,15 @@ class FlowVI:
         if base is not None:
             params[f"{guide.prefix}_base$params"] = parameters(base)
         history = history._replace(gradients=budget.gradients, seconds=budget.seconds)
-        return FlowPosterior(guide, params, log_density, history, rng_key=draw_key)
+        found = FlowPosterior(guide, params, log_density, history, rng_key=draw_key)
+        if not history.interrupted and not np.isfinite(found._log_ratios).any():
+            sites = _not_finite(log_density, found.draws.unconstrained[:64])
+            raise RuntimeError(
+                f"FlowVI: every draw of the fitted guide lies outside the model's support. Sites whose log-density is "
+                f"not finite there: {sites}. An edge that such a site gives a latent, as dist.Uniform(0, top) gives "
+                "top, belongs into the support of the latent's own prior."
+            )
+        return found
 
     def _points(self, guide: AutoFlow, log_density: LogDensity, key: Array, n: int, by: Callable) -> list[np.ndarray]:
         """As many points in the guide's coordinates by an initialisation strategy."""
@@ -598,13 +606,18 @@ class FlowVI:
 
     def _nothing_finite(self, log_density: LogDensity, outer: TransformModule, base: Any, key: Array) -> str:
         u = outer.forward_and_log_det(base.sample(key, (64,)))[0]
-        sites = jax.vmap(log_density.site_log_probs)(u)
-        shares = {name: float(jnp.mean(~jnp.isfinite(value))) for name, value in sites.items()}
-        bad = {name: f"{share:.0%} of draws" for name, share in shares.items() if share} or "none (the gradient is)"
+        bad = _not_finite(log_density, u) or "none (the gradient is)"
         return (
             f"FlowVI: no step had a finite gradient. Sites whose log-density is not finite near the start: {bad}. "
             "Check the data and the priors of what these sites depend on."
         )
+
+
+def _not_finite(log_density: LogDensity, u: Array) -> dict[str, str]:
+    """Sites whose log-density is not finite, and at what share of the draws."""
+    sites = jax.vmap(log_density.site_log_probs)(u)
+    shares = {name: float(jnp.mean(~jnp.isfinite(value))) for name, value in sites.items()}
+    return {name: f"{share:.0%} of draws" for name, share in shares.items() if share}
 
 
 class _Ascent(eqx.Module):

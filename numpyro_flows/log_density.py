@@ -18,6 +18,7 @@ from numpyro.distributions import biject_to
 from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
+from numpyro.primitives import Messenger
 
 from numpyro_flows.programs import Held, is_array
 
@@ -140,7 +141,45 @@ class LogDensity(eqx.Module):
 
     def _seeded(self) -> Callable:
         # a fixed key: only sites that are not latent (such as subsample indices) can draw from it
-        return handlers.seed(self.model, rng_seed=0)
+        return handlers.seed(_Proper(self.model), rng_seed=0)
+
+
+class _Proper(Messenger):
+    """Mends what NumPyro leaves open in a density.
+
+    What is missing of a site with ``obs_mask=`` gets its prior everywhere: NumPyro masks it where the site is observed,
+    as what is never read, so that the density there is improper. And data outside of a support that depends on latents
+    (``Uniform(0, top)``) have no density there, where NumPyro computes one.
+    """
+
+    def __enter__(self) -> _Proper:
+        self.partly_observed: set[str] = set()
+        return super().__enter__()
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample":
+            return
+        name = msg["name"]
+        if not msg["is_observed"]:
+            if name.removesuffix(_UNOBSERVED) in self.partly_observed:
+                msg["fn"] = _unmasked(msg["fn"])
+            return
+        if name.endswith(_OBSERVED):
+            self.partly_observed.add(name.removesuffix(_OBSERVED))
+        support: Any = msg["fn"].support
+        if not isinstance(msg["fn"], dist.Unit) and any(isinstance(x, Array) for x in jax.tree.leaves(support)):
+            numpyro.factor(f"support of {name}", jnp.where(support(msg["value"]), 0.0, -jnp.inf))
+
+
+_OBSERVED, _UNOBSERVED = "_observed", "_unobserved"  # ends of the names of such a site's two parts
+
+
+def _unmasked(fn: dist.Distribution) -> dist.Distribution:
+    if isinstance(fn, dist.MaskedDistribution):
+        return fn.base_dist.expand(fn.batch_shape)
+    if isinstance(fn, dist.ExpandedDistribution):
+        return _unmasked(fn.base_dist).expand(fn.batch_shape)
+    return fn
 
 
 def _is_data(site: dict[str, Any]) -> bool:

@@ -210,9 +210,9 @@ class _Prior:
         return sweep
 
     def _messenger(self, x: Array, move: Callable, to_the_end: bool = False) -> _Sweep:
-        assert self.log_density is not None
-        model = handlers.seed(self.log_density.model, rng_seed=0)
-        return _Sweep(model, self.log_density.unpack(x), self.sites, move, to_the_end)
+        density = self.log_density
+        assert density is not None
+        return _Sweep(density._seeded(), density.unpack(x), self.sites, move, to_the_end)
 
 
 def priors_at(log_density: LogDensity, points: Array) -> dict[str, tuple[Array, Array]]:

@@ -24,7 +24,7 @@ from numpyro_flows.guides.auto_flow import FACTORIES
 from numpyro_flows.initialization import Start, missed_mass
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.noncentering import forward, log_densities, with_density
-from numpyro_flows.programs import quick_key
+from numpyro_flows.programs import key_of, quick_key, words_of
 from numpyro_flows.refinement import RefinedPosterior
 from numpyro_flows.transform_module import TransformModule, parameters
 from numpyro_flows.transforms import TriangularAffine
@@ -96,6 +96,7 @@ class FlowPosterior:
         self.guide, self.params, self.log_density, self.history = guide, params, log_density, history
         self.num_draws, self._key = num_draws, quick_key(jax.random.key(0) if rng_key is None else rng_key)
         self._modes: tuple[Start, ...] = ()  # which a search found, to hold the guide against
+        self._num_modes = 0
         self._distribution = guide.get_posterior(params)
         self._transform: Any = self._distribution.transform
         self._base = guide.get_base(params)
@@ -319,7 +320,7 @@ class FlowPosterior:
             return np.asarray(self._log_guide(u) + log_det, float)
 
         missed = missed_mass(modes, log_density, log_guide, self._log_evidence().value, rng)
-        self._modes, self.history = modes, self.history._replace(missed=missed)
+        self._modes, self._num_modes, self.history = modes, len(modes), self.history._replace(missed=missed)
 
     def _with(self, params: dict[str, Any], rng_key: Array, gradients: int, seconds: float) -> FlowPosterior:
         """The posterior with other parameters of its guide, which took so many gradients and seconds more."""
@@ -404,7 +405,7 @@ class FlowPosterior:
                 f"draws, and so is every number here. Use another flow=, or float64 ({numbers})."
             )
         if self.misses_modes:
-            if len(self._modes) == 1:
+            if self._num_modes == 1:
                 where, remedy = "in tails that are not its own", "more num_steps="
             else:
                 where = "in another mode"
@@ -529,6 +530,8 @@ class FlowPosterior:
             "scale_is_matrix": isinstance(self.guide.outer_layers[0], TriangularAffine),
             "centered": self.guide.centering is not None,
             "num_draws": self.num_draws,
+            "key": words_of(self._key),
+            "num_modes": self._num_modes,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
         }
         for prefix, module in (("transform", self._transform), ("base", self._base)):
@@ -579,7 +582,11 @@ class FlowPosterior:
             params[f"{guide.prefix}_base$params"] = parameters(learned_base)
         noted = {**metadata["history"], "tried": tuple(metadata["history"].get("tried", ()))}
         history = History(**{**noted, "elbo": np.asarray(tensors["history.elbo"])})
-        return cls(guide, params, log_density, history, num_draws=metadata["num_draws"])
+        found = cls(guide, params, log_density, history, num_draws=metadata["num_draws"])
+        if "key" in metadata:
+            found._key = key_of(*metadata["key"])  # for the same draws, and the same verdict
+        found._num_modes = metadata.get("num_modes", 0)
+        return found
 
 
 # -- what is compiled, of transforms without the model's arguments -----------------------------------------------------

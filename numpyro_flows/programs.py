@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -56,6 +57,17 @@ def quick_key(key: Array) -> Array:
     if str(jax.random.key_impl(typed)) != "threefry2x32":
         return typed
     return jax.random.wrap_key_data(jax.random.key_data(typed), impl=GENERATOR)
+
+
+def words_of(key: Array) -> tuple[str, list[int]]:
+    """A key's generator and words, for a file."""
+    return str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key)).tolist()
+
+
+def key_of(generator: str, words: list[int]) -> Array:
+    """The key that these are of."""
+    impl = GENERATOR if generator == str(GENERATOR) else generator
+    return jax.random.wrap_key_data(jnp.asarray(words, np.uint32), impl=impl)
 
 
 def numpy_rng(key: Array) -> np.random.Generator:

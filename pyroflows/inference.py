@@ -173,6 +173,10 @@ class FlowVI:
         budget = Budget(self.max_time, self.max_gradients)
         guide = self._guide(self.base_df, self.base, args, kwargs)
         log_density = guide.log_density(*args, **kwargs)
+        if log_density.mode == "loop":
+            warnings.warn(
+                f"FlowVI: the model runs for one draw at a time, which is slow ({log_density.obstacle}).", stacklevel=2
+            )
         target, start = self._find_start(guide, log_density, budget)
         budget.gradients += start.gradients
         hopeless = gap_limit(_GAP_HOPELESS, len(start.loc)) if self.escalate and self.richer else np.inf
@@ -325,7 +329,15 @@ class FlowVI:
         if schedule.shortened and len(history.elbo) == schedule.num_steps:
             budget.stopped = "max_gradients"
         history = history._replace(gradients=budget.gradients, seconds=budget.seconds)
-        return FlowPosterior(guide, log_density, history)
+        found = FlowPosterior(guide, log_density, history)
+        if not history.interrupted and not np.isfinite(found._log_ratios).any():
+            sites = _not_finite(log_density, found.draws.unconstrained[:64])
+            raise RuntimeError(
+                f"FlowVI: every draw of the fitted guide lies outside the model's support. Sites whose log-density is "
+                f"not finite there: {sites}. An edge that such a site gives a latent, as dist.Uniform(0, top) gives "
+                "top, belongs into the support of the latent's own prior."
+            )
+        return found
 
     def _target(self, log_density: LogDensity) -> Target:
         like = log_density.prototype
@@ -594,13 +606,18 @@ class FlowVI:
     @torch.no_grad()
     def _nothing_finite(self, log_density: LogDensity, outer: TransformModule, base: Any) -> str:
         u = outer.forward_and_log_det(distribution_of(base).sample((64,)))[0]
-        sites = log_density.site_log_probs(u)
-        shares = {name: float((~torch.isfinite(value)).double().mean()) for name, value in sites.items()}
-        bad = {name: f"{share:.0%} of draws" for name, share in shares.items() if share} or "none (the gradient is)"
+        bad = _not_finite(log_density, u) or "none (the gradient is)"
         return (
             f"FlowVI: no step had a finite gradient. Sites whose log-density is not finite near the start: {bad}. "
             "Check the data and the priors of what these sites depend on."
         )
+
+
+def _not_finite(log_density: LogDensity, u: Tensor) -> dict[str, str]:
+    """Sites whose log-density is not finite, and at what share of the draws."""
+    sites = log_density.site_log_probs(u)
+    shares = {name: float((~torch.isfinite(value)).double().mean()) for name, value in sites.items()}
+    return {name: f"{share:.0%} of draws" for name, share in shares.items() if share}
 
 
 def _numpy_rng() -> np.random.Generator:

@@ -23,6 +23,8 @@ from pyroflows.graphs import close, compiled, simplified
 
 _ROWS = 256  # of a Hessian at once: as many as a fit has draws in a step
 MODES = ("traced", "vmap", "plates", "loop")
+# the ways to evaluate a batch, and whether with room for what a model writes into tensors of its own
+_TRIALS = ("traced", False), ("traced", True), ("vmap", False), ("vmap", True), ("plates", False)
 
 
 class LogDensity:
@@ -61,7 +63,9 @@ class LogDensity:
         self.site_names, self.prototype = list(shapes), prototype.detach()
         self.dim = sum(shape.numel() for shape in shapes.values())
         self._graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}
+        self._writes = False  # whether the model writes draws into tensors of its own, which have room for one draw
         self._nesting: int | None = None  # of the model's plates
+        self.obstacle = ""  # what keeps a batch from being evaluated at once
         self.mode = mode or self._fastest_mode()
 
     # -- evaluation ------------------------------------------------------------------------------------------------
@@ -84,9 +88,13 @@ class LogDensity:
 
     def _single(self, u: Tensor) -> Tensor:
         """Log-density of one vector ``(dim,)``."""
-        with NotRaising(), self._latents(self._unpack(u)) as latents:
+        with self._running(u), self._latents(self._unpack(u)) as latents:
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-        return trace.log_prob_sum() + latents.log_det
+            return trace.log_prob_sum() + latents.log_det
+
+    def _running(self, like: Tensor) -> NotRaising:
+        """What a run of the model for one draw, or for one of those under ``vmap``, happens in."""
+        return Widening(like) if self._writes else NotRaising()
 
     def _latents(self, values: dict[str, Tensor]) -> _Unconstrained:
         """What sets the latents of one draw, and adds up the Jacobians."""
@@ -135,16 +143,19 @@ class LogDensity:
         noise = torch.randn((3, self.dim), generator=generator, dtype=self.prototype.dtype, device="cpu")
         u = self.prototype + 0.1 * noise.to(self.prototype.device)
         expected = self._value_and_grad_seeded(u, "loop")
-        for mode in MODES[:-1]:
+        for mode, self._writes in _TRIALS:
             try:
                 if mode == "traced":  # recorded at other draws than those it is tried on
                     self._record(self.prototype.expand_as(u).clone())
                 actual = self._value_and_grad_seeded(u, mode)
-            except Exception:  # whatever a model does that a mode cannot: the next one is tried
+            except Exception as error:  # whatever a model does that a mode cannot: the next one is tried
+                if mode == "vmap":
+                    self.obstacle = str(error).partition("\n")[0]
                 self._graphs.clear()
                 continue
             if all(close(a, b) for a, b in zip(actual, expected, strict=True)):
                 return mode
+        self._writes, self.obstacle = False, self.obstacle or "a batch of draws gives other values"
         return "loop"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -271,9 +282,14 @@ class LogDensity:
     @torch.no_grad()
     def _map(self, single: Callable, batch: Any) -> Any:
         """``single`` over the leading axis, by ``vmap`` where the density can."""
+
+        def run(row: Any) -> Any:
+            with self._running(torch.utils._pytree.tree_leaves(row)[0]):
+                return single(row)
+
         with pyro.validation_enabled(False), NotRaising():
             if self.mode in ("traced", "vmap"):
-                return torch.func.vmap(single)(batch)
+                return torch.func.vmap(run)(batch)
             leaves, spec = torch.utils._pytree.tree_flatten(batch)
             rows = [single(torch.utils._pytree.tree_unflatten(list(row), spec)) for row in zip(*leaves, strict=True)]
             flat = [torch.utils._pytree.tree_flatten(row) for row in rows]
@@ -297,11 +313,53 @@ class NotRaising(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         checked = _CHECKED.get(func)
+        if func is Tensor.__setitem__ and _is_fill(*args):  # which vmap knows by another name
+            return args[0].masked_fill_(*args[1:])
         if checked is None or kwargs and "out" in kwargs:
             return func(*args, **(kwargs or {}))
         result, info = checked(*args, **(kwargs or {}))
         failed = (info > 0).reshape(info.shape + (1,) * (result.dim() - info.dim()))
         return torch.where(failed, math.nan, result)
+
+
+class Widening(NotRaising):
+    """Gives tensors that a model makes for itself an axis of draws under ``vmap``, so that it can write into them.
+
+    :param like: a tensor of one draw under ``vmap``.
+    """
+
+    def __init__(self, like: Tensor):
+        super().__init__()
+        self.zero = torch.zeros_like(like.detach().reshape(-1)[0])  # of every draw
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _IN_PLACE:
+            return _IN_PLACE[func](*args)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func not in _NEW or kwargs and "out" in kwargs:
+            return result
+        zero = self.zero.to(result)
+        return result | zero if result.dtype == torch.bool else result + zero
+
+
+def _is_fill(x: Tensor, index: Any, value: Any) -> bool:
+    """Whether writing ``x[index] = value`` fills what a mask of the tensor's own shape shows with one number."""
+    is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and index.shape == x.shape
+    return is_mask and (not isinstance(value, Tensor) or value.dim() == 0)
+
+
+_NEW = {
+    *(torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.clone, torch.nan_to_num),
+    *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
+    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.clone),
+    Tensor.nan_to_num,
+}
+_IN_PLACE: dict[Callable, Callable] = {
+    Tensor.__iadd__: torch.add,
+    Tensor.__isub__: torch.sub,
+    Tensor.__imul__: torch.mul,
+    Tensor.__itruediv__: torch.div,
+}
 
 
 def _cholesky(matrix: Tensor, upper: bool = False) -> tuple[Tensor, Tensor]:
@@ -349,6 +407,9 @@ def _unvalidated(fn: torch.distributions.Distribution) -> torch.distributions.Di
     return fn
 
 
+_OBSERVED, _UNOBSERVED = "_observed", "_unobserved"  # ends of the names of a site's two parts, where it has obs_mask=
+
+
 class _Unconstrained(_Unvalidated):
     """Sets latent sites from unconstrained values and adds up the Jacobians of their supports.
 
@@ -359,11 +420,16 @@ class _Unconstrained(_Unvalidated):
         super().__init__()
         self.values, self.nesting = values, nesting
         self.log_det: Any = 0.0
+        self.partly_observed: set[str] = set()  # sites with obs_mask=
 
     def _pyro_sample(self, msg: dict) -> None:
         super()._pyro_sample(msg)
+        if msg["is_observed"] and msg["name"].endswith(_OBSERVED):
+            self.partly_observed.add(msg["name"].removesuffix(_OBSERVED))
         if msg["name"] not in self.values or msg["is_observed"]:
             return
+        if msg["name"].removesuffix(_UNOBSERVED) in self.partly_observed:
+            msg["mask"] = None  # what it masks is never read, and keeps its prior, that the density be proper
         bijection, u = biject_to(msg["fn"].support), self.unconstrained(msg["name"], msg["fn"])
         if self.nesting is not None:
             event_dim = msg["fn"].event_dim + bijection.domain.event_dim - bijection.codomain.event_dim

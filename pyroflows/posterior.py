@@ -80,6 +80,7 @@ class FlowPosterior:
     def __init__(self, guide: AutoFlow, log_density: LogDensity, history: History, *, num_draws: int = 40_000):
         self.guide, self.log_density, self.history, self.num_draws = guide, log_density, history, num_draws
         self._modes: tuple[Start, ...] = ()  # which a search found, to hold the guide against
+        self._num_modes = 0
         self._transform: Any = guide.get_transform()
         self._base = guide.get_base()
         base = guide.get_base_dist() if self._base is None else self._base
@@ -92,7 +93,7 @@ class FlowPosterior:
         """Draws of the latent and deterministic sites, each ``(*sample_shape, *site_shape)``."""
         n = int(np.prod(sample_shape))
         sites = self._constrain(self._distribution.sample((n,)))
-        return {name: x.reshape(*sample_shape, *x.shape[1:]) for name, x in sites.items()}
+        return {name: x.reshape((*sample_shape, *x.shape[1:])) for name, x in sites.items()}
 
     @torch.no_grad()
     def log_prob(self, samples: dict[str, Tensor]) -> Tensor:
@@ -296,7 +297,7 @@ class FlowPosterior:
             return (self._log_guide(u) + log_det).double().numpy(force=True)
 
         missed = missed_mass(modes, log_density, log_guide, self._log_evidence().value, rng)
-        self._modes, self.history = modes, self.history._replace(missed=missed)
+        self._modes, self._num_modes, self.history = modes, len(modes), self.history._replace(missed=missed)
 
     def _with(self, guide: AutoFlow, gradients: int, seconds: float) -> FlowPosterior:
         """The posterior with another guide of its kind, which took so many gradients and seconds more."""
@@ -391,7 +392,7 @@ class FlowPosterior:
                 f"draws, and so is every number here. Use another flow=, or float64 ({numbers})."
             )
         if self.misses_modes:
-            if len(self._modes) == 1:
+            if self._num_modes == 1:
                 where, remedy = "in tails that are not its own", "more num_steps="
             else:
                 where = "in another mode"
@@ -519,6 +520,8 @@ class FlowPosterior:
             "scale_is_matrix": isinstance(self.guide.outer_layers[0], TriangularAffine),
             "centered": self.guide.centering is not None,
             "num_draws": self.num_draws,
+            "seed": self._seed,
+            "num_modes": self._num_modes,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
         }
         for prefix, module in (("transform", self._transform), ("base", self._base)):
@@ -566,4 +569,7 @@ class FlowPosterior:
             serialization.load_state_dict(guide._modules["learned_base"], weights["base"])  # type: ignore[arg-type]
         noted = {**metadata["history"], "tried": tuple(metadata["history"].get("tried", ()))}
         history = History(**{**noted, "elbo": np.asarray(tensors["history.elbo"])})
-        return cls(guide, log_density, history, num_draws=metadata["num_draws"])
+        found = cls(guide, log_density, history, num_draws=metadata["num_draws"])
+        found._seed = metadata.get("seed", found._seed)  # for the same draws, and verdict
+        found._num_modes = metadata.get("num_modes", 0)
+        return found

@@ -203,3 +203,16 @@ def regression(x, y):
     w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[-1]]).to_event(1))
     with numpyro.plate("data", len(y)):
         numpyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def edge(y):
+    top = numpyro.sample("top", dist.LogNormal(0.0, 1.0))
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", dist.Uniform(0.0, top), obs=y)
+
+
+def partly_observed(x, mask):
+    theta = numpyro.sample("theta", dist.Normal(0.0, 2.0))
+    with numpyro.plate("data", len(x)):
+        x = numpyro.sample("x", dist.Normal(theta, 1.0), obs=x, obs_mask=mask)
+    numpyro.deterministic("is_high", x > 1.0)

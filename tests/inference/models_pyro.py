@@ -209,3 +209,16 @@ def regression(x, y):
     w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[-1]).to(x), 1.0).to_event(1))
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def edge(y):
+    top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Uniform(0.0, top), obs=y)
+
+
+def partly_observed(x, mask):
+    theta = pyro.sample("theta", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        x = pyro.sample("x", dist.Normal(theta, 1.0), obs=x, obs_mask=mask)
+    pyro.deterministic("is_high", x > 1.0)

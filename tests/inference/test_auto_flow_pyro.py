@@ -30,7 +30,7 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_sample, in
 from pyro.infer.reparam import NeuTraReparam  # noqa: E402
 from pyro.nn import PyroModule, PyroSample  # noqa: E402
 
-from pyroflows import AutoFlow, flows  # noqa: E402
+from pyroflows import AutoFlow, FlowVI, flows  # noqa: E402
 from pyroflows.distributions import MixtureBase  # noqa: E402
 from pyroflows.log_density import LogDensity  # noqa: E402
 from pyroflows.noncentering import pulled_back  # noqa: E402
@@ -326,7 +326,9 @@ def test_log_density_falls_back_where_a_model_cannot_be_batched():
         pyro.sample("y", dist.Normal(z if z > 0 else -2 * z, 1.0), obs=torch.tensor(0.5))
 
     density = AutoFlow(branching, small).log_density()
-    assert density.mode == "loop"
+    assert density.mode == "loop" and "control flow" in density.obstacle
+    with pytest.warns(UserWarning, match="one draw at a time, which is slow.*control flow"):
+        FlowVI(branching, flow=small, num_steps=2, num_particles=2, progress_bar=False).run()
     u = torch.tensor([[0.7], [-0.7]])
     expected = dist.Normal(0.0, 1.0).log_prob(u[:, 0]) + dist.Normal(torch.tensor([0.7, 1.4]), 1.0).log_prob(
         torch.tensor(0.5)
@@ -431,6 +433,62 @@ def test_a_model_that_writes_into_its_matrices_is_recorded():
     u = torch.tensor([[0.3], [-0.5]])
     torch.testing.assert_close(density(u), plain(u))
     torch.testing.assert_close(density.value_and_grad(u[0]), plain.value_and_grad(u[0]))
+
+
+def ordered_logistic():
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    cuts = pyro.sample("cuts", dist.Normal(0.0, 2.0).expand([2]).to_event(1).mask(True))
+    cuts = torch.stack([cuts[0], cuts[0] + cuts[1].exp()])
+    with pyro.plate("data", 5):
+        pyro.sample("y", dist.OrderedLogistic(slope * torch.arange(5.0), cuts), obs=torch.tensor([0, 1, 1, 2, 2]))
+
+
+def multinomial():
+    shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
+    pyro.sample("y", dist.Multinomial(10, shares), obs=torch.tensor([0.0, 4.0, 6.0]))
+
+
+def imputed():
+    x = torch.tensor([1.0, torch.nan, 0.5, torch.nan])
+    missing = pyro.sample("missing", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    full = x.clone()
+    full[torch.isnan(x)] = missing
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(slope * full, 1.0), obs=torch.ones(4))
+
+
+def written_step_by_step():
+    rate = pyro.sample("rate", dist.Beta(2.0, 2.0))
+    chances = torch.ones(4)
+    for t in range(2, -1, -1):
+        chances[t] = 0.5 * chances[t + 1] + rate
+    chances[1:] *= 0.5
+    pyro.factor("y", chances.log().sum())
+
+
+@pytest.mark.parametrize(
+    "model, modes",
+    [
+        (ordered_logistic, ("traced",)),
+        (multinomial, ("traced",)),
+        (imputed, ("traced", "vmap")),
+        (written_step_by_step, ("traced", "vmap")),
+    ],
+)
+def test_models_that_write_draws_into_tensors_of_their_own_take_many_at_once(model, modes):
+    """Which torch's vmap refuses; one draw after the other takes a hundred times as long."""
+    density = AutoFlow(model, small).log_density()
+    assert density.mode in modes
+    one_by_one = LogDensity(model, (), {}, density.shapes, density.prototype, mode="loop")
+    u = 0.5 * torch.randn(5, density.dim)
+    torch.testing.assert_close(density(u), one_by_one(u))
+    for ours, plain in zip(density.value_and_grad(u[0]), one_by_one.value_and_grad(u[0]), strict=True):
+        torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(density.hessian(u[0]), one_by_one.hessian(u[0]), atol=1e-4, rtol=1e-4)
+    for name, values in density.constrain(u).items():
+        torch.testing.assert_close(values, one_by_one.constrain(u)[name])
+    assert density.site_log_probs(u).keys() == one_by_one.site_log_probs(u).keys()
 
 
 def test_another_start_is_tried_where_the_first_is_not_finite():

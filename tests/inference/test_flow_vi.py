@@ -184,6 +184,8 @@ def test_pair_plots(fitter):
         assert max((len(points) for points in drawn), default=0) == 500
     with pytest.raises(ValueError, match="var_names"):
         posterior.plot(["nu"], kind="pair")
+    with pytest.raises(ValueError, match="two elements at least"):
+        fitter.fit("conjugate", fitter.array(DATA), num_particles=64).plot(kind="pair")
 
 
 @pytest.mark.parametrize("k", [-0.5, 0.2, 0.9])
@@ -223,9 +225,38 @@ def test_saved_and_loaded(fitter, tmp_path):
     np.testing.assert_allclose(a, b, rtol=1e-12)
     np.testing.assert_array_equal(posterior.history.elbo, loaded.history.elbo)
     assert loaded.history[1:] == posterior.history[1:]
-    assert loaded.log_evidence().value == pytest.approx(posterior.log_evidence().value, abs=0.01)
+    assert loaded.verdict() == posterior.verdict()  # the same draws
+    assert fitter.module("posterior").FlowPosterior.sample(loaded, *fitter.key())["theta"].shape == ()
     with pytest.raises(ValueError, match="do not fit|missing"):
         type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.conjugate, fitter.pkg.flows.iaf)
+
+
+def test_what_is_missing_keeps_its_prior(fitter):
+    """A site with ``obs_mask=`` and values in closed form; what the ecosystem masks of it would be improper."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    mask = np.arange(20) % 4 > 0
+    arguments = fitter.array(DATA), fitter.array(mask)
+    if fitter.name == "torch":
+        arguments = arguments[0], arguments[1].bool()
+    posterior = fitter.run("partly_observed", *arguments, num_steps=400, num_particles=64)
+    seen = DATA[mask]
+    evidence = stats.multivariate_normal.logpdf(seen, cov=np.eye(len(seen)) + 4.0)
+    assert posterior.log_evidence().value == pytest.approx(evidence, abs=0.02)
+    assert posterior.elbo.value == pytest.approx(evidence, abs=0.1)
+    draws = fitter.sample(posterior, 20_000)["x"]
+    np.testing.assert_allclose(draws[:, mask], np.broadcast_to(seen, (20_000, len(seen))), rtol=1e-6)
+    variance = 1 / (1 / 4 + len(seen))
+    np.testing.assert_allclose(draws[:, ~mask].mean(0), variance * seen.sum(), atol=0.1)
+    np.testing.assert_allclose(draws[:, ~mask].std(0), (1 + variance) ** 0.5, rtol=0.05)
+    assert len(posterior.plot(["is_high"]).axes) >= 2 + 20  # values that are true or false
+
+
+def test_an_edge_that_the_data_give_is_told(fitter):
+    """There is no density beyond it, where NumPyro computes one."""
+    with pytest.raises(RuntimeError, match=r"outside the model's support.*'y': '100% of draws'.*prior"):
+        fitter.run("edge", fitter.array(np.linspace(0.1, 2.0, 20)), num_steps=200, num_particles=32)
 
 
 @pytest.mark.optimised
