@@ -181,7 +181,8 @@ class FlowVI:
         """Fits the model given its arguments. Ctrl-C ends the fit early and keeps what it has reached.
 
         :raises ValueError: for a model which a joint flow cannot serve (see :class:`AutoFlow`), or with param sites.
-        :raises RuntimeError: if no start has a finite ELBO, or every gradient is not finite.
+        :raises RuntimeError: if no start has a finite ELBO, every gradient is not finite, or every draw of the fitted
+            guide is outside the model's support.
         """
         budget = Budget(self.max_time, self.max_gradients)
         setup_key, start_key, fit_key, draw_key, probe_key = jax.random.split(quick_key(rng_key), 5)

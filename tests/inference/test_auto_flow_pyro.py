@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import pickle
 import subprocess
 import sys
@@ -489,6 +490,23 @@ def test_models_that_write_draws_into_tensors_of_their_own_take_many_at_once(mod
     for name, values in density.constrain(u).items():
         torch.testing.assert_close(values, one_by_one.constrain(u)[name])
     assert density.site_log_probs(u).keys() == one_by_one.site_log_probs(u).keys()
+
+
+def test_angles_of_infinite_density_are_refused():
+    def von_mises():
+        pyro.sample("concentration", dist.Gamma(2.0, 1.0))
+        with pyro.plate("angles", 3):
+            pyro.sample("angle", dist.VonMises(torch.tensor(0.5), torch.tensor(4.0)))
+
+    def uniform():
+        angle = pyro.sample("angle", dist.Uniform(-math.pi, math.pi))
+        pyro.factor("prior", dist.VonMises(torch.tensor(0.5), torch.tensor(4.0)).log_prob(angle))
+
+    options = {"flow": small, "num_steps": 200, "num_particles": 64, "num_starts": 1, "progress_bar": False}
+    with pytest.raises(ValueError, match=r"\['angle'\] are angles.*dist.Uniform\(-pi, pi\)"):
+        FlowVI(von_mises, **options).run()
+    posterior = FlowVI(uniform, **options).run()  # as the error says
+    assert posterior.log_evidence().value == pytest.approx(-math.log(2 * math.pi), abs=0.01)
 
 
 def test_another_start_is_tried_where_the_first_is_not_finite():
