@@ -78,12 +78,13 @@ class FlowVI:
 
     1. *Start*: a Gaussian found along optimisation paths from several points (``initialization.find_start``), and
        improved by natural-gradient steps on its ELBO (``initialization.improve``), in coordinates chosen by what that
-       reaches. Latents whose prior depends on other latents are non-centred first (:class:`Noncentering`), then with
-       the pseudo-observations that the likelihood amounts to there, up to four times while that gains half a nat; and
-       left as they are where this gains as much. Latents with a fixed normal prior, as in models that are non-centred
-       by hand, are centred (:class:`Centering`) as far as the likelihood's curvature depends on the other latents:
-       around the start, and if that leaves half a nat also around a mode of the marginal of these others, by Laplace
-       approximations. This ends where a tenth of ``max_time`` or ``max_gradients`` has been spent.
+       reaches. Latents whose prior depends on other latents, or has a kink (a Laplace), are non-centred first
+       (:class:`Noncentering`), then with the pseudo-observations that the likelihood amounts to there, up to four
+       times while that gains half a nat; and left as they are where this gains as much. Latents with a fixed normal
+       prior, as in models that are non-centred by hand, are centred (:class:`Centering`) as far as the likelihood's
+       curvature depends on the other latents: around the start, and if that leaves half a nat also around a mode of the
+       marginal of these others, by Laplace approximations. This ends where a tenth of ``max_time`` or ``max_gradients``
+       has been spent.
     2. *Ascent*: Adam on the ELBO at a constant step size for half of ``num_steps``, with the path gradient (Roeder et
        al. 2017, "sticking the landing"), whose variance vanishes as the fit becomes exact; less if the guide is nearly
        exact (half the variance of ``log p - log q``, which approximates the KL divergence, is below 0.01; in more than
@@ -125,8 +126,9 @@ class FlowVI:
         the location and scale around them all.
     :param base_df: degrees of freedom of a Student-t base, in place of ``base``.
     :param noncentered: whether latents whose prior depends on other latents (effects of unknown scale, walks,
-        Gaussian processes) are taken relative to that prior, and those of models non-centred by hand relative to what
-        the data say of them. It changes the guide alone: neither the model nor the sites of the posterior.
+        Gaussian processes) are taken relative to that prior, those with a Laplace prior without its kink, and those of
+        models non-centred by hand relative to what the data say of them. It changes the guide alone: neither the model
+        nor the sites of the posterior.
     :param path_gradient: whether phases 2 and 3 are as described, or by the plain ELBO. Unless given: where the flow's
         inverse, which families without a ``forward_and_score`` of their own need, takes no more network passes than
         its forward direction.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,6 +33,8 @@ _ROWS = 256  # of a Hessian at once: as many as a fit has draws in a step
 LOCATION_SCALE = (dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.LogNormal)
 
 JOINT = (dist.MultivariateNormal, dist.MultivariateStudentT)
+# at its kink, of the quantile function of a Laplace of scale 1 at a normal's cdf
+_SLOPE = math.sqrt(2 / math.pi)
 
 
 def prior_of(fn: Any, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
@@ -70,12 +73,19 @@ class Noncentering(TransformModule):
     ``n`` elements (of a ``GaussianRandomWalk`` at ``O(n)``). With precision 0 it is non-centred (Papaspiliopoulos et
     al. 2007), with a large one centred, and exact where the likelihood is normal in ``u``: the funnel between scales
     and effects is gone for every value of the scale. Partially non-centred in between, as in Gorinova et al. 2020, and
-    by the prior as in Ambrogioni et al. 2021, but adapted to the scale. All other elements pass. Both directions run
-    the model once a draw; ``precision`` and ``pseudo_data`` are not trained.
+    by the prior as in Ambrogioni et al. 2021, but adapted to the scale.
+
+    The density of a latent with a Laplace prior, also of fixed location and scale, has a kink at ``loc``, which no flow
+    can follow once a guide turns its coordinates. Such an element is mapped likewise, but with a bend at ``loc`` that
+    cancels the kink (a map of this package's own, see ``_unkinked``).
+
+    All other elements pass. Both directions run the model once a draw; ``precision`` and ``pseudo_data`` are not
+    trained.
 
     Shapes: ``x`` and ``u`` ``(..., dim)``, log-determinants ``(...)``.
 
     :param log_density: the model, with its arguments, and the layout of its latent vector.
+    :param trace: a trace of the model.
     :param points: unconstrained vectors ``(n, dim)`` at which it is seen which priors depend on other latents.
     :param programs: where what that takes is compiled.
     """
@@ -84,15 +94,17 @@ class Noncentering(TransformModule):
     pseudo_data: Array  # (dim,)
     prior: _Prior = eqx.field(static=True)
 
-    def __init__(self, log_density: LogDensity, points: Array, programs: Programs | None = None):
+    def __init__(self, log_density: LogDensity, trace: Any, points: Array, programs: Programs | None = None):
         seen = (programs or Programs())(priors_at, log_density, points)  # one program for dozens
         changes = {name: any(np.ptp(np.asarray(a), 0).any() for a in pair) for name, pair in seen.items()}
-        self.prior = _Prior(log_density, tuple(name for name, _ in log_density.shapes if changes.get(name)))
+        kinked = tuple(name for name in changes if isinstance(unwrapped(trace[name]["fn"]), dist.Laplace))
+        sites = (name for name, _ in log_density.shapes if changes.get(name) or name in kinked)
+        self.prior = _Prior(log_density, tuple(sites), kinked)
         self.precision = self.pseudo_data = jnp.zeros_like(points[0])
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Latents whose prior depends on other latents."""
+        """Latents that do not pass: those with a Laplace prior, or one that depends on other latents."""
         return self.prior.sites
 
     @property
@@ -120,14 +132,16 @@ class Noncentering(TransformModule):
         return self._map(y, True)
 
     def factor(self, x: Array) -> Array:
-        """The matrix ``(dim, dim)`` by which the conditional priors at ``x`` ``(dim,)`` scale standard normals.
+        """The matrix ``(dim, dim)`` by which the conditional priors at ``x`` ``(dim,)`` scale standard normals there.
 
         Diagonal, but for multivariate normals; that of the identity for elements that pass.
         """
-        seen = self.prior._sweep(x, self.prior.move(self.precision, self.pseudo_data, False)).seen
+        sweep = self.prior._sweep(x, self.prior.move(self.precision, self.pseudo_data, False))
         blocks = []
         for name, shape in self.prior.shapes.items():
-            scale = seen[name][1] if name in self.sites else jnp.ones(shape, x.dtype)
+            scale = sweep.seen[name][1] if name in self.sites else jnp.ones(shape, x.dtype)
+            if name in self.prior.kinked:  # the map's own slope, as its scale is not the same for all values
+                scale = jnp.exp(sweep.log_scales[name])
             if _is_walk(scale, shape):
                 scale = scale[..., None] * jnp.tri(shape[-1], dtype=x.dtype)
             joint = scale.ndim > len(shape)
@@ -152,11 +166,13 @@ class _Prior:
     """The model as a sequence of conditional priors. Equal to others of the same model with the same arguments.
 
     :param log_density: the model, its arguments, and the layout of its latent vector.
-    :param sites: latents whose prior depends on other latents.
+    :param sites: latents that do not pass.
+    :param kinked: those of them with a Laplace prior.
     """
 
-    def __init__(self, log_density: LogDensity, sites: tuple[str, ...] = ()):
-        self.shapes, self.sites, self._held = dict(log_density.shapes), sites, log_density._model
+    def __init__(self, log_density: LogDensity, sites: tuple[str, ...] = (), kinked: tuple[str, ...] = ()):
+        self.shapes, self.sites, self.kinked = dict(log_density.shapes), sites, kinked
+        self._held = log_density._model
         self.log_density: LogDensity | None = log_density
 
     def with_density(self, log_density: LogDensity | None) -> _Prior:
@@ -171,7 +187,7 @@ class _Prior:
         return hash((self._key(), id(self.log_density)))
 
     def _key(self) -> tuple:
-        return self._held, tuple(self.shapes.items()), self.sites
+        return self._held, tuple(self.shapes.items()), self.sites, self.kinked
 
     def run(self, x: Array, precision: Array, pseudo_data: Array, inverse: bool) -> tuple[Array, Array]:
         """The other side of ``x`` ``(dim,)`` and the logarithms ``(dim,)`` of the scales ``s``."""
@@ -197,7 +213,8 @@ class _Prior:
         precisions, data = self.log_density.unpack(precision), self.log_density.unpack(pseudo_data)
 
         def move(name: str, loc: Array, scale: Array, value: Array, at: Any = ...) -> tuple[Array, Array, Array]:
-            moved, log_scale = _conditioned(loc, scale, precisions[name][at], data[name][at], value, inverse)
+            by = _unkinked if name in self.kinked else _conditioned
+            moved, log_scale = by(loc, scale, precisions[name][at], data[name][at], value, inverse)
             return (value if inverse else moved), moved, log_scale
 
         return move
@@ -246,6 +263,29 @@ def _conditioned(
         return (jnp.swapaxes(root, -1, -2) @ standard - shift).squeeze(-1), log_scale
     standard = solve_triangular(root, value[..., None] + shift, lower=True, trans="T")
     return loc + (scale @ standard).squeeze(-1), log_scale
+
+
+def _unkinked(
+    loc: Array, scale: Array, precision: Array, data: Array, value: Array, inverse: bool
+) -> tuple[Array, Array]:
+    """The same for a Laplace prior: a map whose derivative jumps at ``loc`` as the prior's log-density does there, with
+    the other sign, so that the density of ``x`` is smooth.
+
+    With precision 0 it is close to the quantile function of the prior at a normal's cdf (the same slope at ``loc``,
+    quadratic tails), with a large one affine. In closed form both ways; derivatives are right at the kink itself.
+    """
+    s = lax.rsqrt((_SLOPE * scale) ** -2 + precision)
+    bend, end = s / scale, precision * s**2
+
+    def unbent(y: Array) -> Array:
+        root = jnp.sqrt(1 + 2 * bend * jnp.abs(y) + (end * y) ** 2)
+        return y * (1 + root) / (1 + bend * jnp.abs(y) + root)
+
+    centre = unbent(precision * s * (data - loc))
+    t = unbent((value - loc) / s) if inverse else value + centre
+    root = jnp.sqrt(1 + (end * t) ** 2)
+    log_scale = jnp.log(s) + jnp.log1p(bend * jnp.abs(t) / root)
+    return (t - centre if inverse else loc + s * (t + bend * t * jnp.abs(t) / (1 + root))), log_scale
 
 
 def _is_walk(scale: Array, shape: tuple[int, ...]) -> bool:
@@ -363,13 +403,14 @@ def _parts(name: str) -> tuple[str, str]:
     return f"{name}'s location", f"{name}'s scale"
 
 
-def noncentering_of(log_density: LogDensity, prototype: Array, programs: Programs) -> Noncentering | None:
-    """The layer for a model, not centred at all; ``None`` if no latent's prior depends on other latents.
+def noncentering_of(log_density: LogDensity, trace: Any, prototype: Array, programs: Programs) -> Noncentering | None:
+    """The layer for a model, not centred at all; ``None`` if all latents pass.
 
+    :param trace: a trace of the model.
     :param prototype: an unconstrained vector ``(dim,)`` where the model's density is finite.
     :param programs: where what it takes to see that is compiled.
     """
-    layer = Noncentering(log_density, points_around(prototype), programs)
+    layer = Noncentering(log_density, trace, points_around(prototype), programs)
     return layer if layer.sites else None
 
 

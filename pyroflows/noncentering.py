@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ LOCATION_SCALE = tuple(
 ) + (dist.Logistic,)
 
 JOINT = (torch.distributions.MultivariateNormal, dist.MultivariateStudentT)
+# at its kink, of the quantile function of a Laplace of scale 1 at a normal's cdf
+_SLOPE = math.sqrt(2 / math.pi)
 
 
 def prior_of(fn: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
@@ -60,29 +63,37 @@ class Noncentering(TransformModule):
     ``n`` elements. With precision 0 it is non-centred (Papaspiliopoulos et al. 2007), with a large one centred, and
     exact where the likelihood is normal in ``u``: the funnel between scales and effects is gone for every value of the
     scale. Partially non-centred in between, as in Gorinova et al. 2020, and by the prior as in Ambrogioni et al. 2021,
-    but adapted to the scale. All other elements pass. Both directions run the model once a batch,
-    under ``vmap``; ``precision`` and ``pseudo_data`` are not trained.
+    but adapted to the scale.
+
+    The density of a latent with a Laplace prior, also of fixed location and scale, has a kink at ``loc``, which no flow
+    can follow once a guide turns its coordinates. Such an element is mapped likewise, but with a bend at ``loc`` that
+    cancels the kink (a map of this package's own, see ``_unkinked``).
+
+    All other elements pass. Both directions run the model once a batch, under ``vmap``; ``precision`` and
+    ``pseudo_data`` are not trained.
 
     Shapes: ``x`` and ``u`` ``(..., dim)``, log-determinants ``(...)``.
 
     :param log_density: the model, with its arguments, and the layout of its latent vector.
+    :param trace: a trace of the model.
     :param points: unconstrained vectors ``(n, dim)`` at which it is seen which priors depend on other latents.
     """
 
     precision: Tensor  # (dim,), 0 where an element passes
     pseudo_data: Tensor  # (dim,)
 
-    def __init__(self, log_density: LogDensity, points: Tensor):
+    def __init__(self, log_density: LogDensity, trace: Any, points: Tensor):
         super().__init__()
         seen = priors_at(log_density, points)
-        sites = (name for name, pair in seen.items() if any((a != a[:1]).any() for a in pair))
-        self.prior = _Prior(log_density, tuple(sites))
+        kinked = tuple(n for n in seen if isinstance(unwrapped(trace.nodes[n]["fn"]), torch.distributions.Laplace))
+        sites = (name for name, pair in seen.items() if name in kinked or any((a != a[:1]).any() for a in pair))
+        self.prior = _Prior(log_density, tuple(sites), kinked)
         self.register_buffer("precision", torch.zeros_like(points[0]))
         self.register_buffer("pseudo_data", torch.zeros_like(points[0]))
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Latents whose prior depends on other latents."""
+        """Latents that do not pass: those with a Laplace prior, or one that depends on other latents."""
         return self.prior.sites
 
     @property
@@ -105,15 +116,17 @@ class Noncentering(TransformModule):
         return self._map(y, True)
 
     def factor(self, x: Tensor) -> Tensor:
-        """The matrix ``(dim, dim)`` by which the conditional priors at ``x`` ``(dim,)`` scale standard normals.
+        """The matrix ``(dim, dim)`` by which the conditional priors at ``x`` ``(dim,)`` scale standard normals there.
 
         Diagonal, but for multivariate normals; that of the identity for elements that pass.
         """
         log_density = self.prior.log_density
-        seen = self.prior._sweep(x, self.prior.move(self.precision, self.pseudo_data, False)).seen
+        sweep = self.prior._sweep(x, self.prior.move(self.precision, self.pseudo_data, False))
         blocks = []
         for name, shape in log_density.shapes.items():
-            scale = seen[name][1] if name in self.sites else x.new_ones(shape)
+            scale = sweep.seen[name][1] if name in self.sites else x.new_ones(shape)
+            if name in self.prior.kinked:  # the map's own slope, as its scale is not the same for all values
+                scale = sweep.log_scales[name].exp()
             joint = scale.dim() > len(shape)
             blocks += [*scale.reshape(-1, *scale.shape[-2:])] if joint else [torch.diag(scale.reshape(-1))]
         return torch.block_diag(*blocks)
@@ -128,10 +141,15 @@ class Noncentering(TransformModule):
 
 
 class _Prior:
-    """The model as a sequence of conditional priors. A copy of a layer refers to the same one."""
+    """The model as a sequence of conditional priors. A copy of a layer refers to the same one.
 
-    def __init__(self, log_density: LogDensity, sites: tuple[str, ...] = ()):
-        self.log_density, self.sites = log_density, sites
+    :param log_density: the model, its arguments, and the layout of its latent vector.
+    :param sites: latents that do not pass.
+    :param kinked: those of them with a Laplace prior.
+    """
+
+    def __init__(self, log_density: LogDensity, sites: tuple[str, ...] = (), kinked: tuple[str, ...] = ()):
+        self.log_density, self.sites, self.kinked = log_density, sites, kinked
 
     def run(self, x: Tensor, precision: Tensor, pseudo_data: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """The other side of ``x`` ``(dim,)`` and the logarithms ``(dim,)`` of the scales ``s``."""
@@ -146,7 +164,8 @@ class _Prior:
         precisions, data = self.log_density._unpack(precision), self.log_density._unpack(pseudo_data)
 
         def move(name: str, loc: Tensor, scale: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            moved, log_scale = _conditioned(loc, scale, precisions[name], data[name], value, inverse)
+            by = _unkinked if name in self.kinked else _conditioned
+            moved, log_scale = by(loc, scale, precisions[name], data[name], value, inverse)
             return (value if inverse else moved), moved, log_scale
 
         return move
@@ -190,6 +209,29 @@ def _conditioned(
         return (root.mT @ standard - shift).squeeze(-1), log_scale
     standard = torch.linalg.solve_triangular(root.mT, value.unsqueeze(-1) + shift, upper=True)
     return loc + (scale @ standard).squeeze(-1), log_scale
+
+
+def _unkinked(
+    loc: Tensor, scale: Tensor, precision: Tensor, data: Tensor, value: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The same for a Laplace prior: a map whose derivative jumps at ``loc`` as the prior's log-density does there, with
+    the other sign, so that the density of ``x`` is smooth.
+
+    With precision 0 it is close to the quantile function of the prior at a normal's cdf (the same slope at ``loc``,
+    quadratic tails), with a large one affine. In closed form both ways; derivatives are right at the kink itself.
+    """
+    s = ((_SLOPE * scale) ** -2 + precision) ** -0.5
+    bend, end = s / scale, precision * s**2
+
+    def unbent(y: Tensor) -> Tensor:
+        root = (1 + 2 * bend * y.abs() + (end * y) ** 2).sqrt()
+        return y * (1 + root) / (1 + bend * y.abs() + root)
+
+    centre = unbent(precision * s * (data - loc))
+    t = unbent((value - loc) / s) if inverse else value + centre
+    root = (1 + (end * t) ** 2).sqrt()
+    log_scale = s.log() + (bend * t.abs() / root).log1p()
+    return (t - centre if inverse else loc + s * (t + bend * t * t.abs() / (1 + root))), log_scale
 
 
 class _Done(Exception):
@@ -252,16 +294,17 @@ class _PulledBack(LogDensity):
         return super()._with_plate(u) + log_det
 
 
-def noncentering_of(log_density: LogDensity, prototype: Tensor) -> Noncentering | None:
+def noncentering_of(log_density: LogDensity, trace: Any, prototype: Tensor) -> Noncentering | None:
     """The layer for a model, not centred at all.
 
-    ``None`` if no latent's prior depends on other latents, and for models whose latents cannot be drawn under
-    ``vmap``: by control flow that depends on their values.
+    ``None`` if all latents pass, and for models whose latents cannot be drawn under ``vmap``: by control flow that
+    depends on their values.
 
+    :param trace: a trace of the model.
     :param prototype: an unconstrained vector ``(dim,)`` where the model's density is finite.
     """
     points = points_around(prototype)
-    layer = Noncentering(log_density, points)
+    layer = Noncentering(log_density, trace, points)
     if not layer.sites:
         return None
     try:

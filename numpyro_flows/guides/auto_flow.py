@@ -56,7 +56,7 @@ class AutoFlow(AutoContinuous):
         ``functools.partial(distributions.MixtureBase, num_components=4)`` for several modes; in place of ``base_df``.
     :param full_rank: puts a trainable full-rank affine map between the flow and the location and scale.
     :param noncentered: puts a :class:`Noncentering` layer last, where the model has latents whose prior depends on
-        other latents. The location and scale are then those of the non-centred vector.
+        other latents, or is a Laplace. The location and scale are then those of the non-centred vector.
     :param encoder: network that makes one guide of all data sets of a model (amortisation): it takes data sets
         ``(batch, *shape)`` to contexts ``(batch, c)``, such as :class:`encoders.MLPEncoder` or
         :class:`encoders.SetEncoder`. ``flow`` is then called with ``context_dim=c``, and a location and scale that
@@ -140,7 +140,7 @@ class AutoFlow(AutoContinuous):
             start, layer = self._init_latent, None
             if self.noncentered:
                 density = self._log_density(args, kwargs)
-                layer = noncentering_of(density, start, self._programs)
+                layer = noncentering_of(density, trace, start, self._programs)
                 if layer is not None:
                     start = self._programs(inverse, layer.with_density(None), density, start)[0]
             coordinates = Compose([] if layer is None else [layer])

@@ -55,7 +55,7 @@ class AutoFlow(AutoContinuous):
         ``functools.partial(distributions.MixtureBase, num_components=4)`` for several modes; in place of ``base_df``.
     :param full_rank: puts a trainable full-rank affine map between the flow and the location and scale.
     :param noncentered: puts a :class:`Noncentering` layer last, where the model has latents whose prior depends on
-        other latents. The location and scale are then those of the non-centred vector.
+        other latents, or is a Laplace. The location and scale are then those of the non-centred vector.
     :param encoder: network that makes one guide of all data sets of a model (amortisation): it takes data sets
         ``(batch, *shape)`` to contexts ``(batch, c)``, such as :class:`encoders.MLPEncoder` or
         :class:`encoders.SetEncoder`. ``flow`` is then called with ``context_dim=c``, and a location and scale that
@@ -116,7 +116,7 @@ class AutoFlow(AutoContinuous):
                 context_dim = self._encode(args, kwargs).shape[-1]
             whole = [conditional_flow(self.flow, self.latent_dim, context_dim, self.full_rank)]
         density = self._log_density(args, kwargs, mode="vmap")  # which makes no trial of modes
-        layer = noncentering_of(density, loc) if self.noncentered else None
+        layer = noncentering_of(density, self.prototype_trace, loc) if self.noncentered else None
         coordinates = Compose([] if layer is None else [layer])
         start = coordinates.inverse_and_log_det(loc)[0]
         self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates]).to(loc)

@@ -154,6 +154,21 @@ def out_of_order():
         numpyro.sample("obs", dist.Normal(effect, 3.0), obs=jnp.array([0.5, -1.0]))
 
 
+def laplaces():
+    """A Laplace prior of fixed location and scale, and one that depends on other latents."""
+    tau = numpyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    mean = numpyro.sample("mean", dist.Laplace(0.5, 0.7))
+    with numpyro.plate("pair", 2):
+        effect = numpyro.sample("effect", dist.Laplace(mean, tau))
+        numpyro.sample("obs", dist.Normal(effect, 0.3), obs=jnp.array([0.5, -1.0]))
+
+
+def lasso(x, y):
+    w = numpyro.sample("w", dist.Laplace(jnp.zeros(x.shape[-1]), 0.3).to_event(1))
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
 VECTOR_TRIL = [[1.0, 0.0], [0.5, 2.0]]
 
 

@@ -155,6 +155,21 @@ def out_of_order():
         pyro.sample("obs", dist.Normal(effect, 3.0), obs=torch.tensor([0.5, -1.0]))
 
 
+def laplaces():
+    """A Laplace prior of fixed location and scale, and one that depends on other latents."""
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    mean = pyro.sample("mean", dist.Laplace(0.5, 0.7))
+    with pyro.plate("pair", 2):
+        effect = pyro.sample("effect", dist.Laplace(mean, tau))
+        pyro.sample("obs", dist.Normal(effect, 0.3), obs=torch.tensor([0.5, -1.0]))
+
+
+def lasso(x, y):
+    w = pyro.sample("w", dist.Laplace(torch.zeros(x.shape[-1]), 0.3).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
 VECTOR_TRIL = [[1.0, 0.0], [0.5, 2.0]]
 
 

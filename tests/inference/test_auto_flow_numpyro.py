@@ -97,7 +97,8 @@ def test_noncentered_in_svi():
 
 
 def walks(scanned):
-    """Walks of one element, of a plate of three and of vectors of two, and a latent that depends on where one ends."""
+    """Walks of one element, of a plate of three and of vectors of two, which jump, and a latent that depends on where
+    one ends."""
 
     def step(last, name):
         alone = numpyro.sample(f"alone{name}", dist.Normal(0.5 * last[0], scale))
@@ -106,7 +107,8 @@ def walks(scanned):
         factor = scale * jnp.array([[1.0, 0.0], [0.5, 2.0]])
         joint = numpyro.sample(f"joint{name}", dist.MultivariateNormal(last[2], scale_tril=factor))
         rate = numpyro.sample(f"rate{name}", dist.Gamma(2.0, 1.0))
-        return alone, together, joint * rate
+        jump = numpyro.sample(f"jump{name}", dist.Laplace(jnp.zeros(2), 0.5).to_event(1))
+        return alone, together, joint * rate + jump
 
     scale = numpyro.sample("scale", dist.HalfNormal(1.0))
     last = jnp.zeros(()), jnp.zeros(3), jnp.ones(2)
@@ -124,10 +126,10 @@ def test_noncentering_of_what_a_scan_draws():
     for scanned in (True, False):
         guide = AutoFlow(functools.partial(walks, scanned), small, noncentered=True)
         density = guide.log_density()
-        assert len(guide.noncentering.sites) == (4 if scanned else 10)
+        assert len(guide.noncentering.sites) == (5 if scanned else 13)
         rng = np.random.default_rng(0)
         told = {}
-        for name in ("scale", "alone", "together", "joint", "rate", "end"):  # the same numbers in either layout
+        for name in ("scale", "alone", "together", "joint", "rate", "jump", "end"):  # the same numbers in either layout
             sites = [(n, shape) for n, shape in density.shapes if n == name or n.startswith(f"{name}_")]
             shape = (3, *sites[0][1]) if len(sites) == 3 else sites[0][1]
             values = rng.normal(size=(3, *shape))

@@ -872,6 +872,79 @@ def test_noncentering_of_a_vector_with_heavy_tails(fitter):
     np.testing.assert_allclose(log_det, 2 * x[:, 0] + np.log(np.diagonal(tril)).sum(), atol=1e-9)
 
 
+def jacobian(fitter, layer, x):
+    function = lambda x: layer.forward_and_log_det(x)[0]  # noqa: E731
+    module = importlib.import_module("jax" if fitter.name == "jax" else "torch.func")
+    return np.asarray(module.jacrev(function)(fitter.array(x)))
+
+
+@pytest.mark.parametrize("precision", [0.0, 1.5, 1e4])
+def test_noncentering_of_laplace_priors(fitter, precision):
+    guide, _ = noncentered(fitter, "laplaces")
+    assert guide.noncentering.sites == ("mean", "effect")
+    told = precision * np.array([0.0, 1.0, 2.0, 0.5]), np.array([0.0, -0.5, 0.5, -1.0])
+    layer = guide.noncentering.with_pseudo_observations(*map(fitter.array, told))
+    u = np.random.default_rng(1).normal(size=(4, 4))
+    u[0, 1], u[1, 2:] = 0.5, u[1, 1]  # where the kinks are
+    u[2:, 1] = 0.5 - 3 * 0.7, 0.5 + 3 * 0.7
+    x, inverse_log_det = (np.asarray(part) for part in layer.inverse_and_log_det(fitter.array(u)))
+    back, log_det = (np.asarray(part) for part in layer.forward_and_log_det(fitter.array(x)))
+    np.testing.assert_allclose(back, u, atol=1e-10)
+    np.testing.assert_allclose(inverse_log_det, -log_det, atol=1e-10)
+    for row, total in zip(x, log_det, strict=True):
+        slopes = jacobian(fitter, layer, row)
+        np.testing.assert_allclose(np.linalg.slogdet(slopes), (1, total), atol=1e-9)
+        factor = np.asarray(layer.factor(fitter.array(row)))
+        np.testing.assert_allclose(np.diagonal(factor), np.diagonal(slopes), rtol=1e-9)
+    if precision == 0.0:  # nearly standard normals
+        z = stats.norm.ppf(stats.laplace.cdf(u[:, 1], 0.5, 0.7))
+        np.testing.assert_allclose(x[:, 1], z, atol=0.12)
+
+
+@pytest.mark.parametrize("precision", [0.0, 1.5, 1e4])
+def test_the_kinks_of_laplace_priors_are_gone(fitter, precision):
+    """The second difference of a log-density at a kink is the step times the jump of the derivative."""
+    guide, log_density = noncentered(fitter, "laplaces")
+    told = np.array([0.0, *[precision] * 3]), np.array([0.0, -0.5, 0.5, -1.0])
+    guide.set_noncentering(guide.noncentering.with_pseudo_observations(*map(fitter.array, told)))
+    before = importlib.import_module(f"{fitter.pkg.__name__}.noncentering").pulled_back(log_density, guide.coordinates)
+    u = np.array([0.3, 0.5, 0.5, 0.2])  # of the mean and an effect
+    x = np.asarray(guide.coordinates.inverse_and_log_det(fitter.array(u))[0])
+
+    def around(density, at, axis, step=1e-5):
+        """Mean and difference of the derivatives to both sides."""
+        if fitter.name == "jax":
+            density = importlib.import_module("jax").vmap(density)
+        rows = at + step * np.array([[-1.0], [0.0], [1.0]]) * np.eye(4)[axis]
+        slopes = np.diff(np.asarray(density(fitter.array(rows)))) / step
+        return slopes.mean(), slopes[1] - slopes[0]
+
+    if fitter.name == "jax":
+        jax = importlib.import_module("jax")
+        gradient, hessian = jax.grad(before)(x), jax.hessian(before)(x)
+    else:
+        gradient, hessian = before.value_and_grad(fitter.array(x))[1], before.hessian(fitter.array(x))
+    assert np.isfinite(np.asarray(hessian)).all()
+    for axis, scale in ((1, 0.7), (2, np.exp(0.3))):
+        if axis == 2:
+            assert around(log_density, u, axis)[1] == pytest.approx(-2 / scale, rel=1e-2)
+        else:  # what hangs on the mean has a kink there too
+            assert around(log_density, u, axis)[1] < -2
+        slope, jump = around(before, x, axis)
+        assert abs(jump) < 1e-3 and slope == pytest.approx(float(gradient[axis]), abs=1e-4)
+
+
+@pytest.mark.optimised
+def test_a_lasso_of_collinear_columns(fitter):
+    """A guide turns its coordinates, and a small flow cannot follow kinks that lie across them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(15, 1)) + 0.2 * rng.normal(size=(15, 6))
+    y = x @ np.array([1.0, 0.0, 0.0, -0.5, 0.0, 0.0]) + rng.normal(size=15)
+    options = {"flow": _tiny(fitter), "num_steps": 600, "num_particles": 64, "num_starts": 2}
+    smooth, kinked = (fitter.run("lasso", *map(fitter.array, (x, y)), **options, noncentered=n) for n in (True, False))
+    assert smooth._gap < 0.06 < 0.1 < kinked._gap
+
+
 def observations(models, name):
     """Precisions and values of the data, for every element of the latent vector."""
     if name == "process":
