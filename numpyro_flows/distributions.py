@@ -40,8 +40,14 @@ class _Normal(_InOrder, dist.Normal):
     pass
 
 
-class _StudentT(_InOrder, dist.StudentT):
+class _Chi2(_InOrder, dist.Chi2):
     pass
+
+
+class _StudentT(_InOrder, dist.StudentT):
+    def __init__(self, df: Any, loc: Any, scale: Any):
+        super().__init__(df, loc, scale)
+        self._chi2 = _Chi2(self.df)  # by which it is drawn
 
 
 class FlowDistribution(_InOrder, dist.TransformedDistribution):
