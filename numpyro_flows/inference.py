@@ -202,6 +202,7 @@ class FlowVI:
         if posterior.history.interrupted:
             return posterior
         try:
+            _check_support(posterior)
             modes = self._look_elsewhere(guide, log_density, target, start, probe_key, budget)
             self._note_missed(posterior, modes, target, budget)
         except KeyboardInterrupt:
@@ -367,15 +368,7 @@ class FlowVI:
         if base is not None:
             params[f"{guide.prefix}_base$params"] = parameters(base)
         history = history._replace(gradients=budget.gradients, seconds=budget.seconds)
-        found = FlowPosterior(guide, params, log_density, history, rng_key=draw_key)
-        if not history.interrupted and not np.isfinite(found._log_ratios).any():
-            sites = _not_finite(log_density, found.draws.unconstrained[:64])
-            raise RuntimeError(
-                f"FlowVI: every draw of the fitted guide lies outside the model's support. Sites whose log-density is "
-                f"not finite there: {sites}. An edge that such a site gives a latent, as dist.Uniform(0, top) gives "
-                "top, belongs into the support of the latent's own prior."
-            )
-        return found
+        return FlowPosterior(guide, params, log_density, history, rng_key=draw_key)
 
     def _points(self, guide: AutoFlow, log_density: LogDensity, key: Array, n: int, by: Callable) -> list[np.ndarray]:
         """As many points in the guide's coordinates by an initialisation strategy."""
@@ -614,6 +607,18 @@ class FlowVI:
             f"FlowVI: no step had a finite gradient. Sites whose log-density is not finite near the start: {bad}. "
             "Check the data and the priors of what these sites depend on."
         )
+
+
+def _check_support(posterior: FlowPosterior) -> None:
+    """Raises a ``RuntimeError`` where every draw is outside the model's support."""
+    if np.isfinite(posterior._log_ratios).any():
+        return
+    sites = _not_finite(posterior.log_density, posterior.draws.unconstrained[:64])
+    raise RuntimeError(
+        f"FlowVI: every draw of the fitted guide lies outside the model's support. Sites whose log-density is not "
+        f"finite there: {sites}. An edge that such a site gives a latent, as dist.Uniform(0, top) gives top, belongs "
+        "into the support of the latent's own prior."
+    )
 
 
 def _not_finite(log_density: LogDensity, u: Array) -> dict[str, str]:

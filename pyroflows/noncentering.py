@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyroflows.graphs import close
-from pyroflows.log_density import LogDensity, NotRaising, _Unconstrained
+from pyroflows.log_density import LogDensity, _Unconstrained
 from pyroflows.transform_module import Compose, TransformModule
 
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution)
@@ -173,7 +173,7 @@ class _Prior:
     def _sweep(self, x: Tensor, move: Callable) -> _Sweep:
         log_density = self.log_density
         sweep = _Sweep(log_density._unpack(x), self.sites, move, last=len(log_density.shapes))
-        with contextlib.suppress(_Done), poutine.block(), NotRaising(), sweep:
+        with contextlib.suppress(_Done), poutine.block(), log_density._running(x), sweep:
             log_density.model(*log_density.args, **log_density.kwargs)
         return sweep
 
@@ -307,9 +307,13 @@ def noncentering_of(log_density: LogDensity, trace: Any, prototype: Tensor) -> N
     layer = Noncentering(log_density, trace, points)
     if not layer.sites:
         return None
-    try:
-        together = layer.forward_and_log_det(points)[0]
-    except RuntimeError:  # torch's word for what vmap cannot do
+    for log_density._writes in (False, True):  # as the density's own trials
+        try:
+            together = layer.forward_and_log_det(points)[0]
+            break
+        except RuntimeError:  # torch's word for what vmap cannot do
+            continue
+    else:
         return None
     alone = torch.stack([layer.prior.run(x, layer.precision, layer.pseudo_data, False)[0] for x in points])
     return layer if close(together, alone) else None

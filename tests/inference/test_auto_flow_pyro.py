@@ -440,7 +440,7 @@ def test_a_model_that_writes_into_its_matrices_is_recorded():
 
 def ordered_logistic():
     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
-    cuts = pyro.sample("cuts", dist.Normal(0.0, 2.0).expand([2]).to_event(1).mask(True))
+    cuts = pyro.sample("cuts", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
     cuts = torch.stack([cuts[0], cuts[0] + cuts[1].exp()])
     with pyro.plate("data", 5):
         pyro.sample("y", dist.OrderedLogistic(slope * torch.arange(5.0), cuts), obs=torch.tensor([0, 1, 1, 2, 2]))
@@ -492,6 +492,24 @@ def test_models_that_write_draws_into_tensors_of_their_own_take_many_at_once(mod
     for name, values in density.constrain(u).items():
         torch.testing.assert_close(values, one_by_one.constrain(u)[name])
     assert density.site_log_probs(u).keys() == one_by_one.site_log_probs(u).keys()
+
+
+def test_noncentering_of_priors_that_a_model_writes():
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        scales = torch.ones(3)
+        scales[1:] = scale
+        effect = pyro.sample("effect", dist.Normal(0.0, scales).to_event(1))
+        pyro.sample("y", dist.Normal(effect, 1.0).to_event(1), obs=torch.ones(3))
+
+    guide = AutoFlow(model, small, noncentered=True)
+    density = guide.log_density()
+    assert density.mode == "traced" and guide.noncentering.sites == ("effect",)
+    x = torch.tensor([[0.3, -1.0, 0.5, 2.0], [-0.2, 0.7, 0.1, 0.0]])
+    u, log_det = guide.coordinates.forward_and_log_det(x)
+    torch.testing.assert_close(u, torch.cat([x[:, :2], x[:, :1].exp() * x[:, 2:]], 1))
+    torch.testing.assert_close(log_det, 2 * x[:, 0])
+    torch.testing.assert_close(pulled_back(density, guide.coordinates)(x), density(u) + log_det)
 
 
 def test_angles_of_infinite_density_are_refused():

@@ -226,7 +226,7 @@ def test_saved_and_loaded(fitter, tmp_path):
     np.testing.assert_array_equal(posterior.history.elbo, loaded.history.elbo)
     assert loaded.history[1:] == posterior.history[1:]
     assert loaded.verdict() == posterior.verdict()  # the same draws
-    assert fitter.module("posterior").FlowPosterior.sample(loaded, *fitter.key())["theta"].shape == ()
+    assert loaded.sample(*fitter.key())["theta"].shape == ()
     with pytest.raises(ValueError, match="do not fit|missing"):
         type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.conjugate, fitter.pkg.flows.iaf)
 
@@ -706,9 +706,11 @@ def test_nothing_is_lost_in_the_look_elsewhere(fitter, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitter.module("posterior"), "missed_mass", interrupt)
-    posterior = fitter.run("conjugate", fitter.array(DATA), **options)
-    assert len(posterior.history.elbo) == 20 and posterior.verdict().startswith("Interrupted")
+    for module, name in (("posterior", "missed_mass"), ("inference", "_check_support")):  # the latter makes the draws
+        with monkeypatch.context() as patch:
+            patch.setattr(fitter.module(module), name, interrupt)
+            posterior = fitter.run("conjugate", fitter.array(DATA), **options)
+        assert len(posterior.history.elbo) == 20 and posterior.verdict().startswith("Interrupted")
 
 
 def test_a_mixture_base_learns_the_masses(fitter):
