@@ -51,7 +51,7 @@ from numpyro_flows.noncentering import (
 )
 from numpyro_flows.posterior import FlowPosterior, History, tolerated
 from numpyro_flows.programs import Programs, numpy_rng, quick_key
-from numpyro_flows.training import CHUNK, first_state, update
+from numpyro_flows.training import CHUNK, first_state, padded, update
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
@@ -571,7 +571,7 @@ class FlowVI:
             passes, inverse_passes = inner.passes
             use_path = inverse_passes <= passes
         ascent = _Ascent(log_density, with_density(outer, None), rest, fixed_base, n, use_path)
-        state = first_state(params)
+        chunk, state = guide._programs.bound(_chunk, ascent), first_state(params)
         trace: list[float] = []
         divergence: list[float] = []
         best, interrupted = (-np.inf, params), False
@@ -579,11 +579,11 @@ class FlowVI:
         with tqdm(total=schedule.expected_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
             try:
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
-                    inputs = state, np.asarray(step_sizes, dtype), key
-                    state, outputs = guide._programs(_chunk, ascent, *inputs, np.asarray(len(trace)))
+                    sizes, num = padded(step_sizes, dtype)
+                    state, outputs = chunk(state, sizes, num, key, np.asarray(len(trace)))
                     elbos, divergences, skipped = jax.device_get(outputs)
-                    trace += [value if np.isfinite(value) else np.nan for value in elbos.tolist()]
-                    divergence += divergences.tolist()
+                    trace += [value if np.isfinite(value) else np.nan for value in elbos[:num].tolist()]
+                    divergence += divergences[:num].tolist()
                     if skipped == len(trace):
                         raise RuntimeError(self._nothing_finite(log_density, outer, fixed_base, key))
                     recent = known(trace[-_WINDOW:])
@@ -591,7 +591,7 @@ class FlowVI:
                         best = recent, state[0]
                     bar.total = schedule.expected_steps
                     bar.set_postfix(elbo=f"{recent:.3f}", refresh=False)
-                    bar.update(len(step_sizes))
+                    bar.update(int(num))
             except KeyboardInterrupt:
                 interrupted = True
         final = state[0] if schedule.finished or not trace else best[1]
@@ -662,16 +662,18 @@ class _Ascent(eqx.Module):
 
 
 def _chunk(
-    ascent: _Ascent, state: tuple, step_sizes: Array, key: Array, done: Array
+    ascent: _Ascent, state: tuple, step_sizes: Array, num_steps: Array, key: Array, done: Array
 ) -> tuple[tuple, tuple[Array, Array, Array]]:
-    """Several steps: the state after them, ELBO and approximate KL divergence of each, steps skipped so far."""
+    """The first ``num_steps`` of these steps: the state after them, ELBO and approximate KL divergence of each, steps
+    skipped so far."""
 
-    def step(state: tuple, given: tuple[Array, Array]) -> tuple[tuple, tuple[Array, Array]]:
-        number, step_size = given
-        return ascent.step(state, step_size, jax.random.fold_in(key, number))
+    def step(number: Array, carry: tuple[tuple, Array, Array]) -> tuple[tuple, Array, Array]:
+        state, elbos, divergences = carry
+        state, (elbo, divergence) = ascent.step(state, step_sizes[number], jax.random.fold_in(key, done + number))
+        return state, elbos.at[number].set(elbo), divergences.at[number].set(divergence)
 
-    numbers = done + jnp.arange(len(step_sizes))
-    state, (elbos, divergences) = lax.scan(step, state, (numbers, step_sizes))
+    nothing = jnp.zeros_like(step_sizes)
+    state, elbos, divergences = lax.fori_loop(0, num_steps, step, (state, nothing, nothing))
     return state, (elbos, divergences, state[2])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -40,12 +41,17 @@ class Programs:
         self._compiled: dict[Callable, Callable] = {}
 
     def __call__(self, function: Callable, *args: Any) -> Any:
+        return self.bound(function, *args)()
+
+    def bound(self, function: Callable, *args: Any) -> Callable:
+        """The same with the first arguments looked through once, for many calls; those to come have arrays alone."""
         if function not in self._compiled:
-            self._compiled[function] = jax.jit(_of_parts(function), static_argnums=1)
+            self._compiled[function] = jax.jit(_of_parts(function), static_argnums=0)
         inputs, rest = eqx.partition(args, is_array)
-        leaves, structure = jax.tree.flatten(rest)
+        arrays, of_arrays = jax.tree.flatten(inputs)
+        leaves, of_rest = jax.tree.flatten(rest)
         typed = tuple((type(leaf), leaf) for leaf in leaves)  # 1, 1.0 and True are equal
-        return self._compiled[function](inputs, (typed, structure))
+        return partial(self._compiled[function], (of_arrays, typed, of_rest), arrays)
 
     def __reduce__(self) -> tuple[type, tuple]:
         return Programs, ()
@@ -84,9 +90,10 @@ def default_key(key: Array) -> Array:
 
 
 def _of_parts(function: Callable) -> Callable:
-    def run(inputs: Any, rest: tuple) -> Any:
-        typed, structure = rest
-        return function(*eqx.combine(inputs, jax.tree.unflatten(structure, [leaf for _, leaf in typed])))
+    def run(static: tuple, arrays: list[Any], *more: Any) -> Any:
+        of_arrays, typed, of_rest = static
+        rest = jax.tree.unflatten(of_rest, [leaf for _, leaf in typed])
+        return function(*eqx.combine(jax.tree.unflatten(of_arrays, arrays), rest), *more)
 
     run.__name__ = getattr(function, "__name__", "program")  # shown by profilers
     return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +78,13 @@ def update(state: tuple[Any, _Moments, Array], gradient: Any, step_size: Array) 
     return whole(params), _Moments(taken, mean, square, norms), skipped + ~finite
 
 
+def padded(step_sizes: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The step sizes of a chunk in an array of one length, so that one program serves the last chunk too; how many."""
+    sizes = np.zeros(CHUNK, dtype)
+    sizes[: len(step_sizes)] = step_sizes
+    return sizes, np.asarray(len(step_sizes))
+
+
 def _step(
     moves: Array, factors: tuple[Array, ...], param: Array, slope: Array, mean: Array, square: Array
 ) -> tuple[Array, Array, Array]:
@@ -132,15 +138,14 @@ def train(
     :raises RuntimeError: if no step had a finite gradient.
     """
 
-    def step(inputs: tuple, key: Array, state: tuple, given: tuple[Array, Array]) -> tuple[tuple, Array]:
-        number, step_size = given
-        value, gradient = jax.value_and_grad(loss)(state[0], jax.random.fold_in(key, number), *inputs)
-        return update(state, gradient, step_size), value
-
     @jax.jit
-    def chunk(state: tuple, step_sizes: Array, key: Array, done: Array, inputs: tuple) -> tuple[tuple, tuple]:
-        numbers = done + jnp.arange(len(step_sizes))
-        state, values = lax.scan(partial(step, inputs, key), state, (numbers, step_sizes))
+    def chunk(state: tuple, sizes: Array, num: Array, key: Array, done: Array, inputs: tuple) -> tuple[tuple, tuple]:
+        def step(number: Array, carry: tuple[tuple, Array]) -> tuple[tuple, Array]:
+            state, values = carry
+            value, gradient = jax.value_and_grad(loss)(state[0], jax.random.fold_in(key, done + number), *inputs)
+            return update(state, gradient, sizes[number]), values.at[number].set(value)
+
+        state, values = lax.fori_loop(0, num, step, (state, jnp.zeros_like(sizes)))
         return state, (values, state[2])
 
     losses: list[float] = []
@@ -152,10 +157,10 @@ def train(
     with tqdm(total=num_steps, desc=owner, disable=not progress_bar) as bar:
         try:
             while len(losses) < num_steps and (score is None or len(losses) - best[1] < patience):
-                sizes = np.asarray(step_sizes[len(losses) : len(losses) + CHUNK], dtype)
-                state, outputs = chunk(state, sizes, key, len(losses), inputs)
+                sizes, num = padded(step_sizes[len(losses) : len(losses) + CHUNK], dtype)
+                state, outputs = chunk(state, sizes, num, key, len(losses), inputs)
                 values, skipped = jax.device_get(outputs)
-                losses += values.tolist()
+                losses += values[:num].tolist()
                 if skipped == len(losses):
                     raise RuntimeError(f"{owner}: no step had a finite gradient. {hint}")
                 if score is not None:
@@ -164,7 +169,7 @@ def train(
                         best = checks[-1][1], len(losses), state[0]
                 shown = {"held_out": f"{checks[-1][1]:.3f}"} if checks else {}
                 bar.set_postfix(loss=f"{np.nanmean(losses[-CHUNK:]):.3f}", **shown, refresh=False)
-                bar.update(len(sizes))
+                bar.update(int(num))
         except KeyboardInterrupt:
             interrupted = True
     found = bool(np.isfinite(best[0]))
