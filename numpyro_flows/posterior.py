@@ -550,8 +550,15 @@ class FlowPosterior:
         :param flow: the guide's flow factory, needed if it was not one of ``flows`` or a ``partial`` of one.
         :param base: the factory of its learned base, needed if it was not one of ``distributions`` or a ``partial`` of
             one.
+        :raises TypeError: if ``flow`` or ``base`` is no factory; the model's arguments are in the file.
         :raises ValueError: if the file is not a posterior's, or the weights do not fit the model and the flow.
         """
+        for name, given in (("flow", flow), ("base", base)):
+            if not (given is None or callable(given)):
+                raise TypeError(
+                    f"load: {name}= takes a factory, not {type(given).__name__}. (The model's arguments are in the "
+                    "file, and are not given again.)"
+                )
         tensors, metadata = serialization.load(path)
         if "arguments" not in metadata:
             raise ValueError(f"load: {str(path)!r} holds no posterior.")

@@ -208,35 +208,36 @@ class FlowVI:
                 self._note_missed(found, modes, target, budget)
             return found
 
-        def attempt(what: str, fit: Callable[[], FlowPosterior]) -> FlowPosterior:
+        def attempt(what: str, fit: Callable[[], FlowPosterior]) -> FlowPosterior | None:
             try:
                 found = fit()
             except RuntimeError as error:  # no finite gradient: what there is stands, with what it misses
                 warnings.warn(f"FlowVI: a second fit, with {what}, failed: {error}", stacklevel=3)
                 tried.append(f"{what}: failed")
-                return posterior
+                return None
             tried.append(_account(what, found))
             if found.history.interrupted:
                 raise KeyboardInterrupt
-            return found if is_better(found, posterior) else posterior
+            return found
 
         try:
             if posterior.misses_modes and len(modes) > 1 and base is FlexibleBase and budget.allows_more():
                 base = partial(MixtureBase, num_components=len(modes))
-                posterior = attempt("a mixture base", partial(anew, self.flow))
-            richer, legs, gain = list(self.richer), 0, np.inf
+                posterior = better(attempt("a mixture base", partial(anew, self.flow)), posterior, budget)
+            going, richer, legs, gain = posterior, list(self.richer), 0, np.inf
             while self.escalate and is_poor(posterior, budget) and budget.allows_more():
-                if is_near(posterior) and not legs if richer else may_mend(posterior, self.num_steps // 4, legs, gain):
+                if is_near(going) and not legs if richer else may_mend(going, self.num_steps // 4, legs, gain):
                     more, legs = "more steps", legs + 1
-                    fit = partial(self._go_on, posterior, budget)
+                    fit = partial(self._go_on, going, budget)
                 elif richer:
                     flow = richer.pop(0)
                     more, fit = _name(flow), partial(anew, flow, richer=True)
                 else:
                     break
-                before, posterior = posterior, attempt(more, fit)
-                gain = posterior._elbo_inside.value - before._elbo_inside.value
-                legs = legs if more == "more steps" or posterior is before else 0
+                before, found = going, attempt(more, fit)
+                posterior, going = better(found, posterior, budget), better(found, going, budget, trusted=False)
+                gain = going._elbo_inside.value - before._elbo_inside.value
+                legs = legs if more == "more steps" or going is before else 0
         except KeyboardInterrupt:
             tried.append("interrupted")  # the first fit was complete
         return self._end(posterior, budget, tried)
@@ -783,6 +784,11 @@ def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
     gap = posterior._gap - 2 * posterior._elbo_inside.standard_error
     if gap > tolerated(_GAP_POOR, posterior.log_density.dim) or (gap > _GAP_POOR and not posterior._moments_are_good):
         return True
+    return is_suspicious(posterior, budget)
+
+
+def is_suspicious(posterior: FlowPosterior, budget: Budget) -> bool:
+    """Whether chains from the guide's draws go where its weights say nothing is."""
     before = posterior.history.gradients
     suspicious = posterior.departure.suspicious
     budget.gradients += posterior.history.gradients - before
@@ -809,13 +815,17 @@ def may_mend(posterior: FlowPosterior, num_steps: int, legs: int, gain: float) -
     return gap - (known(last) - known(before)) < tolerated(_GAP_POOR, posterior.log_density.dim)
 
 
-def is_better(found: FlowPosterior, than: FlowPosterior) -> bool:
-    """Whether a fit is closer to the posterior, by its ELBO, and not at the price of what can be trusted."""
-    if found.misses_modes == than.misses_modes:
-        worse = not found.weights_are_reliable and than.weights_are_reliable
-    else:
-        worse = found.misses_modes
-    return found._elbo_inside.value > than._elbo_inside.value and not worse
+def better(found: FlowPosterior | None, than: FlowPosterior, budget: Budget, trusted: bool = True) -> FlowPosterior:
+    """The fit that is closer to the posterior by its ELBO, if not at the price of its modes.
+
+    :param trusted: whether nor at the price of a verdict that trusts it. A fit that is to go on may pay it.
+    """
+    if found is None or not found._elbo_inside.value > than._elbo_inside.value:
+        return than
+    if found.misses_modes != than.misses_modes:
+        return than if found.misses_modes else found
+    lost = trusted and than.weights_are_reliable and not found.weights_are_reliable
+    return than if lost and not is_suspicious(than, budget) else found
 
 
 def _account(what: str, posterior: FlowPosterior) -> str:

@@ -229,6 +229,8 @@ def test_saved_and_loaded(fitter, tmp_path):
     assert loaded.sample(*fitter.key())["theta"].shape == ()
     with pytest.raises(ValueError, match="do not fit|missing"):
         type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.conjugate, fitter.pkg.flows.iaf)
+    with pytest.raises(TypeError, match="flow= takes a factory"):  # the model's arguments, given again
+        type(posterior).load(tmp_path / "posterior.safetensors", fitter.models.conjugate, fitter.array(DATA))
 
 
 def test_what_is_missing_keeps_its_prior(fitter):
@@ -547,6 +549,31 @@ def test_modes_are_parted_by_a_barrier_or_by_distance(fitter):
     assert len(module.distinct(modes, lambda u: np.where(np.abs(u[:, 0] - 3) < 0.1, np.nan, 0.0))) == 2
     far = [modes[0], modes[1]._replace(loc=4 * locs[1])]
     assert len(module.distinct(far, ridge)) == 2
+
+
+def test_a_fit_goes_on_from_the_closest_but_keeps_what_can_be_trusted(fitter):
+    inference = fitter.module("inference")
+    better = functools.partial(inference.better, budget=inference.Budget())
+
+    def fit(elbo, reliable=True, misses=False, suspicious=False):
+        return SimpleNamespace(
+            _elbo_inside=SimpleNamespace(value=elbo),
+            weights_are_reliable=reliable,
+            misses_modes=misses,
+            departure=SimpleNamespace(suspicious=suspicious),
+            history=SimpleNamespace(gradients=0),
+        )
+
+    first, closer, departs = fit(-2.0), fit(-1.0), fit(-2.0, suspicious=True)
+    wild, lost = fit(0.0, reliable=False), fit(1.0, misses=True)
+    assert better(closer, first) is closer and better(first, closer) is closer
+    assert better(wild, first) is first and better(wild, first, trusted=False) is wild
+    assert better(wild, departs) is wild  # neither can be trusted
+    assert better(lost, first) is first and better(lost, departs, trusted=False) is departs
+    assert better(wild, fit(-1.0, reliable=False)) is wild
+    assert better(fit(-3.0), fit(-2.0, misses=True)).misses_modes  # by its ELBO
+    assert better(wild, fit(-2.0, misses=True)) is wild
+    assert better(None, first) is first and better(fit(np.nan), first) is first
 
 
 def test_more_steps_are_repeated_while_they_pay(fitter):
