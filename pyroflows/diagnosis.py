@@ -110,7 +110,7 @@ def _in_whitened_space(posterior: Any) -> np.ndarray:
 
     def log_density(z: Tensor) -> Tensor:
         value = density(loc + z @ scale_tril.T)
-        return torch.where(value.isnan(), -torch.inf, value)
+        return torch.where(value.isfinite(), value, -torch.inf)
 
     starts = torch.linalg.solve_triangular(scale_tril, (x[:_NUM_CHAINS] - loc).T, upper=False).T
     z, value = _hamiltonian(log_density, starts)

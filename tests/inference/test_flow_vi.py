@@ -617,6 +617,30 @@ def test_a_walk_arrives_where_scales_differ_by_orders_of_magnitude(fitter):
     assert gradients < 3000
 
 
+def test_a_density_that_overflows_is_none(fitter):
+    """NumPyro's and torch's log-density of an inverse gamma is plus infinity where its values underflow."""
+    module = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
+
+    def log_density(u):
+        return np.where(u[:, 0] < -3, np.inf, -0.5 * np.square(u).sum(-1))
+
+    target, noise = module.Target(log_density, None, None), np.random.default_rng(0).normal(size=(300, 2))
+    far = module._scored(target, np.array([-2.0, 0.0]), np.eye(2), noise)
+    assert far.elbo == -np.inf and far.divergence == np.inf
+    assert module._scored(target, np.array([2.0, 0.0]), np.eye(2), noise).elbo > -2
+    assert module._are_parted(
+        np.array([0.0, -9.0]), np.array([-2.9, 9.0]), lambda u: np.where(np.abs(u[:, 1]) < 1, np.inf, 0.0)
+    )
+    posterior = copy.copy(fitter.fit("conjugate", fitter.array(DATA), num_particles=64))
+    for known in ("_psis", "_log_ratios", "departure", "moment_error"):
+        vars(posterior).pop(known, None)
+    log_model = posterior.draws.log_model.copy()
+    log_model[:2] = np.inf, np.nan
+    posterior.draws = posterior.draws._replace(log_model=log_model)
+    assert (posterior._log_ratios[:2] == -np.inf).all() and np.isfinite(posterior._log_ratios[2:]).all()
+    assert posterior.pareto_k < 0.5 and "2 of" in posterior.verdict()
+
+
 def test_the_gaussian_around_modes(fitter):
     module = importlib.import_module(f"{fitter.pkg.__name__}.initialization")
     rng = np.random.default_rng(0)
