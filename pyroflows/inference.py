@@ -361,7 +361,11 @@ class FlowVI:
         def hessian(u: np.ndarray) -> np.ndarray:
             return log_density.hessian(torch.as_tensor(u).to(like)).double().numpy(force=True)
 
-        return Target(batch, value_and_grad, hessian)
+        def curvatures(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            found = log_density.gradients_and_hessians(torch.as_tensor(u).to(like))
+            return found[0].double().numpy(force=True), found[1].double().numpy(force=True)
+
+        return Target(batch, value_and_grad, hessian, curvatures)
 
     def _points(self, guide: AutoFlow, log_density: LogDensity, n: int, by: Callable) -> list[np.ndarray]:
         """As many points in the guide's coordinates by an initialisation strategy."""

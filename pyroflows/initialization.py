@@ -46,6 +46,14 @@ class Target(NamedTuple):
     log_density: Callable[[np.ndarray], np.ndarray]  # of a batch, (n, dim) -> (n,)
     value_and_grad: Callable[[np.ndarray], tuple[float, np.ndarray]]  # at one point (dim,)
     hessian: Callable[[np.ndarray], np.ndarray]  # (dim, dim) at one point
+    together: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None  # gradients and Hessians of a batch
+
+    def curvatures(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gradients ``(n, dim)`` and Hessians ``(n, dim, dim)`` at a few points."""
+        if self.together is not None:
+            return self.together(points)
+        slopes = np.stack([self.value_and_grad(point)[1] for point in points])
+        return slopes, np.stack([self.hessian(point) for point in points])
 
 
 class Start(NamedTuple):
@@ -187,8 +195,7 @@ def _step(target: Target, at: Start, draws: np.ndarray, rate: float) -> tuple[np
     """Location and scale after a step, in the coordinates of the Gaussian, where no precision changes by more than ten
     times and the mean by no more than a draw is away from it; ``None`` where nothing is finite."""
     points = at.loc + draws @ at.scale_tril.T
-    slopes = np.stack([target.value_and_grad(point)[1] for point in points])
-    bends = np.stack([target.hessian(point) for point in points])
+    slopes, bends = target.curvatures(points)
     known = np.isfinite(slopes).all(-1) & np.isfinite(bends).all((-2, -1))
     if not known.any():
         return None

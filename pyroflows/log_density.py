@@ -201,27 +201,40 @@ class LogDensity:
 
     def hessian(self, u: Tensor) -> Tensor:
         """Hessian ``(dim, dim)`` at one vector ``(dim,)``."""
+        return self.gradients_and_hessians(u[None])[1][0]
+
+    def gradients_and_hessians(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients ``(n, dim)`` and Hessians ``(n, dim, dim)`` at vectors ``(n, dim)``."""
         u = u.detach()
-        if self.mode != "loop":
-            rows = torch.arange(self.dim, device=u.device).split(_ROWS)
-            return torch.cat([self._rows_of_hessian(u, part) for part in rows])
-        u.requires_grad_()
+        if self.mode == "loop":
+            pairs = [self._hessian_by_loop(row) for row in u]
+            return torch.stack([g for g, _ in pairs]), torch.stack([h for _, h in pairs])
+        elements = torch.arange(self.dim, device=u.device).repeat(len(u))
+        at, size = u.repeat_interleave(self.dim, 0), min(_ROWS, len(elements))
+        parts = [self._rows_of_hessian(*part, size) for part in zip(at.split(size), elements.split(size), strict=True)]
+        gradients, rows = (torch.cat(column) for column in zip(*parts, strict=True))
+        return gradients[:: self.dim], rows.reshape(*u.shape, self.dim)
+
+    def _hessian_by_loop(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        u = u.clone().requires_grad_()
         gradient = torch.autograd.grad(self(u[None])[0], u, create_graph=True)[0]
         found = [
             torch.autograd.grad(g, u, retain_graph=True, materialize_grads=True)[0] if g.requires_grad else 0 * u
             for g in gradient
         ]
-        return torch.stack(found).detach()
+        return gradient.detach(), torch.stack(found).detach()
 
-    def _rows_of_hessian(self, u: Tensor, rows: Tensor) -> Tensor:
-        """Some rows, in one pass: of draws that are all at ``u``, each gives the gradient of another element."""
-        padded = torch.cat([rows, rows[-1:].expand(min(_ROWS, self.dim) - len(rows))])  # a shape is recorded once
-        x = u.expand(len(padded), -1).clone().requires_grad_()
+    def _rows_of_hessian(self, at: Tensor, elements: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Gradients at vectors ``(n, dim)`` and each one's derivative of one element ``(n, dim)``, in one pass of
+        ``size`` draws: a shape is recorded once."""
+        missing = size - len(at)
+        x = torch.cat([at, at[-1:].expand(missing, -1)]).requires_grad_()
         gradient = torch.autograd.grad(self(x).sum(), x, create_graph=True)[0]
-        if not gradient.requires_grad:
-            return x.new_zeros(len(rows), self.dim)
-        each = gradient.gather(1, padded[:, None]).sum()
-        return torch.autograd.grad(each, x, materialize_grads=True)[0].detach()[: len(rows)]
+        rows = torch.zeros_like(x)
+        if gradient.requires_grad:
+            each = gradient.gather(1, torch.cat([elements, elements[-1:].expand(missing)])[:, None]).sum()
+            rows = torch.autograd.grad(each, x, materialize_grads=True)[0]
+        return gradient.detach()[: len(at)], rows.detach()[: len(at)]
 
     # -- constrained values ----------------------------------------------------------------------------------------
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
