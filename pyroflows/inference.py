@@ -365,7 +365,13 @@ class FlowVI:
             found = log_density.gradients_and_hessians(torch.as_tensor(u).to(like))
             return found[0].double().numpy(force=True), found[1].double().numpy(force=True)
 
-        return Target(batch, value_and_grad, hessian, curvatures)
+        def slopes(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            values, gradients = log_density.values_and_grads(torch.as_tensor(u).to(like))
+            return values.double().numpy(force=True), gradients.double().numpy(force=True)
+
+        if log_density.mode == "loop":
+            return Target(batch, value_and_grad, hessian)
+        return Target(batch, value_and_grad, hessian, curvatures, slopes)
 
     def _points(self, guide: AutoFlow, log_density: LogDensity, n: int, by: Callable) -> list[np.ndarray]:
         """As many points in the guide's coordinates by an initialisation strategy."""

@@ -7,7 +7,10 @@ one of the candidates, since at the mode of a funnel a Gaussian is useless. Natu
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +40,7 @@ _NUM_CURVATURES = 8  # draws at which a step towards a better Gaussian takes Hes
 _MOST_IMPROVEMENTS = 60  # such steps, as long as they are of this share of the whole and one of so many gains something
 _LEAST_RATE, _PATIENCE = 0.03, 3
 _RANGE = 0.1, 10.0  # of a precision in relation to the one before
+_BATCHES = 16, 4, 1  # points that walks in step ask for together
 _MAX_LEGS = 4  # of a walk: each goes on in the coordinates of the local Gaussian where the one before ended
 
 
@@ -46,7 +50,9 @@ class Target(NamedTuple):
     log_density: Callable[[np.ndarray], np.ndarray]  # of a batch, (n, dim) -> (n,)
     value_and_grad: Callable[[np.ndarray], tuple[float, np.ndarray]]  # at one point (dim,)
     hessian: Callable[[np.ndarray], np.ndarray]  # (dim, dim) at one point
-    together: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None  # gradients and Hessians of a batch
+    # where a batch takes about as long as a point: its gradients and Hessians; its values and gradients
+    together: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    slopes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
 
     def curvatures(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gradients ``(n, dim)`` and Hessians ``(n, dim, dim)`` at a few points."""
@@ -115,8 +121,7 @@ def find_modes(
         if np.isfinite(found.elbo) and found.elbo > best_of_paths[-1].elbo:
             best_of_paths[-1] = found
 
-    for start in starts:
-        path, scale_at_end, evaluations = _walk(target, start)
+    for start, (path, scale_at_end, evaluations) in zip(starts, _walks(target, starts), strict=True):
         gradients += evaluations
         if points_per_path == 1 and any(_distance(other, path[-1]) < _SAME_END for other in best_of_paths):
             continue
@@ -559,6 +564,88 @@ def _divergence(below: tuple, here: tuple, above: tuple, *observations: tuple) -
         log_det = np.linalg.slogdet(ratio)[1]
         divergences.append(0.5 * (np.trace(ratio) - len(away) - log_det + away @ precision @ away))
     return float(np.mean(divergences))
+
+
+class _Stopped(Exception):
+    """No more points are evaluated."""
+
+
+class _InStep:
+    """Evaluates the points that walks in threads of their own ask for, when all of them wait: as few batches.
+
+    The model runs in the calling thread alone, and which points share a batch does not depend on the threads' speed.
+    """
+
+    def __init__(self, target: Target):
+        self.target, self.walking, self.stopped = target, 0, False
+        self.asked: dict[int, tuple[str, np.ndarray]] = {}
+        self.answers: dict[int, Any] = {}
+        self.change = threading.Condition()
+
+    def run(self, starts: Sequence[np.ndarray]) -> list[tuple[list[np.ndarray], np.ndarray | None, int]]:
+        self.walking = len(starts)
+        with ThreadPoolExecutor(len(starts)) as threads:
+            walks = [threads.submit(self._walk, number, start) for number, start in enumerate(starts)]
+            try:
+                while asked := self._all_asked():
+                    answers = self._answer(asked)
+                    with self.change:
+                        self.answers = answers
+                        self.change.notify_all()
+            finally:  # whatever ended it: an error of the model, or Ctrl-C
+                with self.change:
+                    self.stopped = True
+                    self.change.notify_all()
+        return [walk.result() for walk in walks]
+
+    def _walk(self, number: int, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None, int]:
+        ask = partial(partial, self._ask, number)
+        try:
+            return _walk(self.target._replace(value_and_grad=ask("slope"), hessian=ask("hessian")), start)
+        finally:
+            with self.change:
+                self.walking -= 1
+                self.change.notify_all()
+
+    def _ask(self, number: int, what: str, point: np.ndarray) -> Any:
+        with self.change:
+            self.asked[number] = what, point
+            self.change.notify_all()
+            self.change.wait_for(lambda: number in self.answers or self.stopped)
+            if number not in self.answers:
+                raise _Stopped
+            return self.answers.pop(number)
+
+    def _all_asked(self) -> dict[int, tuple[str, np.ndarray]]:
+        with self.change:
+            self.change.wait_for(lambda: len(self.asked) == self.walking)
+            asked, self.asked = dict(sorted(self.asked.items())), {}
+            return asked
+
+    def _answer(self, asked: dict[int, tuple[str, np.ndarray]]) -> dict[int, Any]:
+        answers: dict[int, Any] = {n: self.target.hessian(x) for n, (what, x) in asked.items() if what == "hessian"}
+        left = [n for n in asked if n not in answers]
+        while left:
+            size = next(size for size in _BATCHES if 2 * len(left) > size)
+            chunk, left = left[:size], left[size:]
+            points = np.stack([asked[n][1] for n in chunk])
+            answers |= zip(chunk, self._values_and_grads(points, size), strict=True)
+        return answers
+
+    def _values_and_grads(self, points: np.ndarray, size: int) -> list[tuple[float, np.ndarray]]:
+        if size == 1:
+            return [self.target.value_and_grad(points[0])]
+        assert self.target.slopes is not None
+        padded = np.concatenate([points, np.repeat(points[-1:], size - len(points), 0)])  # programs of few shapes
+        values, slopes = self.target.slopes(padded)
+        return list(zip(values.tolist(), slopes, strict=True))[: len(points)]
+
+
+def _walks(target: Target, starts: Sequence[np.ndarray]) -> list[tuple[list[np.ndarray], np.ndarray | None, int]]:
+    """:func:`_walk` from every start."""
+    if target.slopes is None or len(starts) < 2:
+        return [_walk(target, start) for start in starts]
+    return _InStep(target).run(starts)
 
 
 def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None, int]:

@@ -195,9 +195,14 @@ class LogDensity:
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log-density and gradient at one vector ``(dim,)``."""
+        values, gradients = self.values_and_grads(u[None])
+        return values[0], gradients[0]
+
+    def values_and_grads(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities ``(n,)`` and gradients at vectors ``(n, dim)``."""
         u = u.detach().requires_grad_()
-        value = self(u[None])[0]
-        return value.detach(), torch.autograd.grad(value, u)[0]
+        values = self(u)
+        return values.detach(), torch.autograd.grad(values.sum(), u)[0]
 
     def hessian(self, u: Tensor) -> Tensor:
         """Hessian ``(dim, dim)`` at one vector ``(dim,)``."""
