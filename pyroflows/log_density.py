@@ -142,7 +142,15 @@ class LogDensity:
         generator = torch.Generator(device="cpu").manual_seed(0)
         noise = torch.randn((3, self.dim), generator=generator, dtype=self.prototype.dtype, device="cpu")
         u = self.prototype + 0.1 * noise.to(self.prototype.device)
-        expected = self._value_and_grad_seeded(u, "loop")
+        try:
+            expected = self._value_and_grad_seeded(u, "loop")
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "The model writes into a tensor whose earlier values its gradient needs, as x[t] = a * x[t - 1] does, "
+                "so that torch has no gradient of it. Collect the parts in a list, and torch.stack them at the end."
+            ) from error
         for mode, self._writes in _TRIALS:
             try:
                 if mode == "traced":  # recorded at other draws than those it is tried on

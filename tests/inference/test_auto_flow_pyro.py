@@ -494,6 +494,18 @@ def test_models_that_write_draws_into_tensors_of_their_own_take_many_at_once(mod
     assert density.site_log_probs(u).keys() == one_by_one.site_log_probs(u).keys()
 
 
+def test_models_that_torch_has_no_gradient_of_are_told_what_to_do():
+    def model():
+        rate = pyro.sample("rate", dist.Beta(2.0, 2.0))
+        chances = torch.ones(4)
+        for t in range(2, -1, -1):
+            chances[t] = rate * chances[t + 1]  # whose gradient needs what was there before
+        pyro.factor("y", chances.log().sum())
+
+    with pytest.raises(RuntimeError, match=r"writes into a tensor.*torch\.stack"):
+        AutoFlow(model, small).log_density()
+
+
 def test_noncentering_of_priors_that_a_model_writes():
     def model():
         scale = pyro.sample("scale", dist.HalfNormal(1.0))
