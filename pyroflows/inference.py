@@ -92,9 +92,10 @@ class FlowVI:
        gap between ELBO and importance-sampled evidence (above 0.02 nats; in more than ten latents 0.002 for each, up to
        0.2, unless ``moment_error`` is above a tenth). A quarter as many steps again from where it stands, with twice
        the draws, where that may do (the gap is below 0.1, or 1.1 times that), else a fit of the next flow of ``richer``
-       (three fifths as many steps of twice the size), until one is good or none is left. The last one goes on where the
-       steps could make it good, as far as the ELBO's rise over as many before tells, and does so up to four times while
-       each leaves little enough for the next ones. The best is kept; ``history.tried`` tells of all.
+       (three fifths as many steps of twice the size), until one is good or none is left. Then the one of highest ELBO
+       goes on where the steps could make it good, as far as the ELBO's rise over as many before tells, and does so up to
+       four times while each leaves little enough for the next ones. Kept is the highest ELBO of those that can be
+       trusted, by Pareto k and the chains, or of all where none can; ``history.tried`` tells of all.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> centring ->
     non-centring``. The last three are held fixed, so that the flow works on a posterior of about unit scale. Steps with
