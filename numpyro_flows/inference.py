@@ -102,9 +102,9 @@ class FlowVI:
        0.2, unless ``moment_error`` is above a tenth). A quarter as many steps again from where it stands, with twice
        the draws, where that may do (the gap is below 0.1, or 1.1 times that), else a fit of the next flow of ``richer``
        (three fifths as many steps of twice the size), until one is good or none is left. Then the one of highest ELBO
-       goes on where the steps could make it good, as far as the ELBO's rise over as many before tells, and does so up to
-       four times while each leaves little enough for the next ones. Kept is the highest ELBO of those that can be
-       trusted, by Pareto k and the chains, or of all where none can; ``history.tried`` tells of all.
+       goes on where steps could make it good, as far as the ELBO's rise over as many before tells, and does so up to
+       four times while each leaves little enough for the next ones. The one of highest ELBO is kept, but not for its
+       Pareto k if another can be trusted, by that and by the chains; ``history.tried`` tells of all.
 
     The guide is ``base -> flow -> full-rank affine map -> location and scale of the start -> centring ->
     non-centring``. The last three are held fixed, so that the flow works on a posterior of about unit scale. Steps with
