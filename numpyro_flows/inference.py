@@ -51,7 +51,7 @@ from numpyro_flows.noncentering import (
 )
 from numpyro_flows.posterior import FlowPosterior, History, tolerated
 from numpyro_flows.programs import Programs, numpy_rng, quick_key
-from numpyro_flows.training import CHUNK, first_state, padded, update
+from numpyro_flows.training import CHUNK, _padded, first_state, update
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
@@ -526,6 +526,7 @@ class FlowVI:
     def _target(self, log_density: LogDensity, coordinates: TransformModule) -> Target:
         """The density in a guide's coordinates."""
         of = [partial(self._programs, f, log_density, coordinates) for f in (log_densities, value_and_grad, hessian)]
+        # no batches of points: a compiled density gains little by them, and each size would be compiled by itself
         return Target(*(partial(_in_numpy, program) for program in of))
 
     def _look_elsewhere(
@@ -581,7 +582,7 @@ class FlowVI:
         with tqdm(total=schedule.expected_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
             try:
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
-                    sizes, num = padded(step_sizes, dtype)
+                    sizes, num = _padded(step_sizes, dtype)
                     state, outputs = chunk(state, sizes, num, key, np.asarray(len(trace)))
                     elbos, divergences, skipped = jax.device_get(outputs)
                     trace += [value if np.isfinite(value) else np.nan for value in elbos[:num].tolist()]

@@ -78,7 +78,7 @@ def update(state: tuple[Any, _Moments, Array], gradient: Any, step_size: Array) 
     return whole(params), _Moments(taken, mean, square, norms), skipped + ~finite
 
 
-def padded(step_sizes: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+def _padded(step_sizes: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """The step sizes of a chunk in an array of one length, so that one program serves the last chunk too; how many."""
     sizes = np.zeros(CHUNK, dtype)
     sizes[: len(step_sizes)] = step_sizes
@@ -157,7 +157,7 @@ def train(
     with tqdm(total=num_steps, desc=owner, disable=not progress_bar) as bar:
         try:
             while len(losses) < num_steps and (score is None or len(losses) - best[1] < patience):
-                sizes, num = padded(step_sizes[len(losses) : len(losses) + CHUNK], dtype)
+                sizes, num = _padded(step_sizes[len(losses) : len(losses) + CHUNK], dtype)
                 state, outputs = chunk(state, sizes, num, key, len(losses), inputs)
                 values, skipped = jax.device_get(outputs)
                 losses += values[:num].tolist()

@@ -363,11 +363,11 @@ class FlowVI:
             return log_density.hessian(torch.as_tensor(u).to(like)).double().numpy(force=True)
 
         def curvatures(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            found = log_density.gradients_and_hessians(torch.as_tensor(u).to(like))
+            found = log_density._gradients_and_hessians(torch.as_tensor(u).to(like))
             return found[0].double().numpy(force=True), found[1].double().numpy(force=True)
 
         def slopes(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            values, gradients = log_density.values_and_grads(torch.as_tensor(u).to(like))
+            values, gradients = log_density._values_and_grads(torch.as_tensor(u).to(like))
             return values.double().numpy(force=True), gradients.double().numpy(force=True)
 
         if log_density.mode == "loop":

@@ -217,15 +217,16 @@ def _step(target: Target, at: Start, draws: np.ndarray, rate: float) -> tuple[np
 
 
 def _scored(target: Target, loc: np.ndarray, scale_tril: np.ndarray, noise: np.ndarray) -> Start:
-    """A Gaussian with its ELBO by the draws that a standard normal's ``noise`` becomes; minus infinity if not finite.
+    """A Gaussian with its ELBO by the draws that a standard normal's ``noise`` becomes; minus infinity for one of NaN.
 
-    (Densities overflow: NumPyro's and torch's of an inverse gamma are infinite where its values underflow.)
+    (Or one that overflows: both ecosystems' densities of an inverse gamma are infinite where its values underflow.)
     """
     with np.errstate(all="ignore"):
-        log_ratio = target.log_density(loc + noise @ scale_tril.T) + 0.5 * np.square(noise).sum(-1)
+        values = target.log_density(loc + noise @ scale_tril.T)
+        log_ratio = np.where(values < np.inf, values, np.nan) + 0.5 * np.square(noise).sum(-1)
         elbo = log_ratio.mean() + 0.5 * len(loc) * np.log(2 * np.pi) + np.log(np.diagonal(scale_tril)).sum()
         divergence = 0.5 * float(log_ratio.var()) if np.isfinite(elbo) else np.inf
-    return Start(loc, scale_tril, float(elbo) if np.isfinite(elbo) else -np.inf, 0, divergence=divergence)
+    return Start(loc, scale_tril, float(np.nan_to_num(elbo, nan=-np.inf)), 0, divergence=divergence)
 
 
 def distinct(starts: Sequence[Start], log_density: Callable[[np.ndarray], np.ndarray]) -> tuple[Start, ...]:

@@ -203,10 +203,10 @@ class LogDensity:
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log-density and gradient at one vector ``(dim,)``."""
-        values, gradients = self.values_and_grads(u[None])
+        values, gradients = self._values_and_grads(u[None])
         return values[0], gradients[0]
 
-    def values_and_grads(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _values_and_grads(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log-densities ``(n,)`` and gradients at vectors ``(n, dim)``."""
         u = u.detach().requires_grad_()
         values = self(u)
@@ -214,9 +214,9 @@ class LogDensity:
 
     def hessian(self, u: Tensor) -> Tensor:
         """Hessian ``(dim, dim)`` at one vector ``(dim,)``."""
-        return self.gradients_and_hessians(u[None])[1][0]
+        return self._gradients_and_hessians(u[None])[1][0]
 
-    def gradients_and_hessians(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradients_and_hessians(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients ``(n, dim)`` and Hessians ``(n, dim, dim)`` at vectors ``(n, dim)``."""
         u = u.detach()
         if self.mode == "loop":
