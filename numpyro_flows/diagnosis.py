@@ -130,7 +130,7 @@ def _whitened_chains(
 
     def whitened(z: Array) -> Array:
         value = density(loc + scale_tril @ z)
-        return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+        return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
     z, value = _hamiltonian(whitened, z, *noise)
     u, log_det = forward(coordinates, log_density, loc + z @ scale_tril.T)

@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from numpyro import handlers
 from numpyro.infer.initialization import init_to_sample, init_to_uniform
 from tqdm import tqdm
@@ -51,7 +51,7 @@ from numpyro_flows.noncentering import (
 )
 from numpyro_flows.posterior import FlowPosterior, History, tolerated
 from numpyro_flows.programs import Programs, numpy_rng, quick_key
-from numpyro_flows.training import CHUNK, _padded, first_state, update
+from numpyro_flows.training import CHUNK, _padded, _run_steps, first_state, update
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
@@ -669,14 +669,7 @@ def _chunk(
 ) -> tuple[tuple, tuple[Array, Array, Array]]:
     """The first ``num_steps`` of these steps: the state after them, ELBO and approximate KL divergence of each, steps
     skipped so far."""
-
-    def step(number: Array, carry: tuple[tuple, Array, Array]) -> tuple[tuple, Array, Array]:
-        state, elbos, divergences = carry
-        state, (elbo, divergence) = ascent.step(state, step_sizes[number], jax.random.fold_in(key, done + number))
-        return state, elbos.at[number].set(elbo), divergences.at[number].set(divergence)
-
-    nothing = jnp.zeros_like(step_sizes)
-    state, elbos, divergences = lax.fori_loop(0, num_steps, step, (state, nothing, nothing))
+    state, (elbos, divergences) = _run_steps(ascent.step, state, step_sizes, num_steps, key, done, 2)
     return state, (elbos, divergences, state[2])
 
 

@@ -98,9 +98,9 @@ class LogDensity(eqx.Module):
 
     def __call__(self, u: Array) -> Array:
         """Log-density of one unconstrained vector ``(dim,)``, the same whether compiled or not: not finite where
-        NumPyro's validation, which sees numbers alone, would end the run."""
+        NumPyro's validation, which sees numbers alone, would end the run; minus infinity where it overflows."""
         with numpyro.validation_enabled(False):
-            return -potential_energy(self._seeded(), self.args, self.kwargs, self.unpack(u))
+            return _no_overflow(-potential_energy(self._seeded(), self.args, self.kwargs, self.unpack(u)))
 
     def constrain(self, u: Array) -> dict[str, Array]:
         """Latent and deterministic sites at one unconstrained vector ``(dim,)``."""
@@ -142,6 +142,11 @@ class LogDensity(eqx.Module):
     def _seeded(self) -> Callable:
         # a fixed key: only sites that are not latent (such as subsample indices) can draw from it
         return handlers.seed(_Proper(self.model), rng_seed=0)
+
+
+def _no_overflow(value: Array) -> Array:
+    """Minus infinity for plus infinity, as the log-density of an inverse gamma is where its values underflow."""
+    return jnp.where(value == jnp.inf, -jnp.inf, value)
 
 
 class _Proper(Messenger):

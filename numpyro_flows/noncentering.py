@@ -23,7 +23,7 @@ from numpyro.infer.util import _unconstrain_reparam as _constrained
 from numpyro.infer.util import log_density as log_joint
 from numpyro.primitives import Messenger
 
-from numpyro_flows.log_density import LogDensity
+from numpyro_flows.log_density import LogDensity, _no_overflow
 from numpyro_flows.programs import Programs
 from numpyro_flows.transform_module import Compose, TransformModule
 
@@ -200,7 +200,7 @@ class _Prior:
         sweep = self._messenger(x, self.move(precision, pseudo_data, False), to_the_end=True)
         with numpyro.validation_enabled(False), handlers.block():
             value, _ = log_joint(sweep, density.args, density.kwargs, {})
-        return *self._vectors(sweep), value
+        return *self._vectors(sweep), _no_overflow(value)
 
     def _vectors(self, sweep: _Sweep) -> tuple[Array, Array]:
         by_site = sweep.results, sweep.log_scales

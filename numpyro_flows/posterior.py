@@ -230,7 +230,7 @@ class FlowPosterior:
     @cached_property
     def _log_ratios(self) -> np.ndarray:
         ratios = self.draws.log_model - self.draws.log_guide
-        return np.where(np.isfinite(ratios), ratios, -np.inf)  # outside the model's support, or where it overflows
+        return np.where(np.isnan(ratios), -np.inf, ratios)  # outside the model's support
 
     @cached_property
     def _psis(self) -> tuple[np.ndarray, float]:

@@ -70,13 +70,13 @@ class BaseSpace(eqx.Module):
     def _forward(self, z: Array) -> tuple[Array, Array, Array]:
         """Latent vector of one ``z`` ``(dim,)``, the log-determinant, and the model's log-density."""
         u, log_det, value = (part[0] for part in forward_and_log_density(self._transform, self._log_density, z[None]))
-        return u, log_det, jnp.where(jnp.isfinite(value), value, -jnp.inf)
+        return u, log_det, jnp.where(jnp.isnan(value), -jnp.inf, value)
 
     def log_density(self, z: Array) -> Array:
-        """Log-density of the posterior at one vector ``(dim,)``, up to a constant; minus infinity unless finite."""
+        """Log-density of the posterior at one vector ``(dim,)``, up to a constant; minus infinity for ``NaN``."""
         _, log_det, log_model = self._forward(z)
         value = log_model + log_det
-        return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+        return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
     def score(self, z: Array) -> Scored:
         """Points ``(n, dim)``, mapped and scored."""

@@ -85,6 +85,19 @@ def _padded(step_sizes: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]
     return sizes, np.asarray(len(step_sizes))
 
 
+def _run_steps(
+    step: Callable, state: tuple, step_sizes: Array, num_steps: Array, key: Array, done: Array, num_values: int
+) -> tuple[tuple, tuple[Array, ...]]:
+    """The first ``num_steps`` of these: the state after ``step(state, step_size, key)``, and the values it gives."""
+
+    def one(number: Array, carry: tuple) -> tuple:
+        state, columns = carry
+        state, values = step(state, step_sizes[number], jax.random.fold_in(key, done + number))
+        return state, tuple(column.at[number].set(value) for column, value in zip(columns, values, strict=True))
+
+    return lax.fori_loop(0, num_steps, one, (state, (jnp.zeros_like(step_sizes),) * num_values))
+
+
 def _step(
     moves: Array, factors: tuple[Array, ...], param: Array, slope: Array, mean: Array, square: Array
 ) -> tuple[Array, Array, Array]:
@@ -140,12 +153,11 @@ def train(
 
     @jax.jit
     def chunk(state: tuple, sizes: Array, num: Array, key: Array, done: Array, inputs: tuple) -> tuple[tuple, tuple]:
-        def step(number: Array, carry: tuple[tuple, Array]) -> tuple[tuple, Array]:
-            state, values = carry
-            value, gradient = jax.value_and_grad(loss)(state[0], jax.random.fold_in(key, done + number), *inputs)
-            return update(state, gradient, sizes[number]), values.at[number].set(value)
+        def step(state: tuple, step_size: Array, key: Array) -> tuple[tuple, tuple[Array]]:
+            value, gradient = jax.value_and_grad(loss)(state[0], key, *inputs)
+            return update(state, gradient, step_size), (value,)
 
-        state, values = lax.fori_loop(0, num, step, (state, jnp.zeros_like(sizes)))
+        state, (values,) = _run_steps(step, state, sizes, num, key, done, 1)
         return state, (values, state[2])
 
     losses: list[float] = []

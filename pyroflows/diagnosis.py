@@ -110,7 +110,7 @@ def _in_whitened_space(posterior: Any) -> np.ndarray:
 
     def log_density(z: Tensor) -> Tensor:
         value = density(loc + z @ scale_tril.T)
-        return torch.where(value.isfinite(), value, -torch.inf)
+        return torch.where(value.isnan(), -torch.inf, value)
 
     starts = torch.linalg.solve_triangular(scale_tril, (x[:_NUM_CHAINS] - loc).T, upper=False).T
     z, value = _hamiltonian(log_density, starts)

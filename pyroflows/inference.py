@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import init_to_sample, init_to_uniform
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from pyroflows import flows
@@ -349,30 +350,24 @@ class FlowVI:
         return FlowPosterior(guide, log_density, history)
 
     def _target(self, log_density: LogDensity) -> Target:
-        like = log_density.prototype
+        """A density in numpy."""
 
-        def value_and_grad(u: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = log_density.value_and_grad(torch.as_tensor(u).to(like))
-            return float(value), gradient.double().numpy(force=True)
+        def in_numpy(function: Callable) -> Callable:
+            def run(u: np.ndarray) -> Any:
+                found = function(torch.as_tensor(u).to(log_density.prototype))
+                return tree_map(lambda part: part.double().numpy(force=True), found)
 
-        @torch.no_grad()
-        def batch(u: np.ndarray) -> np.ndarray:
-            return log_density(torch.as_tensor(u).to(like)).double().numpy(force=True)
+            return run
 
-        def hessian(u: np.ndarray) -> np.ndarray:
-            return log_density.hessian(torch.as_tensor(u).to(like)).double().numpy(force=True)
-
-        def curvatures(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            found = log_density._gradients_and_hessians(torch.as_tensor(u).to(like))
-            return found[0].double().numpy(force=True), found[1].double().numpy(force=True)
-
-        def slopes(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            values, gradients = log_density._values_and_grads(torch.as_tensor(u).to(like))
-            return values.double().numpy(force=True), gradients.double().numpy(force=True)
-
-        if log_density.mode == "loop":
-            return Target(batch, value_and_grad, hessian)
-        return Target(batch, value_and_grad, hessian, curvatures, slopes)
+        of = log_density.value_and_grad, log_density.hessian, log_density._values_and_grads
+        value_and_grad, hessian, values_and_grads = map(in_numpy, of)
+        return Target(
+            in_numpy(torch.no_grad()(log_density)),
+            value_and_grad,
+            hessian,
+            None if log_density.mode == "loop" else values_and_grads,
+            in_numpy(log_density._gradients_and_hessians),
+        )
 
     def _points(self, guide: AutoFlow, log_density: LogDensity, n: int, by: Callable) -> list[np.ndarray]:
         """As many points in the guide's coordinates by an initialisation strategy."""

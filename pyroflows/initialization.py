@@ -7,14 +7,13 @@ one of the candidates, since at the mode of a funnel a Gaussian is useless. Natu
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
+
+from pyroflows.in_step import InStep
 
 MAX_HESSIAN_DIM = 1000  # beyond it a Hessian takes more gradients than four steps
 _NUM_DRAWS = 300
@@ -40,7 +39,6 @@ _NUM_CURVATURES = 8  # draws at which a step towards a better Gaussian takes Hes
 _MOST_IMPROVEMENTS = 60  # such steps, as long as they are of this share of the whole and one of so many gains something
 _LEAST_RATE, _PATIENCE = 0.03, 3
 _RANGE = 0.1, 10.0  # of a precision in relation to the one before
-_BATCHES = 16, 4, 1  # points that walks in step ask for together
 _MAX_LEGS = 4  # of a walk: each goes on in the coordinates of the local Gaussian where the one before ended
 
 
@@ -50,16 +48,9 @@ class Target(NamedTuple):
     log_density: Callable[[np.ndarray], np.ndarray]  # of a batch, (n, dim) -> (n,)
     value_and_grad: Callable[[np.ndarray], tuple[float, np.ndarray]]  # at one point (dim,)
     hessian: Callable[[np.ndarray], np.ndarray]  # (dim, dim) at one point
-    # where a batch takes about as long as a point: its gradients and Hessians; its values and gradients
-    together: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
-    slopes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
-
-    def curvatures(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gradients ``(n, dim)`` and Hessians ``(n, dim, dim)`` at a few points."""
-        if self.together is not None:
-            return self.together(points)
-        slopes = np.stack([self.value_and_grad(point)[1] for point in points])
-        return slopes, np.stack([self.hessian(point) for point in points])
+    # of a batch, which takes about as long as a point where the model's operations are small
+    values_and_grads: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    gradients_and_hessians: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 class Start(NamedTuple):
@@ -200,7 +191,11 @@ def _step(target: Target, at: Start, draws: np.ndarray, rate: float) -> tuple[np
     """Location and scale after a step, in the coordinates of the Gaussian, where no precision changes by more than ten
     times and the mean by no more than a draw is away from it; ``None`` where nothing is finite."""
     points = at.loc + draws @ at.scale_tril.T
-    slopes, bends = target.curvatures(points)
+    if target.gradients_and_hessians is not None:
+        slopes, bends = target.gradients_and_hessians(points)
+    else:
+        slopes = np.stack([target.value_and_grad(point)[1] for point in points])
+        bends = np.stack([target.hessian(point) for point in points])
     known = np.isfinite(slopes).all(-1) & np.isfinite(bends).all((-2, -1))
     if not known.any():
         return None
@@ -217,13 +212,9 @@ def _step(target: Target, at: Start, draws: np.ndarray, rate: float) -> tuple[np
 
 
 def _scored(target: Target, loc: np.ndarray, scale_tril: np.ndarray, noise: np.ndarray) -> Start:
-    """A Gaussian with its ELBO by the draws that a standard normal's ``noise`` becomes; minus infinity for one of NaN.
-
-    (Or one that overflows: both ecosystems' densities of an inverse gamma are infinite where its values underflow.)
-    """
+    """A Gaussian with its ELBO by the draws that a standard normal's ``noise`` becomes; minus infinity for NaN."""
     with np.errstate(all="ignore"):
-        values = target.log_density(loc + noise @ scale_tril.T)
-        log_ratio = np.where(values < np.inf, values, np.nan) + 0.5 * np.square(noise).sum(-1)
+        log_ratio = target.log_density(loc + noise @ scale_tril.T) + 0.5 * np.square(noise).sum(-1)
         elbo = log_ratio.mean() + 0.5 * len(loc) * np.log(2 * np.pi) + np.log(np.diagonal(scale_tril)).sum()
         divergence = 0.5 * float(log_ratio.var()) if np.isfinite(elbo) else np.inf
     return Start(loc, scale_tril, float(np.nan_to_num(elbo, nan=-np.inf)), 0, divergence=divergence)
@@ -249,8 +240,7 @@ def _distance(mode: Start, point: np.ndarray) -> float:
 
 def _are_parted(a: np.ndarray, b: np.ndarray, log_density: Callable[[np.ndarray], np.ndarray]) -> bool:
     with np.errstate(all="ignore"):
-        way = log_density(a + np.linspace(0, 1, _NUM_DRAWS)[:, None] * (b - a))
-        way = np.where(np.isfinite(way), way, -np.inf)
+        way = np.nan_to_num(log_density(a + np.linspace(0, 1, _NUM_DRAWS)[:, None] * (b - a)), nan=-np.inf)
         return bool(way.min() < min(way[0], way[-1]) - _BARRIER)
 
 
@@ -567,86 +557,11 @@ def _divergence(below: tuple, here: tuple, above: tuple, *observations: tuple) -
     return float(np.mean(divergences))
 
 
-class _Stopped(Exception):
-    """No more points are evaluated."""
-
-
-class _InStep:
-    """Evaluates the points that walks in threads of their own ask for, when all of them wait: as few batches.
-
-    The model runs in the calling thread alone, and which points share a batch does not depend on the threads' speed.
-    """
-
-    def __init__(self, target: Target):
-        self.target, self.walking, self.stopped = target, 0, False
-        self.asked: dict[int, tuple[str, np.ndarray]] = {}
-        self.answers: dict[int, Any] = {}
-        self.change = threading.Condition()
-
-    def run(self, starts: Sequence[np.ndarray]) -> list[tuple[list[np.ndarray], np.ndarray | None, int]]:
-        self.walking = len(starts)
-        with ThreadPoolExecutor(len(starts)) as threads:
-            walks = [threads.submit(self._walk, number, start) for number, start in enumerate(starts)]
-            try:
-                while asked := self._all_asked():
-                    answers = self._answer(asked)
-                    with self.change:
-                        self.answers = answers
-                        self.change.notify_all()
-            finally:  # whatever ended it: an error of the model, or Ctrl-C
-                with self.change:
-                    self.stopped = True
-                    self.change.notify_all()
-        return [walk.result() for walk in walks]
-
-    def _walk(self, number: int, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None, int]:
-        ask = partial(partial, self._ask, number)
-        try:
-            return _walk(self.target._replace(value_and_grad=ask("slope"), hessian=ask("hessian")), start)
-        finally:
-            with self.change:
-                self.walking -= 1
-                self.change.notify_all()
-
-    def _ask(self, number: int, what: str, point: np.ndarray) -> Any:
-        with self.change:
-            self.asked[number] = what, point
-            self.change.notify_all()
-            self.change.wait_for(lambda: number in self.answers or self.stopped)
-            if number not in self.answers:
-                raise _Stopped
-            return self.answers.pop(number)
-
-    def _all_asked(self) -> dict[int, tuple[str, np.ndarray]]:
-        with self.change:
-            self.change.wait_for(lambda: len(self.asked) == self.walking)
-            asked, self.asked = dict(sorted(self.asked.items())), {}
-            return asked
-
-    def _answer(self, asked: dict[int, tuple[str, np.ndarray]]) -> dict[int, Any]:
-        answers: dict[int, Any] = {n: self.target.hessian(x) for n, (what, x) in asked.items() if what == "hessian"}
-        left = [n for n in asked if n not in answers]
-        while left:
-            size = next(size for size in _BATCHES if 2 * len(left) > size)
-            chunk, left = left[:size], left[size:]
-            points = np.stack([asked[n][1] for n in chunk])
-            answers |= zip(chunk, self._values_and_grads(points, size), strict=True)
-        return answers
-
-    def _values_and_grads(self, points: np.ndarray, size: int) -> list[tuple[float, np.ndarray]]:
-        if size == 1:
-            return [self.target.value_and_grad(points[0])]
-        assert self.target.slopes is not None
-        padded = np.concatenate([points, np.repeat(points[-1:], size - len(points), 0)])  # programs of few shapes
-        values, slopes = self.target.slopes(padded)
-        return list(zip(values.tolist(), slopes, strict=True))[: len(points)]
-
-
 def _walks(target: Target, starts: Sequence[np.ndarray]) -> list[tuple[list[np.ndarray], np.ndarray | None, int]]:
     """:func:`_walk` from every start."""
-    if target.slopes is None or len(starts) < 2:
+    if target.values_and_grads is None:
         return [_walk(target, start) for start in starts]
-    return _InStep(target).run(starts)
+    return InStep(target).run(_walk, starts)
 
 
 def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None, int]:

@@ -70,8 +70,12 @@ class LogDensity:
 
     # -- evaluation ------------------------------------------------------------------------------------------------
     def __call__(self, u: Tensor) -> Tensor:
-        """Log-densities ``(n,)`` of unconstrained vectors ``(n, dim)``."""
-        return self._evaluate(u, self.mode)
+        """Log-densities ``(n,)`` of unconstrained vectors ``(n, dim)``; minus infinity for one that overflows.
+
+        (That of an inverse gamma is plus infinity where its values underflow.)
+        """
+        values = self._evaluate(u, self.mode)
+        return torch.where(values == torch.inf, -torch.inf, values)
 
     def _evaluate(self, u: Tensor, mode: str) -> Tensor:
         with pyro.validation_enabled(False):

@@ -58,10 +58,10 @@ class BaseSpace:
         self.dim = posterior.log_density.dim
 
     def log_density(self, z: Tensor) -> Tensor:
-        """Log-densities of the posterior at vectors ``(n, dim)``, up to a constant; minus infinity unless finite."""
+        """Log-densities of the posterior at vectors ``(n, dim)``, up to a constant; minus infinity for ``NaN``."""
         u, log_det = self.transform.forward_and_log_det(z)
         value = self._density(u) + log_det
-        return torch.where(value.isfinite(), value, -torch.inf)
+        return torch.where(value.isnan(), -torch.inf, value)
 
     @torch.no_grad()
     def score(self, z: Tensor) -> Scored:
@@ -70,7 +70,7 @@ class BaseSpace:
         for part in z.split(_BATCH):
             u, log_det = self.transform.forward_and_log_det(part)
             log_model = self._density(u)
-            log_model = torch.where(log_model.isfinite(), log_model, -torch.inf)
+            log_model = torch.where(log_model.isnan(), -torch.inf, log_model)
             log_base = self.base.log_prob(part)
             parts.append(Scored(u, log_model, log_base - log_det, part, log_base))
         return Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))

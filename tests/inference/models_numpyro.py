@@ -16,6 +16,11 @@ def conjugate(x):
         numpyro.sample("x", dist.Normal(theta, 1.0), obs=x)
 
 
+def inverse_gamma():
+    scale = numpyro.sample("scale", dist.InverseGamma(1.0, 0.02))
+    numpyro.sample("effect", dist.Normal(0.0, 1.0 + scale))
+
+
 def gaussian(covariance):
     numpyro.sample("z", dist.MultivariateNormal(jnp.ones(len(covariance)), covariance))
 

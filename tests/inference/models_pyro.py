@@ -15,6 +15,11 @@ def conjugate(x):
         pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
 
 
+def inverse_gamma():
+    scale = pyro.sample("scale", dist.InverseGamma(1.0, 0.02))
+    pyro.sample("effect", dist.Normal(0.0, 1.0 + scale))
+
+
 def gaussian(covariance):
     pyro.sample("z", dist.MultivariateNormal(torch.ones(len(covariance)).to(covariance), covariance))
 

@@ -31,7 +31,7 @@ from pyro.infer.autoguide.initialization import init_to_mean, init_to_sample, in
 from pyro.infer.reparam import NeuTraReparam  # noqa: E402
 from pyro.nn import PyroModule, PyroSample  # noqa: E402
 
-from pyroflows import AutoFlow, FlowVI, flows  # noqa: E402
+from pyroflows import AutoFlow, FlowVI, flows, initialization  # noqa: E402
 from pyroflows.distributions import MixtureBase  # noqa: E402
 from pyroflows.log_density import LogDensity  # noqa: E402
 from pyroflows.noncentering import pulled_back  # noqa: E402
@@ -300,10 +300,48 @@ def test_log_density_agrees_in_every_mode(monkeypatch):
         for rows in (256, 4):  # all at once, and in parts of which the last one is filled up
             monkeypatch.setattr("pyroflows.log_density._ROWS", rows)
             torch.testing.assert_close(other.hessian(u[0]), hessian, atol=1e-4, rtol=1e-4, msg=mode)
+            gradients, hessians = other._gradients_and_hessians(u)
+            for row, gradient, matrix in zip(u, gradients, hessians, strict=True):
+                torch.testing.assert_close(gradient, other.value_and_grad(row)[1], msg=mode)
+                torch.testing.assert_close(matrix, other.hessian(row), atol=1e-4, rtol=1e-4, msg=mode)
     back, log_det = density.unconstrain(values)
     torch.testing.assert_close(back, u)
     torch.testing.assert_close(log_det, tau.log())
     assert set(density.site_log_probs(u)) >= {"mu", "tau", "theta", "obs"}
+
+
+def test_walks_in_step_are_the_walks_alone():
+    scale, sizes = np.geomspace(0.1, 10, 5), []
+
+    def slopes(u):
+        sizes.append(len(u))
+        z = u / scale
+        return (-0.5 * z**2 + 0.5 * np.cos(z)).sum(-1), -(z + 0.5 * np.sin(z)) / scale
+
+    def value_and_grad(u):
+        value, slope = slopes(u[None])
+        return float(value[0]), slope[0]
+
+    def hessian(u):
+        return np.diag(-(1 + 0.5 * np.cos(u / scale)) / scale**2)
+
+    alone = initialization.Target(None, value_and_grad, hessian)
+    starts = list(np.random.default_rng(0).normal(size=(21, 5)) * 3 * scale)
+    expected = initialization._walks(alone, starts)
+    evaluations, count = sum(walk[2] for walk in expected), len(sizes)
+    sizes.clear()
+    found = initialization._walks(alone._replace(values_and_grads=slopes), starts)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a[0], b[0], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(a[1], b[1]), np.testing.assert_equal(a[2], b[2])
+    assert set(sizes) == {1, 4, 16} and len(sizes) < count / 5 and evaluations > 100
+    for error in (KeyboardInterrupt, FloatingPointError):  # what ends one evaluation ends all walks
+
+        def failing(u, error=error):
+            raise error
+
+        with pytest.raises(error):
+            initialization._walks(alone._replace(values_and_grads=failing), starts)
 
 
 def test_log_density_of_dependent_supports():
