@@ -21,6 +21,7 @@ from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 from numpyro.primitives import Messenger
 
 from numpyro_flows.programs import Held, is_array
+from numpyro_flows.supports import Supported
 
 
 class LogDensity(eqx.Module):
@@ -141,7 +142,7 @@ class LogDensity(eqx.Module):
 
     def _seeded(self) -> Callable:
         # a fixed key: only sites that are not latent (such as subsample indices) can draw from it
-        return handlers.seed(_Proper(self.model), rng_seed=0)
+        return handlers.seed(_Proper(Supported(self.model)), rng_seed=0)
 
 
 def _no_overflow(value: Array) -> Array:
@@ -173,7 +174,7 @@ class _Proper(Messenger):
             self.partly_observed.add(name.removesuffix(_OBSERVED))
         support: Any = msg["fn"].support
         if not isinstance(msg["fn"], dist.Unit) and any(isinstance(x, Array) for x in jax.tree.leaves(support)):
-            numpyro.factor(f"support of {name}", jnp.where(support(msg["value"]), 0.0, -jnp.inf))
+            numpyro.factor(f"support of {name}", jnp.where(support(jnp.asarray(msg["value"])), 0.0, -jnp.inf))
 
 
 _OBSERVED, _UNOBSERVED = "_observed", "_unobserved"  # ends of the names of such a site's two parts
@@ -194,7 +195,8 @@ def _is_data(site: dict[str, Any]) -> bool:
 def prototype_trace(model: Callable, args: tuple, kwargs: dict, init_loc_fn: Callable = init_to_uniform) -> dict:
     """One trace of a seeded model, with latents at the values of ``init_loc_fn``."""
     with handlers.block(), numpyro.validation_enabled(False):  # what is out of its support shows in the density
-        return handlers.trace(handlers.substitute(model, substitute_fn=init_loc_fn)).get_trace(*args, **kwargs)
+        model = handlers.substitute(Supported(model), substitute_fn=init_loc_fn)
+        return handlers.trace(model).get_trace(*args, **kwargs)
 
 
 def check_finite(trace: dict[str, Any], owner: str) -> None:

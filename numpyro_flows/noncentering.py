@@ -45,12 +45,18 @@ def prior_of(fn: Any, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
     """
     fn = unwrapped(fn)
     if isinstance(fn, LOCATION_SCALE):
-        return jnp.broadcast_to(fn.loc, shape), jnp.broadcast_to(fn.scale, shape)
+        return jnp.broadcast_to(_floating(fn.loc), shape), jnp.broadcast_to(_floating(fn.scale), shape)
     if isinstance(fn, dist.GaussianRandomWalk):
-        return jnp.zeros(shape), jnp.broadcast_to(fn.scale, shape[:-1])[..., None]
+        return jnp.zeros(shape), jnp.broadcast_to(_floating(fn.scale), shape[:-1])[..., None]
     if isinstance(fn, JOINT):
-        return jnp.broadcast_to(fn.loc, shape), jnp.broadcast_to(fn.scale_tril, (*shape, shape[-1]))
+        factor = jnp.broadcast_to(_floating(fn.scale_tril), (*shape, shape[-1]))
+        return jnp.broadcast_to(_floating(fn.loc), shape), factor
     return None
+
+
+def _floating(x: Any) -> Array:
+    """``Normal(mu, 1)`` keeps an integer."""
+    return jnp.asarray(x, jnp.result_type(x, float))
 
 
 def unwrapped(fn: Any) -> Any:

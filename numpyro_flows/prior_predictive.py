@@ -14,6 +14,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 
 from numpyro_flows.programs import default_key, quick_key
+from numpyro_flows.supports import Supported
 
 _BATCH = 1000  # simulations at a time: bounds the memory
 
@@ -54,7 +55,7 @@ class PriorPredictive:
         arguments: Callable | None = None,
         owner: str = "PriorPredictive",
     ):
-        self.model, self.site_names, self.arguments = model, site_names, arguments
+        self.model, self.site_names, self.arguments = Supported(model), site_names, arguments
         self._fixed = args, kwargs
         self._structure: Any
         call, trace = self._first_draw(owner)

@@ -24,6 +24,7 @@ from numpyro_flows.centering import COORDINATES
 from numpyro_flows.distributions import standard_base
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.log_density import check_latents, prototype_trace
+from numpyro_flows.supports import supported
 from numpyro_flows.transform_module import Compose, TransformModule
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
@@ -137,6 +138,7 @@ class FlowReparam(Reparam):
 
     # -- the ecosystem's protocol ----------------------------------------------------------------------------------
     def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[dist.Distribution | None, Any]:
+        fn = supported(fn)
         if obs is not None:
             raise ValueError(
                 f"FlowReparam: site {name!r} is observed, but the flow moves it. Condition the model before the guide "

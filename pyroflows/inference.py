@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import init_to_sample, init_to_uniform
 from torch import Tensor
@@ -39,12 +38,11 @@ from pyroflows.initialization import (
     pseudo_observations,
 )
 from pyroflows.log_density import LogDensity, prototype_trace
-from pyroflows.noncentering import points_around, pulled_back, unwrapped
+from pyroflows.noncentering import points_around, pulled_back
 from pyroflows.posterior import FlowPosterior, History, tolerated
 from pyroflows.training import CHUNK, Ascent, copies, settle
 from pyroflows.transform_module import Compose, TransformModule
 
-_OF_ANGLES = dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
 _MOST_LEGS = 4  # of a quarter as many steps again
 _MAX_ADAPTATIONS = 4  # of the non-centring, and of a centring, each from the start that the one before has found
@@ -173,8 +171,7 @@ class FlowVI:
 
         Random numbers come from torch's generator: ``pyro.set_rng_seed`` makes a fit repeatable.
 
-        :raises ValueError: for a model which a joint flow cannot serve (see :class:`AutoFlow`), with param sites, or
-            with latent angles whose density torch defines on all of the real line.
+        :raises ValueError: for a model which a joint flow cannot serve (see :class:`AutoFlow`), or with param sites.
         :raises RuntimeError: if no start has a finite ELBO, every gradient is not finite, or every draw of the fitted
             guide is outside the model's support.
         """
@@ -279,14 +276,6 @@ class FlowVI:
             raise ValueError(
                 f"FlowVI: the model has param site(s) {guide.model_params}, which a posterior does not cover. Give "
                 "them priors, or train them together with an AutoFlow guide by pyro.infer.SVI."
-            )
-        sites = guide.prototype_trace.iter_stochastic_nodes()
-        angles = [name for name, site in sites if isinstance(unwrapped(site["fn"]), _OF_ANGLES)]
-        if angles:
-            raise ValueError(
-                f"FlowVI: site(s) {angles} are angles, which torch lets be any number: their density repeats every "
-                "2 pi, and its integral is infinite. Draw the angle from dist.Uniform(-pi, pi), and add its prior by "
-                "pyro.factor(name, dist.VonMises(loc, concentration).log_prob(angle))."
             )
         return guide
 

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyroflows.graphs import close, compiled, simplified
+from pyroflows.supports import Supported
 
 _ROWS = 256  # of a Hessian at once: as many as a fit has draws in a step
 MODES = ("traced", "vmap", "plates", "loop")
@@ -59,7 +60,7 @@ class LogDensity:
     ):
         if mode is not None and mode not in MODES:
             raise ValueError(f"LogDensity: mode must be one of {MODES}, but got {mode!r}.")
-        self.model, self.args, self.kwargs, self.shapes = model, args, kwargs, shapes
+        self.model, self.args, self.kwargs, self.shapes = Supported()(model), args, kwargs, shapes
         self.site_names, self.prototype = list(shapes), prototype.detach()
         self.dim = sum(shape.numel() for shape in shapes.values())
         self._graphs: dict[tuple, Callable[[Tensor], Tensor]] = {}
@@ -503,7 +504,7 @@ def prototype_trace(
 
     # what is out of its support, or cannot be factored, shows in the density
     with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), NotRaising(), _Unvalidated():
-        return poutine.trace(InitMessenger(init)(model)).get_trace(*args, **kwargs)
+        return poutine.trace(InitMessenger(init)(Supported()(model))).get_trace(*args, **kwargs)
 
 
 def start_of(init_loc_fn: Callable, site: dict) -> Tensor:

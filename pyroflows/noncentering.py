@@ -37,10 +37,15 @@ def prior_of(fn: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
     """
     fn = unwrapped(fn)
     if isinstance(fn, LOCATION_SCALE):
-        return fn.loc.expand(shape), fn.scale.expand(shape)
+        return _floating(fn.loc).expand(shape), _floating(fn.scale).expand(shape)
     if isinstance(fn, JOINT):
         return fn.loc.expand(shape), fn.scale_tril.expand(shape + shape[-1:])
     return None
+
+
+def _floating(x: Tensor) -> Tensor:
+    """``Normal(mu, torch.tensor(1))`` keeps an integer."""
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
 def unwrapped(fn: Any) -> Any:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pyroflows.noncentering import unwrapped
+from pyroflows.supports import Supported
 
 _BATCH = 1000  # simulations at a time: bounds the memory
 
@@ -58,7 +59,7 @@ class PriorPredictive:
         arguments: Callable | None = None,
         owner: str = "PriorPredictive",
     ):
-        self.model, self.site_names, self.arguments = model, site_names, arguments
+        self.model, self.site_names, self.arguments = Supported()(model), site_names, arguments
         self._fixed = args, kwargs
         self.leaves, self._structure = pytree.tree_flatten(self._arguments())
         self.observed = self._find_data(owner)

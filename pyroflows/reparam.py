@@ -27,6 +27,7 @@ from pyroflows.centering import COORDINATES
 from pyroflows.distributions import standard_base
 from pyroflows.guides import AutoFlow
 from pyroflows.log_density import check_latents, prototype_trace
+from pyroflows.supports import supported
 from pyroflows.transform_module import Compose, TransformModule
 
 _BATCH = 256  # draws per pass over the model: bounds the memory
@@ -138,7 +139,7 @@ class FlowReparam(Reparam):
 
     # -- the ecosystem's protocol ----------------------------------------------------------------------------------
     def apply(self, msg: Any) -> Any:
-        name, fn = msg["name"], msg["fn"]
+        name, fn = msg["name"], supported(msg["fn"])
         if msg["is_observed"]:
             raise ValueError(
                 f"FlowReparam: site {name!r} is observed, but the flow moves it. Condition the model before the guide "

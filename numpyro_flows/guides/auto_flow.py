@@ -27,6 +27,7 @@ from numpyro_flows.log_density import LogDensity, check_finite, check_latents, p
 from numpyro_flows.noncentering import Noncentering, inverse, noncentering_of
 from numpyro_flows.prior_predictive import PriorPredictive, Simulations
 from numpyro_flows.programs import Programs
+from numpyro_flows.supports import Supported
 from numpyro_flows.transform_module import Compose, Conditioned, TransformModule, flow_module, parameters
 from numpyro_flows.transforms import Elementwise, ElementwiseAffine, TriangularAffine
 from numpyro_flows.univariate import Affine
@@ -95,7 +96,8 @@ class AutoFlow(AutoContinuous):
         check_guide_scale(init_scale, base_df)
         check_base(base, base_df, "AutoFlow")
         check_encoding(encoder, data, noncentered, "AutoFlow")
-        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+        super().__init__(Supported(model), prefix=prefix, init_loc_fn=init_loc_fn)
+        self._raw_model = model  # what programs are compiled for once is one and the same
         self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
         self.base, self.noncentered, self.encoder, self.data = base, noncentered, encoder, data
         self.transform: Compose | None = None
@@ -222,8 +224,8 @@ class AutoFlow(AutoContinuous):
 
     def _log_density(self, args: tuple, kwargs: dict) -> LogDensity:
         if self._held is None:
-            self._held = not LogDensity(self.model, args, kwargs, self.latent_shapes).takes_inputs()
-        return LogDensity(self.model, args, kwargs, self.latent_shapes, held=self._held)
+            self._held = not LogDensity(self._raw_model, args, kwargs, self.latent_shapes).takes_inputs()
+        return LogDensity(self._raw_model, args, kwargs, self.latent_shapes, held=self._held)
 
     @property
     def latent_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -372,7 +374,7 @@ class AutoFlow(AutoContinuous):
         try:
             if not self._num_pilots:
                 raise ValueError("no simulations")
-            simulator = PriorPredictive(self.model, args, kwargs, list(self._init_locs), owner="AutoFlow")
+            simulator = PriorPredictive(self._raw_model, args, kwargs, list(self._init_locs), owner="AutoFlow")
             draw = jax.jit(partial(simulator.draw, n=self._num_pilots))
             return self.standardized_encoder_of(simulator, draw(jax.random.fold_in(key, 3)))
         except Exception:  # whatever a model, or its data, do that cannot be simulated

@@ -32,6 +32,7 @@ from numpyro_flows.guides.plates import (
     location_and_scale,
     subsamples,
 )
+from numpyro_flows.supports import Supported
 from numpyro_flows.transform_module import TransformModule, flow_module
 
 LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
@@ -144,7 +145,7 @@ class AutoHierarchicalFlow(AutoGuide):
 
     def _run_model(self, key: Array, args: tuple, kwargs: dict, value: Callable) -> dict[str, Any]:
         with handlers.block():
-            model = handlers.substitute(handlers.seed(self.model, key), substitute_fn=value)
+            model = handlers.substitute(handlers.seed(Supported(self.model), key), substitute_fn=value)
             return handlers.trace(model).get_trace(*args, **kwargs)
 
     def _initial_value(self, site: dict[str, Any]) -> Array | None:
@@ -382,10 +383,10 @@ class AutoHierarchicalFlow(AutoGuide):
             if group.joint and group.informed and len(group.sites) > 1:
                 run.ahead = group
                 with contextlib.suppress(Done), run:
-                    self.model(*args, **kwargs)
+                    Supported(self.model)(*args, **kwargs)
         run.ahead = None
         with contextlib.suppress(Done), run:
-            self.model(*args, **kwargs)
+            Supported(self.model)(*args, **kwargs)
         missing = [name for group in self.groups.values() for name in group.sites if name not in run.values]
         if missing:
             raise ValueError(

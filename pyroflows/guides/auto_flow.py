@@ -23,6 +23,7 @@ from pyroflows.encoders import StandardizedEncoder
 from pyroflows.log_density import LogDensity, NotRaising, check_finite, check_latents, prototype_trace, start_of
 from pyroflows.noncentering import Noncentering, noncentering_of
 from pyroflows.prior_predictive import PriorPredictive, Simulations, batched
+from pyroflows.supports import Supported
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import Elementwise, ElementwiseAffine, TriangularAffine
 from pyroflows.univariate import Affine
@@ -92,7 +93,7 @@ class AutoFlow(AutoContinuous):
         check_guide_scale(init_scale, base_df)
         check_base(base, base_df, "AutoFlow")
         check_encoding(encoder, data, noncentered, "AutoFlow")
-        super().__init__(model, init_loc_fn=partial(start_of, init_loc_fn))
+        super().__init__(Supported()(model), init_loc_fn=partial(start_of, init_loc_fn))
         self._raw_model, self._init_loc_fn = (model,), init_loc_fn
         self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
         self.base, self.noncentered, self.data = base, noncentered, data

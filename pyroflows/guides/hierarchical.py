@@ -32,6 +32,7 @@ from pyroflows.guides.plates import (
     subsamples,
 )
 from pyroflows.log_density import start_of
+from pyroflows.supports import Supported
 from pyroflows.transform_module import TransformModule
 
 LOCAL_FLOW = partial(flows.realnvp, num_layers=4)
@@ -157,7 +158,7 @@ class AutoHierarchicalFlow(AutoGuide):
         with poutine.block(), torch.set_grad_enabled(grad), pyro.validation_enabled(False), torch.random.fork_rng([]):
             torch.manual_seed(seed)
             with Subsamples(indices or {}):
-                return poutine.trace(InitMessenger(value)(self.model)).get_trace(*args, **kwargs)
+                return poutine.trace(InitMessenger(value)(Supported()(self.model))).get_trace(*args, **kwargs)
 
     def _initial_value(self, site: dict) -> Tensor:
         return first_value(site) if site["fn"].support.is_discrete else start_of(self.init_loc_fn, site)
@@ -383,10 +384,10 @@ class AutoHierarchicalFlow(AutoGuide):
             if group.joint and group.informed and len(group.sites) > 1:
                 run.ahead = group
                 with contextlib.suppress(Done), run:
-                    self.model(*args, **kwargs)
+                    Supported()(self.model)(*args, **kwargs)
         run.ahead = None
         with contextlib.suppress(Done), run:
-            self.model(*args, **kwargs)
+            Supported()(self.model)(*args, **kwargs)
         missing = [name for group in self.groups.values() for name in group.sites if name not in run.values]
         if missing:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 import pickle
 import subprocess
 import sys
@@ -560,23 +559,6 @@ def test_noncentering_of_priors_that_a_model_writes():
     torch.testing.assert_close(u, torch.cat([x[:, :2], x[:, :1].exp() * x[:, 2:]], 1))
     torch.testing.assert_close(log_det, 2 * x[:, 0])
     torch.testing.assert_close(pulled_back(density, guide.coordinates)(x), density(u) + log_det)
-
-
-def test_angles_of_infinite_density_are_refused():
-    def von_mises():
-        pyro.sample("concentration", dist.Gamma(2.0, 1.0))
-        with pyro.plate("angles", 3):
-            pyro.sample("angle", dist.VonMises(torch.tensor(0.5), torch.tensor(4.0)))
-
-    def uniform():
-        angle = pyro.sample("angle", dist.Uniform(-math.pi, math.pi))
-        pyro.factor("prior", dist.VonMises(torch.tensor(0.5), torch.tensor(4.0)).log_prob(angle))
-
-    options = {"flow": small, "num_steps": 200, "num_particles": 64, "num_starts": 1, "progress_bar": False}
-    with pytest.raises(ValueError, match=r"\['angle'\] are angles.*dist.Uniform\(-pi, pi\)"):
-        FlowVI(von_mises, **options).run()
-    posterior = FlowVI(uniform, **options).run()  # as the error says
-    assert posterior.log_evidence().value == pytest.approx(-math.log(2 * math.pi), abs=0.01)
 
 
 def test_another_start_is_tried_where_the_first_is_not_finite():
