@@ -33,7 +33,8 @@ from pyroflows.transform_module import Compose, TransformModule
 _BATCH = 256  # draws per pass over the model: bounds the memory
 _CONTEXTS = (PlateMessenger, ScaleMessenger, MaskMessenger)  # what changes the density of the sites within
 _RADII = (10.0, 1000.0)  # of the base, between which the growth of a flow's image is measured
-_LEAST_SLOPE = 0.03  # between them, relative to that of the bulk
+_BOUNDED = 1e-5  # a slope between them, in standard deviations of the bulk
+_LEAST_SLOPE, _REACH = 0.03, 5.0  # the same of an output that comes less far by the first of them
 _NUM_RAYS = 64  # of each kind
 
 
@@ -103,8 +104,9 @@ class FlowReparam(Reparam):
             self._settle(fn, args, kwargs)
             for group in self._groups:
                 group.pending.clear()
+                group.drawn = False
             result = poutine.reparam(fn, config=self._config)(*args, **kwargs)
-            if unmet := [name for group in self._groups for name in group.pending]:
+            if unmet := [name for group in self._groups for name in (group.pending if group.drawn else group.sites)]:
                 raise ValueError(
                     f"FlowReparam: the flow moves site(s) {unmet}, but this run of the model did not come to them. "
                     "Name only those it does come to, {'tau': flow}."
@@ -173,7 +175,7 @@ class FlowReparam(Reparam):
             u, log_det = group.transform.forward_and_log_det(z)
             if poutine.get_mask() is not False:
                 pyro.factor(f"_{group.base_name}_log_det", log_det)
-        group.pending = group.unpack(u)
+        group.pending, group.drawn = group.unpack(u), True
 
     # -- draws -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -237,6 +239,7 @@ class _Group:
         self.name = name or type(transform).__name__
         self.shapes: dict[str, torch.Size] = {}  # unconstrained, in the model's order
         self.pending: dict[str, Tensor] = {}  # unconstrained values that this run of the model has not used yet
+        self.drawn = False  # in this run
 
     def settle(self, shapes: dict[str, torch.Size], like: Tensor, check: bool) -> None:
         """Takes latents of these unconstrained shapes, of the dtype of ``like``, if the flow fits them."""
@@ -282,8 +285,8 @@ def check_tails(transform: TransformModule, dim: int, name: str, like: Tensor) -
     """Raises a ``ValueError`` where a flow's image is bounded or its slope dies in the tails.
 
     Such a flow truncates a posterior, and neither R-hat nor divergences tell. Looks along rays of the base, between 10
-    and 1000: the image must grow along every ray, and every output must rise and fall along some of them, with at least
-    3 % of the slope which it has in the bulk.
+    and 1000: the image must grow along every ray, and every output must rise and fall along some of them, by five
+    standard deviations of the bulk up to 10, or else with at least 3 % of the slope which it has there.
 
     :param transform: the flow; a guide's coordinates are left out, for they may be as steep as the model's scales.
     :param dim: size of its vectors.
@@ -318,12 +321,12 @@ def tail_problem(y: np.ndarray) -> str | None:
     bulk, near, far = y[:256], *np.split(y[256:], 2)
     if np.isnan(y).any() or not np.isfinite(bulk).all() or not np.isfinite(near).all():
         return f"is not finite at {_RADII[0]:.0f} standard deviations of its base"
-    slopes = (
-        (far - near) / (_RADII[1] - _RADII[0]) / bulk.std(0)
-    )  # (rays, dim), infinite where the growth is beyond all
-    if np.sqrt(np.square(slopes).sum(-1)).min() < _LEAST_SLOPE**2:
+    scale = bulk.std(0)
+    slopes = (far - near) / (_RADII[1] - _RADII[0]) / scale  # (rays, dim), infinite where the growth is beyond all
+    reach = (near - bulk.mean(0)) / scale
+    if np.sqrt(np.square(slopes).sum(-1)).min() < _BOUNDED:
         return "has an image that is bounded, or nearly so"
-    if min(slopes.max(0).min(), (-slopes).max(0).min()) < _LEAST_SLOPE:
+    if any(((sign * slopes).max(0) < _LEAST_SLOPE)[(sign * reach).max(0) < _REACH].any() for sign in (1, -1)):
         return "has tails whose slope dies"
     return None
 

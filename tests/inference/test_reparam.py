@@ -346,6 +346,8 @@ def test_errors(eco):
         ValueError, match=r"moves site\(s\) \['theta'\], but this run of the model did not come to them"
     ):
         eco.trace(neutra.reparam(models.without_theta))
+    with pytest.raises(ValueError, match=r"moves site\(s\) \['mu', 'tau', 'theta'\], but this run"):
+        eco.trace(neutra.reparam(models.student))
 
 
 @pytest.mark.xdist_group("jax-reparam")
@@ -410,6 +412,16 @@ def test_tails_that_do_not_reach_are_refused(eco, tails):
     with pytest.raises(ValueError, match="the flow Elementwise .*(bounded|slope dies|not finite).*check_tails=False"):
         eco.trace(eco.pkg.FlowReparam(f).reparam(eco.models.student))
     assert "z_base" in eco.trace(eco.pkg.FlowReparam(f, check_tails=False).reparam(eco.models.student))
+
+
+def test_tails_that_bend_far_out_are_taken(eco):
+    """As those of a coupling flow do where it has seen no draws."""
+
+    def bent(np, x):
+        middle = np.clip(x, -8, 8)
+        return middle + 0.01 * (x - middle), np.where(abs(x) < 8, 0.0, math.log(0.01)) + 0 * x
+
+    assert "z_base" in eco.trace(eco.pkg.FlowReparam(flow_class(eco, bent)).reparam(eco.models.student))
 
 
 OF_EVERY_KIND = ("realnvp", "nsf_ar", "ttf", "ncsf", "bnaf", "planar", "residual")
