@@ -109,7 +109,7 @@ def realnvp(
     max_log_scale: float = 3.0,
     rotated: bool = False,
 ) -> TransformModule:
-    """Affine coupling (Dinh et al. 2017). One pass both ways; the default of the guides.
+    """Affine coupling (Dinh et al. 2017). One pass both ways; the default of ``FlowVI``.
 
     In one dimension there is nothing to couple, and it is an affine map: take ``nsf`` there. With ``rotated`` every
     layer couples halves of trained coordinates of its own, at random first (:class:`Rotated`), in place of the same two

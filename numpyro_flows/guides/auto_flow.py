@@ -47,7 +47,8 @@ class AutoFlow(AutoContinuous):
 
     :param model: NumPyro model with continuous latents.
     :param flow: factory ``flow(dim, key=key) -> TransformModule``, such as ``flows.nsf`` or
-        ``functools.partial(flows.nsf, num_layers=4)``.
+        ``functools.partial(flows.nsf, num_layers=4)``. The default stands the noise of the plain ELBO of a single draw
+        at any usual step size; ``flows.realnvp`` wants steps of 0.001 there, or more particles.
     :param prefix: prefix of the guide's sites.
     :param init_loc_fn: NumPyro's initialisation strategy, which gives the first location.
     :param init_scale: first scale on the unconstrained space: a positive number, a vector ``(latent_dim,)``, or a lower
@@ -76,7 +77,7 @@ class AutoFlow(AutoContinuous):
     def __init__(
         self,
         model: Callable,
-        flow: Callable[..., TransformModule] = flows.realnvp,
+        flow: Callable[..., TransformModule] = flows.iaf,
         *,
         prefix: str = "auto",
         init_loc_fn: Callable = init_to_uniform,

@@ -47,7 +47,8 @@ class AutoFlow(AutoContinuous):
 
     :param model: Pyro model with continuous latents.
     :param flow: factory ``flow(dim) -> TransformModule``, such as ``flows.nsf`` or
-        ``functools.partial(flows.nsf, num_layers=4)``.
+        ``functools.partial(flows.nsf, num_layers=4)``. The default stands the noise of the plain ELBO of a single draw
+        at any usual step size; ``flows.realnvp`` wants steps of 0.001 there, or more particles.
     :param init_loc_fn: Pyro's initialisation strategy, which gives the first location.
     :param init_scale: first scale on the unconstrained space: a positive number, a vector ``(latent_dim,)``, or a lower
         Cholesky factor ``(latent_dim, latent_dim)`` (then the scale map is of full rank).
@@ -74,7 +75,7 @@ class AutoFlow(AutoContinuous):
     def __init__(
         self,
         model: Callable,
-        flow: Callable[..., TransformModule] = flows.realnvp,
+        flow: Callable[..., TransformModule] = flows.iaf,
         *,
         init_loc_fn: Callable = init_to_median,
         init_scale: float | Tensor = 0.1,
