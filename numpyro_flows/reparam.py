@@ -31,7 +31,7 @@ _BATCH = 256  # draws per pass over the model: bounds the memory
 _CONTEXTS = (numpyro.plate, handlers.scale, handlers.mask)  # what changes the density of the sites within
 _RADII = (10.0, 1000.0)  # of the base, between which the growth of a flow's image is measured
 _BOUNDED = 1e-5  # a slope between them, in standard deviations of the bulk
-_LEAST_SLOPE, _REACH = 0.03, 5.0  # the same of an output that comes less far by the first of them
+_LEAST_SLOPE, _REACH = 0.03, 4.0  # the same of an output that comes less far by the first of them
 _NUM_RAYS = 64  # of each kind
 
 
@@ -275,7 +275,7 @@ def check_tails(transform: TransformModule, dim: int, name: str, like: Array) ->
     """Raises a ``ValueError`` where a flow's image is bounded or its slope dies in the tails.
 
     Such a flow truncates a posterior, and neither R-hat nor divergences tell. Looks along rays of the base, between 10
-    and 1000: the image must grow along every ray, and every output must rise and fall along some of them, by five
+    and 1000: the image must grow along every ray, and every output must rise and fall along some of them, by four
     standard deviations of the bulk up to 10, or else with at least 3 % of the slope which it has there.
 
     :param transform: the flow; a guide's coordinates are left out, for they may be as steep as the model's scales.
@@ -299,10 +299,12 @@ def check_tails(transform: TransformModule, dim: int, name: str, like: Array) ->
 
 
 def tail_points(dim: int) -> np.ndarray:
-    """Points of the bulk, then those on rays at either of the radii."""
+    """Points of the bulk, then those on rays (axes, diagonals, others) at either of the radii."""
     rng = np.random.default_rng(0)
     axes = np.eye(dim)[rng.permutation(dim)[:_NUM_RAYS]]
     rays = np.concatenate([axes, -axes, rng.choice([-1.0, 1.0], (_NUM_RAYS, dim))])
+    others = rng.standard_normal((_NUM_RAYS, dim))
+    rays = np.concatenate([rays, others / np.linalg.norm(others, axis=1, keepdims=True)])
     return np.concatenate([rng.standard_normal((256, dim)), *(radius * rays for radius in _RADII)])
 
 
