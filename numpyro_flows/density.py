@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,7 +12,13 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
-from numpyro_flows.distributions import Base, ConditionalFlowDistribution, FlowDistribution, standard_base
+from numpyro_flows.distributions import (
+    Base,
+    ConditionalFlowDistribution,
+    FlowDistribution,
+    distribution_of,
+    standard_base,
+)
 from numpyro_flows.elbo import flow_matching, velocity_of
 from numpyro_flows.programs import quick_key
 from numpyro_flows.training import FitHistory, train
@@ -23,10 +30,10 @@ _PIECE = 4096  # held-out points scored at a time
 
 def fit_density(
     flow: TransformModule,
-    data: Array,
+    data: Any,
     *,
     base: dist.Distribution | Base | None = None,
-    context: Array | None = None,
+    context: Any = None,
     objective: str = "likelihood",
     num_steps: int = 5000,
     batch_size: int = 256,
@@ -45,7 +52,8 @@ def fit_density(
     inverse pass a step: take a flow whose inverse is cheap.
 
     :param flow: the transform from the base to the data.
-    :param data: points ``(n, dim)``.
+    :param data: points ``(n, dim)``, an array or nested lists. They and their contexts are taken in the dtype of the
+        flow's parameters.
     :param base: distribution of vectors ``(dim,)``, or a :class:`Base`, learned too; standard normal unless given.
     :param context: their contexts ``(n, context_dim)``, for a flow that takes one.
     :param objective: ``"likelihood"``, or ``"flow_matching"`` for a continuous flow (see ``elbo.flow_matching``). The
@@ -58,7 +66,9 @@ def fit_density(
     :param standardize: fits the data at zero mean and unit variance, and adds that affine map to the flow.
     :param progress_bar: shows a bar with the losses and the time left.
     :returns: the density (a :class:`ConditionalFlowDistribution` with a context), and the course of the fit.
-    :raises ValueError: for data that are no finite matrix, or options with which nothing can be fitted.
+    :raises TypeError: for a factory in place of a flow or a base.
+    :raises ValueError: for data that are no finite matrix, options with which nothing can be fitted, and a flow, a base
+        or contexts of another size.
     :raises RuntimeError: if no step had a finite gradient.
     """
     trained, learned_base, outer, history = _fit_modules(
@@ -83,10 +93,10 @@ def fit_density(
 
 def _fit_modules(
     flow: TransformModule,
-    data: Array,
+    data: Any,
     *,
     base: dist.Distribution | Base | None,
-    context: Array | None,
+    context: Any,
     objective: str,
     num_steps: int,
     batch_size: int,
@@ -99,7 +109,13 @@ def _fit_modules(
 ) -> tuple[TransformModule, dist.Distribution | Base, TransformModule | None, FitHistory]:
     """What ``fit_density`` does: returns flow and base, trained, the standardising map, if any, and the history."""
     begin = time.perf_counter()
-    check_fit(data.shape, bool(jnp.isfinite(data).all()), objective, num_steps, batch_size, validation)
+    check_fit(flow, base, objective, num_steps, batch_size, learning_rate, patience)
+    learned = (flow, base) if isinstance(base, Base) else (flow, None)
+    params, static = eqx.partition(learned, eqx.is_inexact_array)
+    like = next(iter(jax.tree.leaves(params)), jnp.empty(()))
+    data = jnp.asarray(data, like.dtype)
+    context = None if context is None else jnp.asarray(context, like.dtype)
+    check_data(data, context, base, validation)
     n, dim = data.shape
     outer = None
     if standardize:
@@ -112,8 +128,6 @@ def _fit_modules(
     key, order_key = jax.random.split(quick_key(key))
     order = jax.random.permutation(order_key, n)
     held_out, training = order[:held], order[held:]
-    learned = (flow, base) if isinstance(base, Base) else (flow, None)
-    params, static = eqx.partition(learned, eqx.is_inexact_array)
 
     def parts(params):
         flow, learned_base = eqx.combine(params, static)
@@ -169,16 +183,50 @@ def _standardization(data: Array) -> tuple[Array, Array]:
 
 
 def check_fit(
-    shape: tuple[int, ...], finite: bool, objective: str, num_steps: int, batch_size: int, validation: float
+    flow: Any,
+    base: Any,
+    objective: str,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    patience: int,
 ) -> None:
-    """Raises a ``ValueError`` that names the argument with which nothing can be fitted."""
-    if len(shape) != 2 or shape[0] < 2 or not finite:
-        raise ValueError(f"fit_density: data must be finite, of shape (n >= 2, dim), but have shape {shape}.")
+    """Raises an error that names the argument with which nothing can be fitted."""
+    for name, value, kind, wanted in (
+        ("flow", flow, TransformModule, "a TransformModule"),
+        ("base", base, dist.Distribution | Base | None, "a distribution or a Base"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"fit_density: {name} must be {wanted}, but got {getattr(value, '__name__', type(value).__name__)}. "
+                "A class or factory must be called with a dimension."
+            )
     if objective not in ("likelihood", "flow_matching"):
         raise ValueError(f'fit_density: objective must be "likelihood" or "flow_matching", but got {objective!r}.')
-    if num_steps < 1 or batch_size < 1:
+    for name, value in {"num_steps": num_steps, "batch_size": batch_size, "patience": patience}.items():
+        if value < 1:
+            raise ValueError(f"fit_density: {name} must be at least 1, but got {value}.")
+    if not learning_rate > 0:
+        raise ValueError(f"fit_density: learning_rate must be positive, but got {learning_rate}.")
+
+
+def check_data(data: Array, context: Array | None, base: Any, validation: float) -> None:
+    """Raises a ``ValueError`` that names what does not go with what."""
+    shape = tuple(data.shape)
+    if len(shape) != 2 or shape[0] < 2 or not jnp.isfinite(data).all():
+        raise ValueError(f"fit_density: data must be finite, of shape (n >= 2, dim), but have shape {shape}.")
+    if context is not None and (tuple(context.shape[:-1]) != shape[:1] or not jnp.isfinite(context).all()):
         raise ValueError(
-            f"fit_density: num_steps and batch_size must be at least 1, but got {num_steps} and {batch_size}."
+            f"fit_density: context must be finite, of shape (n, context_dim) with n = {shape[0]} as in data, "
+            f"but has shape {tuple(context.shape)}."
+        )
+    event_shape = shape[1:] if base is None else tuple(distribution_of(base).event_shape)
+    if event_shape != shape[1:]:
+        raise ValueError(
+            f"fit_density: base must be of vectors as the data are, of event shape {shape[1:]}, but has {event_shape}. "
+            "Build it with their dim; independent elements are made a vector by .to_event(1)."
         )
     if not 0 <= validation < 1 or round(shape[0] * validation) >= shape[0]:
-        raise ValueError(f"fit_density: validation must be a share in [0, 1), but got {validation}.")
+        raise ValueError(
+            f"fit_density: validation must be a share in [0, 1) which leaves data to train on, but got {validation}."
+        )

@@ -121,10 +121,14 @@ class ConditionalFlowDistribution(eqx.Module):
 def standard_base(dim: int, df: float | None = None, like: Array | None = None) -> dist.Distribution:
     """Independent standard normals ``(dim,)``, or Student-t's with ``df`` degrees of freedom.
 
-    :param like: an array whose dtype the draws have; jax's default unless given.
+    :param like: an array whose dtype the density has (NumPyro's draws have jax's default); that default unless given.
     """
     zeros = jnp.zeros(dim, None if like is None else like.dtype)
-    return (_Normal(zeros, 1.0) if df is None else _StudentT(df, zeros, 1.0)).to_event(1)
+    return _independent(zeros, jnp.ones_like(zeros), df)
+
+
+def _independent(loc: Array, scale: Array, df: float | None) -> dist.Distribution:
+    return (_Normal(loc, scale) if df is None else _StudentT(jnp.full_like(loc, df), loc, scale)).to_event(1)
 
 
 class Base(eqx.Module):
@@ -175,9 +179,7 @@ class LocScaleBase(Base):
         self.loc, self.log_scale = jnp.zeros(dim), jnp.zeros(dim)
 
     def distribution(self) -> dist.Distribution:
-        scale = jnp.exp(self.log_scale)
-        base = _Normal(self.loc, scale) if self.df is None else _StudentT(self.df, self.loc, scale)
-        return base.to_event(1)
+        return _independent(self.loc, jnp.exp(self.log_scale), self.df)
 
 
 class _HeavyTails(TailTransform):

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from safetensors.numpy import save_file
 from numpyro_flows.transform_module import Repeat
 
 _FORMAT = "pyroflows-1"
+_DTYPE = re.compile(r"(torch\.)?(bool|u?int(8|16|32|64)|b?float(16|32|64)|complex64)")  # which a file holds
 _Module = TypeVar("_Module", bound=eqx.Module)
 
 
@@ -90,7 +92,7 @@ def save(path: str | Path, tensors: dict[str, Any], metadata: dict[str, Any]) ->
     """Writes tensors and JSON-able metadata to one file, which appears only once it is whole."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     save_file(arrays, part, metadata={"format": _FORMAT, "metadata": json.dumps(metadata)})
     os.replace(part, path)
 
@@ -145,20 +147,26 @@ def build(description: dict[str, Any], known: Mapping[str, Callable]) -> Callabl
 
 
 def pack(value: Any, tensors: dict[str, Any], prefix: str) -> Any:
-    """A JSON-able description of nested lists, tuples, dicts, scalars and arrays; arrays go into ``tensors``."""
+    """A JSON-able description of nested lists, tuples, dicts, scalars and arrays; arrays go into ``tensors``.
+
+    :raises ValueError: for anything else, for dicts whose keys are not strings and arrays that do not hold numbers.
+    """
+    if isinstance(value, np.number | np.bool_ | np.ndarray | jax.Array) and _DTYPE.fullmatch(str(value.dtype)):
+        name = f"{prefix}#{len(tensors)}"  # a number, for keys may hold dots
+        tensors[name] = np.asarray(value)
+        return {"scalar" if isinstance(value, np.generic) else "array": name, "numpy": not isinstance(value, jax.Array)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        tensors[prefix] = np.asarray(value)
-        return {"array": prefix, "numpy": isinstance(value, np.ndarray)}
     if isinstance(value, list | tuple):
         items = [pack(item, tensors, f"{prefix}.{i}") for i, item in enumerate(value)]
         return {"list" if isinstance(value, list) else "tuple": items}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"dict": {key: pack(item, tensors, f"{prefix}.{key}") for key, item in value.items()}}
+    what = f" of dtype {value.dtype}" if hasattr(value, "dtype") else ""
+    what += " whose keys are not all strings" if isinstance(value, dict) else ""
     raise ValueError(
-        f"save: {prefix} is a {type(value).__name__}, which a file cannot hold. Arguments of the model must be arrays, "
-        "numbers, strings, None, or lists, tuples and dicts of them; close over anything else."
+        f"save: {prefix} is a {type(value).__name__}{what}, which a file cannot hold. Arguments of the model must be "
+        "arrays of numbers, numbers, strings, None, or lists, tuples and dicts of them; close over anything else."
     )
 
 
@@ -170,6 +178,8 @@ def unpack(description: Any, tensors: dict[str, np.ndarray]) -> Any:
     if kind == "array":
         array = tensors[value]
         return array if description["numpy"] else jnp.asarray(array)
+    if kind == "scalar":
+        return tensors[value][()]
     if kind == "dict":
         return {key: unpack(item, tensors) for key, item in value.items()}
     items = [unpack(item, tensors) for item in value]

@@ -43,6 +43,22 @@ class _EquinoxPytree:
         super(Transform, cls).__init_subclass__(**kwargs)
 
 
+def _sized(method: Callable) -> Callable:
+    """The method, which refuses vectors of another size than the ``dim`` of its transform, where that has one."""
+
+    @wraps(method)
+    def sized(self: Any, *args: Any, **kwargs: Any) -> Any:
+        dim = getattr(self, "dim", None)
+        if dim is not None and args and args[0].shape[-1:] != (dim,):
+            raise ValueError(
+                f"{type(self).__name__}: takes vectors of {dim} elements, but got shape {tuple(args[0].shape)}. "
+                "Build the flow for vectors of that size."
+            )
+        return method(self, *args, **kwargs)
+
+    return sized
+
+
 class TransformModule(_EquinoxPytree, eqx.Module, Transform):
     """An invertible map ``y = f(x)`` of real vectors which carries its parameters.
 
@@ -50,12 +66,19 @@ class TransformModule(_EquinoxPytree, eqx.Module, Transform):
     parameters) and a NumPyro ``Transform``. A subclass defines two methods, each a single pass.
 
     Shapes: ``x`` and ``y`` ``(..., dim)``, ``context`` ``(..., context_dim)`` (its batch axes broadcast against those
-    of ``x``), log-determinants ``(...)``.
+    of ``x``), log-determinants ``(...)``. A transform with an attribute ``dim`` raises a
+    ``ValueError`` for vectors of another size.
     """
 
     domain = constraints.real_vector  # type: ignore[assignment]
     codomain = constraints.real_vector  # type: ignore[assignment]
     log_det_is_exact = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("forward_and_log_det", "inverse_and_log_det", "forward_and_score"):
+            if name in vars(cls):
+                setattr(cls, name, _sized(vars(cls)[name]))
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         """Returns ``y = f(x)`` and ``log |det dy/dx|``."""
@@ -271,6 +294,11 @@ class Repeat(TransformModule):
         """Of two layers: a loop copies each one's parameters, which may take as long as a pass of few draws."""
         return self.num_layers <= 2
 
+    def _carried(self, context: Array | None, *values: Array) -> tuple[Array, ...]:
+        """Values with the batch shape and the dtype which they end with: a loop needs them from the start."""
+        dtype = jnp.result_type(*values, *jax.tree.leaves(eqx.filter((self.layers, context), eqx.is_inexact_array)))
+        return tuple(value.astype(dtype) for value in with_axes_of(context, *values))
+
     def _scan(self, x: Array, context: Array | None, inverse: bool, start: bool | None = None) -> tuple[Any, Any]:
         arrays, static = eqx.partition(self.layers, eqx.is_array)
 
@@ -284,7 +312,7 @@ class Repeat(TransformModule):
                 fitted = eqx.filter(layer, eqx.is_array)
             return (x, total + log_det), fitted
 
-        (x,) = with_axes_of(context, x)  # the carry needs its final batch shape from the start
+        (x,) = self._carried(context, x)
         return lax.scan(step, (x, jnp.zeros(x.shape[:-1], x.dtype)), arrays, reverse=inverse, unroll=self._unroll)
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:
@@ -301,7 +329,7 @@ class Repeat(TransformModule):
             x, log_det, score = eqx.combine(arrays, static).forward_and_score(x, score, context)
             return (x, total + log_det, score), None
 
-        x, score = with_axes_of(context, x, score)
+        x, score = self._carried(context, x, score)
         return lax.scan(step, (x, jnp.zeros(x.shape[:-1], x.dtype), score), arrays, unroll=self._unroll)[0]
 
     def _fitted(self, x: Array, context: Array | None, inverse: bool, start: bool) -> tuple[Any, Array, Array]:

@@ -101,10 +101,15 @@ def compare(
         ``log_evidence_se``, ``log_bayes_factor`` (against the first row), ``log_bayes_factor_se``, ``probability``,
         ``probability_se``, ``pareto_k`` (of the guide), ``elpd_loo``, ``elpd_loo_se``, ``loo_warning`` and, where there
         is one, ``elpd_waic``.
+    :raises TypeError: for anything but a dict of posteriors.
     :raises ValueError: for no posteriors, and priors that are not positive or of other models.
     """
     import pandas as pd
 
+    if not isinstance(posteriors, Mapping):
+        raise TypeError(f"compare: posteriors must be a dict {{name: posterior}}, but got {type(posteriors).__name__}.")
+    if other := {name: type(p).__name__ for name, p in posteriors.items() if not hasattr(p, "log_evidence")}:
+        raise TypeError(f"compare: posteriors must be of FlowPosterior or RefinedPosterior, but {other} are not.")
     names = list(posteriors)
     if not names:
         raise ValueError("compare: posteriors is empty: pass {name: posterior}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _FORMAT = "pyroflows-1"
+_DTYPE = re.compile(r"(torch\.)?(bool|u?int(8|16|32|64)|b?float(16|32|64)|complex64)")  # which a file holds
 
 
 def state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -96,20 +98,26 @@ def build(description: dict[str, Any], known: Mapping[str, Callable]) -> Callabl
 
 
 def pack(value: Any, tensors: dict[str, Any], prefix: str) -> Any:
-    """A JSON-able description of nested lists, tuples, dicts, scalars and arrays; arrays go into ``tensors``."""
+    """A JSON-able description of nested lists, tuples, dicts, scalars and arrays; arrays go into ``tensors``.
+
+    :raises ValueError: for anything else, for dicts whose keys are not strings and arrays that do not hold numbers.
+    """
+    if isinstance(value, np.number | np.bool_ | np.ndarray | Tensor) and _DTYPE.fullmatch(str(value.dtype)):
+        name = f"{prefix}#{len(tensors)}"  # a number, for keys may hold dots
+        tensors[name] = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        return {"scalar" if isinstance(value, np.generic) else "array": name, "numpy": not isinstance(value, Tensor)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.ndarray | np.generic | Tensor):
-        tensors[prefix] = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-        return {"array": prefix, "numpy": isinstance(value, np.ndarray)}
     if isinstance(value, list | tuple):
         items = [pack(item, tensors, f"{prefix}.{i}") for i, item in enumerate(value)]
         return {"list" if isinstance(value, list) else "tuple": items}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"dict": {key: pack(item, tensors, f"{prefix}.{key}") for key, item in value.items()}}
+    what = f" of dtype {value.dtype}" if hasattr(value, "dtype") else ""
+    what += " whose keys are not all strings" if isinstance(value, dict) else ""
     raise ValueError(
-        f"save: {prefix} is a {type(value).__name__}, which a file cannot hold. Arguments of the model must be arrays, "
-        "numbers, strings, None, or lists, tuples and dicts of them; close over anything else."
+        f"save: {prefix} is a {type(value).__name__}{what}, which a file cannot hold. Arguments of the model must be "
+        "arrays of numbers, numbers, strings, None, or lists, tuples and dicts of them; close over anything else."
     )
 
 
@@ -121,6 +129,8 @@ def unpack(description: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "array":
         array = tensors[value]
         return array.numpy() if description["numpy"] else array
+    if kind == "scalar":
+        return tensors[value].numpy()[()]
     if kind == "dict":
         return {key: unpack(item, tensors) for key, item in value.items()}
     items = [unpack(item, tensors) for item in value]

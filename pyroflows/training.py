@@ -80,6 +80,7 @@ def settle(parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> Non
         parameter.copy_(value)
 
 
+@torch.enable_grad()
 def train(
     parameters: Sequence[Tensor],
     batches: Callable[[int], Iterable[Any]],
@@ -105,8 +106,10 @@ def train(
     :param patience: steps without a better score after which the training ends.
     :param hint: what to ask oneself where no gradient is finite.
     :param begin: when the fit began, by ``time.perf_counter``.
-    :raises RuntimeError: if no step had a finite gradient.
+    :raises RuntimeError: if no step had a finite gradient, and under ``torch.inference_mode``.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{owner}: torch.inference_mode() allows for no gradients: call it outside.")
     ascent = Ascent(parameters)
 
     def step(batch: Any, step_size: float) -> Tensor:

@@ -10,6 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import pyro
@@ -137,6 +138,22 @@ def _forget(transform: _Fused | None, dead: weakref.ref) -> None:
             del transform.__dict__["_produced"]
 
 
+def _sized(method: Callable) -> Callable:
+    """The method, which refuses vectors of another size than the ``dim`` of its transform, where that has one."""
+
+    @wraps(method)
+    def sized(self: Any, *args: Any, **kwargs: Any) -> Any:
+        dim = getattr(self, "dim", None)
+        if dim is not None and args and args[0].shape[-1:] != (dim,):
+            raise ValueError(
+                f"{type(self).__name__}: takes vectors of {dim} elements, but got shape {tuple(args[0].shape)}. "
+                "Build the flow for vectors of that size."
+            )
+        return method(self, *args, **kwargs)
+
+    return sized
+
+
 class TransformModule(_Fused, dist.TransformModule, ConditionalTransform):
     """An invertible map ``y = f(x)`` of real vectors which carries its parameters.
 
@@ -145,8 +162,15 @@ class TransformModule(_Fused, dist.TransformModule, ConditionalTransform):
     defines two methods, each a single pass.
 
     Shapes: ``x`` and ``y`` ``(..., dim)``, ``context`` ``(..., context_dim)`` (its batch axes broadcast against those
-    of ``x``), log-determinants ``(...)``.
+    of ``x``), log-determinants ``(...)``. A transform with an attribute ``dim`` raises a
+    ``ValueError`` for vectors of another size.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("forward_and_log_det", "inverse_and_log_det", "forward_and_score"):
+            if name in vars(cls):
+                setattr(cls, name, _sized(vars(cls)[name]))
 
     def condition(self, context: Tensor) -> Conditioned:
         """Binds a context ``(..., context_dim)``: the result is a transform of ``x`` alone."""

@@ -80,8 +80,10 @@ class ElementwiseAffine(TransformModule):
 
     loc: Array
     log_scale: Array
+    dim: int = eqx.field(static=True)
 
     def __init__(self, dim: int, loc: Array | None = None, scale: Array | float | None = None):
+        self.dim = dim
         self.loc = jnp.zeros(dim) if loc is None else jnp.asarray(loc)
         scale = jnp.ones((), self.loc.dtype) if scale is None else jnp.asarray(scale, self.loc.dtype)
         self.log_scale = jnp.broadcast_to(jnp.log(scale), (dim,))

@@ -45,11 +45,12 @@ class InvertibleConv1x1(TransformModule):
     """
 
     linear: LULinear
+    dim: int = eqx.field(static=True)
     pixels: int = eqx.field(static=True)
 
     def __init__(self, shape: Sequence[int], permutation: Sequence[int] | None = None):
         channels, height, width = check_image(shape)
-        self.pixels = height * width
+        self.dim, self.pixels = channels * height * width, height * width
         self.linear = LULinear(channels, permutation)
 
     def forward_and_log_det(self, x: Array, context: Array | None = None) -> tuple[Array, Array]:

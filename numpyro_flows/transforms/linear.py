@@ -26,8 +26,10 @@ class TriangularAffine(TransformModule):
     loc: Array
     log_diag: Array
     lower: Array
+    dim: int = eqx.field(static=True)
 
     def __init__(self, dim: int, loc: Array | None = None, scale_tril: Array | None = None):
+        self.dim = dim
         self.loc = jnp.zeros(dim) if loc is None else jnp.asarray(loc)
         scale_tril = jnp.eye(dim, dtype=self.loc.dtype) if scale_tril is None else jnp.asarray(scale_tril)
         if scale_tril.shape != (dim, dim):
@@ -65,6 +67,7 @@ class LULinear(TransformModule):
     log_diag: Array
     bias: Array
     permutation: tuple[int, ...] | None = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
 
     def __init__(self, dim: int, permutation: Sequence[int] | None = None):
         if permutation is not None and sorted(permutation) != list(range(dim)):
@@ -72,6 +75,7 @@ class LULinear(TransformModule):
                 f"LULinear: permutation must hold each of 0 .. {dim - 1} once, but got {list(permutation)}."
             )
         self.permutation = None if permutation is None else tuple(int(i) for i in permutation)
+        self.dim = dim
         self.lower, self.upper = jnp.zeros((dim, dim)), jnp.zeros((dim, dim))
         self.log_diag, self.bias = jnp.zeros(dim), jnp.zeros(dim)
 
@@ -109,8 +113,10 @@ class DenseLinear(TransformModule):
 
     weight: Array
     bias: Array
+    dim: int = eqx.field(static=True)
 
     def __init__(self, dim: int, weight: Array | None = None):
+        self.dim = dim
         self.weight = jnp.eye(dim) if weight is None else jnp.asarray(weight)
         if self.weight.shape != (dim, dim):
             raise ValueError(f"DenseLinear: weight must be ({dim}, {dim}), but got {self.weight.shape}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -32,8 +33,10 @@ class LowRankLinear(TransformModule):
     log_core: Array
     log_diag: Array
     bias: Array
+    dim: int = eqx.field(static=True)
 
     def __init__(self, dim: int, rank: int = 1, seed: int = 0):
+        self.dim = dim
         self.vectors = jnp.asarray(directions(dim, rank, seed), float)
         self.left, self.core = jnp.zeros((dim, rank)), jnp.zeros((rank, rank))
         self.log_core, self.log_diag, self.bias = jnp.zeros(rank), jnp.zeros(dim), jnp.zeros(dim)

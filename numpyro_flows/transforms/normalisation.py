@@ -25,10 +25,12 @@ class ActNorm(TransformModule):
 
     loc: Array
     log_scale: Array
+    dim: int = eqx.field(static=True)
     pixels: int = eqx.field(static=True)
 
     def __init__(self, shape: int | Sequence[int]):
         channels, self.pixels = channels_of(shape)
+        self.dim = channels * self.pixels
         self.loc, self.log_scale = jnp.zeros(channels), jnp.zeros(channels)
 
     def _log_det(self, x: Array) -> Array:
@@ -71,6 +73,7 @@ class BatchNorm(TransformModule):
     log_scale: Array
     running_mean: Array
     running_log_var: Array
+    dim: int = eqx.field(static=True)
     pixels: int = eqx.field(static=True)
     momentum: float = eqx.field(static=True)
     eps: float = eqx.field(static=True)
@@ -78,6 +81,7 @@ class BatchNorm(TransformModule):
     def __init__(self, shape: int | Sequence[int], momentum: float = 0.1, eps: float = 1e-5):
         check_batch_norm(momentum, eps)
         channels, self.pixels = channels_of(shape)
+        self.dim = channels * self.pixels
         self.momentum, self.eps = momentum, eps
         self.loc, self.log_scale = jnp.zeros(channels), jnp.zeros(channels)
         self.running_mean, self.running_log_var = jnp.zeros(channels), jnp.zeros(channels)

@@ -32,6 +32,7 @@ class Householder(TransformModule):
 
     vectors: Array
     conditioner: MLP | None
+    dim: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Householder(TransformModule):
         seed: int = 0,
         key: Array | None = None,
     ):
+        self.dim = dim
         self.vectors = jnp.asarray(pairs(dim, num_reflections, seed), float)
         self.conditioner = None
         if context_dim:
@@ -84,8 +86,10 @@ class QRLinear(TransformModule):
     upper: Array
     log_diag: Array
     bias: Array
+    dim: int = eqx.field(static=True)
 
     def __init__(self, dim: int, num_reflections: int | None = None, seed: int = 0):
+        self.dim = dim
         num_reflections = max(2, dim - dim % 2) if num_reflections is None else num_reflections
         self.vectors = jnp.asarray(pairs(dim, num_reflections, seed), float)
         self.upper = jnp.zeros((dim, dim))
@@ -122,10 +126,11 @@ class Orthogonal(TransformModule):
 
     skew: Array
     method: str = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
 
     def __init__(self, dim: int, method: str = "exp"):
         check_method(method)
-        self.method = method
+        self.dim, self.method = dim, method
         self.skew = jnp.zeros((dim, dim))
 
     @property

@@ -19,6 +19,7 @@ class Permutation(TransformModule):
     """
 
     permutation: tuple[int, ...] = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
 
     def __init__(self, permutation: Sequence[int]):
         self.permutation = tuple(int(i) for i in permutation)
@@ -27,6 +28,7 @@ class Permutation(TransformModule):
                 f"Permutation: permutation must hold each of 0 .. {len(self.permutation) - 1} once, "
                 f"but got {list(self.permutation)}."
             )
+        self.dim = len(self.permutation)
 
     @classmethod
     def reverse(cls, dim: int) -> Permutation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -23,9 +24,10 @@ class Rotated(TransformModule):
 
     transform: TransformModule
     vectors: Array
+    dim: int = eqx.field(static=True)
 
     def __init__(self, transform: TransformModule, dim: int, *, key: Array):
-        self.transform = transform
+        self.transform, self.dim = transform, dim
         self.vectors = jax.random.normal(key, (dim, dim))
 
     @property

@@ -73,6 +73,7 @@ class ElementwiseAffine(TransformModule):
 
     def __init__(self, dim: int, loc: Tensor | None = None, scale: Tensor | float | None = None):
         super().__init__()
+        self.dim = dim
         loc = torch.zeros(dim) if loc is None else loc.detach().clone()
         scale = torch.as_tensor(1.0 if scale is None else scale, dtype=loc.dtype, device=loc.device)
         self.loc = nn.Parameter(loc)

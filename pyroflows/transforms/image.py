@@ -44,7 +44,7 @@ class InvertibleConv1x1(TransformModule):
     def __init__(self, shape: Sequence[int], permutation: Sequence[int] | None = None):
         super().__init__()
         channels, height, width = check_image(shape)
-        self.pixels = height * width
+        self.dim, self.pixels = channels * height * width, height * width
         self.linear = LULinear(channels, permutation)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ class TriangularAffine(TransformModule):
 
     def __init__(self, dim: int, loc: Tensor | None = None, scale_tril: Tensor | None = None):
         super().__init__()
+        self.dim = dim
         loc = torch.zeros(dim) if loc is None else loc.detach().clone()
         scale_tril = torch.eye(dim).to(loc) if scale_tril is None else scale_tril.detach()
         if scale_tril.shape != (dim, dim):
@@ -58,6 +59,7 @@ class LULinear(TransformModule):
 
     def __init__(self, dim: int, permutation: Sequence[int] | None = None):
         super().__init__()
+        self.dim = dim
         if permutation is not None and sorted(permutation) != list(range(dim)):
             raise ValueError(
                 f"LULinear: permutation must hold each of 0 .. {dim - 1} once, but got {list(permutation)}."
@@ -99,6 +101,7 @@ class DenseLinear(TransformModule):
 
     def __init__(self, dim: int, weight: Tensor | None = None):
         super().__init__()
+        self.dim = dim
         weight = torch.eye(dim) if weight is None else weight.detach().clone()
         if weight.shape != (dim, dim):
             raise ValueError(f"DenseLinear: weight must be ({dim}, {dim}), but got {tuple(weight.shape)}.")

@@ -28,6 +28,7 @@ class LowRankLinear(TransformModule):
 
     def __init__(self, dim: int, rank: int = 1, seed: int = 0):
         super().__init__()
+        self.dim = dim
         self.vectors = nn.Parameter(torch.tensor(directions(dim, rank, seed), dtype=torch.get_default_dtype()))
         self.left, self.core = nn.Parameter(torch.zeros(dim, rank)), nn.Parameter(torch.zeros(rank, rank))
         self.log_core, self.log_diag = nn.Parameter(torch.zeros(rank)), nn.Parameter(torch.zeros(dim))

@@ -26,6 +26,7 @@ class ActNorm(TransformModule):
     def __init__(self, shape: int | Sequence[int]):
         super().__init__()
         channels, self.pixels = channels_of(shape)
+        self.dim = channels * self.pixels
         self.loc, self.log_scale = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
         self._fit: str | None = None  # what a pass takes from the batch: see _fitting
 
@@ -72,6 +73,7 @@ class BatchNorm(TransformModule):
         super().__init__()
         check_batch_norm(momentum, eps)
         channels, self.pixels = channels_of(shape)
+        self.dim = channels * self.pixels
         self.momentum, self.eps = momentum, eps
         self.loc, self.log_scale = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))

@@ -40,6 +40,7 @@ class Householder(TransformModule):
         seed: int = 0,
     ):
         super().__init__()
+        self.dim = dim
         self.vectors = nn.Parameter(torch.tensor(pairs(dim, num_reflections, seed), dtype=torch.get_default_dtype()))
         self.conditioner = None
         if context_dim:
@@ -76,6 +77,7 @@ class QRLinear(TransformModule):
 
     def __init__(self, dim: int, num_reflections: int | None = None, seed: int = 0):
         super().__init__()
+        self.dim = dim
         num_reflections = max(2, dim - dim % 2) if num_reflections is None else num_reflections
         self.vectors = nn.Parameter(torch.tensor(pairs(dim, num_reflections, seed), dtype=torch.get_default_dtype()))
         self.upper = nn.Parameter(torch.zeros(dim, dim))
@@ -110,6 +112,7 @@ class Orthogonal(TransformModule):
 
     def __init__(self, dim: int, method: str = "exp"):
         super().__init__()
+        self.dim = dim
         check_method(method)
         self.method = method
         self.skew = nn.Parameter(torch.zeros(dim, dim))

@@ -25,6 +25,7 @@ class Permutation(TransformModule):
                 f"Permutation: permutation must hold each of 0 .. {len(self.permutation) - 1} once, "
                 f"but got {list(self.permutation)}."
             )
+        self.dim = len(self.permutation)
         index = torch.tensor(self.permutation)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("inverse_index", index.argsort(), persistent=False)

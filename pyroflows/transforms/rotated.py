@@ -23,7 +23,7 @@ class Rotated(TransformModule):
 
     def __init__(self, transform: TransformModule, dim: int):
         super().__init__()
-        self.transform = transform
+        self.transform, self.dim = transform, dim
         self.vectors = nn.Parameter(torch.randn(dim, dim))
 
     @property

@@ -286,6 +286,38 @@ def test_autoregressive_inverse_by_few_sweeps(backend, name):
             np.testing.assert_allclose(gradient / scale, 0, atol=1e-9)
 
 
+@pytest.mark.parametrize("case", some([c for c in CASES if c.name != "leading"], *LAYERS, *STACKS))
+def test_vectors_of_another_size_are_refused(backend, case):
+    """Not by :class:`Leading`, which hands on any number of elements."""
+    flow = backend.build(case, case.dim)
+    for size in (1, case.dim + 1):
+        for inverse in (False, True):
+            with pytest.raises(ValueError, match=rf"takes vectors of \d+ elements, but got shape \(3, {size}\)"):
+                backend.shapes(flow, (3, size), None, inverse)
+
+
+def test_what_is_refused_by_size_names_the_layer(backend):
+    flow = backend.build(BY_NAME["location-scale"], 2)
+    with pytest.raises(ValueError, match=r"ElementwiseAffine: takes vectors of 2 elements, but got shape \(5,\)"):
+        flow(backend.array(np.zeros(5)))
+    with pytest.raises(ValueError, match="takes vectors of 2"):
+        flow.forward_and_score(backend.array(np.zeros(5)), backend.array(np.zeros(5)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+@pytest.mark.parametrize("name", ["nsf", "realnvp-rotated"])
+def test_repeated_layers_take_points_of_less_precision(name, dtype):
+    """In jax they are a loop, of which no step may change the dtype; torch leaves it to its operations."""
+    backend = backends.get("jax")
+    x, flow = np.ones((3, 5), dtype), backend.build(BY_NAME[name], 5)
+    for inverse in (False, True):
+        found, expected = (backend.run(flow, points, None, inverse)[0] for points in (x, np.float64(x)))
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, expected)
+    y, _, score = flow.forward_and_score(backend.array(x), backend.array(np.ones((3, 5), "float32")))
+    assert y.dtype == score.dtype == np.float64
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.context], ids=lambda case: case.name)
 def test_wrong_context_is_named(backend, case):
     x = np.zeros((2, case.dim))

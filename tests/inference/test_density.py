@@ -125,6 +125,12 @@ def test_draws_of_a_mixture_carry_the_gradient_of_every_parameter(backend):
         assert (grads[name] * direction).sum() == pytest.approx(numeric, abs=0.04), name
 
 
+@pytest.mark.parametrize("df", [None, 5.0])
+def test_a_standard_base_has_the_dtype_asked_for(backend, df):
+    x = backend.array(np.zeros((3, 2), "float32"))
+    assert backend.numpy(backend.pkg.distributions.standard_base(2, df, like=x).log_prob(x)).dtype == np.float32
+
+
 @pytest.mark.parametrize("name", ["mixture", "flexible"])
 def test_a_flow_distribution_takes_a_learned_base(backend, name):
     """Also one that is a flow's distribution itself, which NumPyro would take apart."""
@@ -276,16 +282,58 @@ def test_fit_skips_steps_that_are_not_finite(backend):
         ({"objective": "elbo"}, "objective"),
         ({"num_steps": 0}, "num_steps"),
         ({"validation": 1.0}, "validation"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive, but got -1.0"),
+        ({"patience": 0}, "patience must be at least 1"),
+        ({"context": np.zeros((9, 1), "float32")}, "context must be finite, of shape .* n = 10 .* has shape"),
+        ({"context": np.full((10, 1), np.nan, "float32")}, "context must be finite"),
     ],
 )
 def test_bad_options_are_named(backend, options, message):
     flow, data = flow_of(backend, "realnvp", 2), np.zeros((10, 2), "float32")
     with pytest.raises(ValueError, match=message):
         fit(backend, flow, data, **options)
-    with pytest.raises(ValueError, match="finite"):
+
+
+def test_bad_data_flows_and_bases_are_named(backend):
+    flow, data = flow_of(backend, "realnvp", 2), np.zeros((10, 2), "float32")
+    with pytest.raises(ValueError, match="data must be finite"):
         fit(backend, flow, data + np.float32("nan"))
+    with pytest.raises(ValueError, match=r"takes vectors of 2 elements, but got shape \(\d+, 3\)"):
+        fit(backend, flow, np.zeros((10, 3), "float32"))
     with pytest.raises(TypeError, match="single Continuous"):
         fit(backend, flow, data, objective="flow_matching")
+    with pytest.raises(TypeError, match="flow must be a TransformModule, but got maf. A class or factory must be call"):
+        fit(backend, backend.pkg.flows.maf, data)
+    module = backend.pkg.distributions
+    with pytest.raises(TypeError, match="base must be a distribution or a Base, but got MixtureBase"):
+        fit(backend, flow, data, base=module.MixtureBase)
+    loc = backend.array(np.zeros(2, "float32"))
+    normal = (
+        backend.torch.distributions if backend.name == "torch" else importlib.import_module("numpyro").distributions
+    ).Normal
+    for base in (normal(loc, 1.0), module.standard_base(3), module.LocScaleBase(3)):
+        with pytest.raises(ValueError, match=r"base must be .* event shape \(2,\), but has"):
+            fit(backend, flow, data, base=base)
+
+
+@pytest.mark.parametrize(
+    "data", [np.ones((10, 2)), np.ones((10, 2), int), [[1, 2], [3, 4]]], ids=["f64", "int", "list"]
+)
+def test_data_are_taken_in_the_dtype_of_the_flow(backend, data):
+    flow = flow_of(backend, "maf", 2, 1, (4,), context_dim=2)
+    options = {"context": data, "num_steps": 1, "progress_bar": False}
+    density, _ = backend.pkg.fit_density(flow, data, **options, **keyed(backend))
+    given = density.condition(backend.array(np.ones(2, "float32")))
+    assert backend.numpy(given.log_prob(backend.array(np.ones(2, "float32")))).dtype == np.float32
+
+
+def test_a_fit_needs_gradients_and_takes_them_where_it_can():
+    backend = backends.get("torch")
+    flow, data = flow_of(backend, "realnvp", 2, 1, (4,)), np.ones((10, 2), "float32")
+    with backend.torch.no_grad():
+        assert len(fit(backend, flow, data, num_steps=2)[1].losses) == 2
+    with backend.torch.inference_mode(), pytest.raises(RuntimeError, match="fit_density: torch.inference_mode"):
+        fit(backend, flow, data)
 
 
 @pytest.mark.optimised

@@ -122,6 +122,12 @@ def test_compare(fitter):
         fitter.pkg.compare({})
 
 
+@pytest.mark.parametrize("given, message", [([3], "must be a dict .* got list"), ({"a": 3}, "{'a': 'int'} are not")])
+def test_what_cannot_be_compared_is_named(fitter, given, message):
+    with pytest.raises(TypeError, match=message):
+        fitter.pkg.compare(given)
+
+
 def test_models_without_observed_sites_have_no_cross_validation(fitter):
     posterior = fitter.run("gamma", flow=fitter.pkg.flows.nice, num_steps=20, num_particles=64)
     with warnings.catch_warnings():
