@@ -6,12 +6,14 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from jax import Array, lax
 
 from numpyro_flows import _arviz, diagnosis, evidence, refinement, serialization
@@ -39,6 +41,7 @@ GAP_GOOD = 0.05  # nats of KL divergence, as far as ten latents go, below which 
 MEAN_ERROR_GOOD, SD_ERROR_GOOD = 0.1, 0.1  # in standard deviations, and in logarithms of their ratio
 MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
 FLOW_ERROR_BAD = 0.02  # nats of log-determinant, or standard deviations of a round trip
+_GIVE_ITS_MODEL = "Give the model that the posterior was fitted to."
 
 
 def tolerated(nats: float, dim: int) -> float:
@@ -108,39 +111,58 @@ class FlowPosterior:
         """The transform without the model's arguments, and the base."""
         return with_density(self._transform, None), self._distribution.base_dist
 
-    def _constrain(self, u: Array) -> dict[str, Array]:
+    def _constrain(self, u: Array, deterministic: bool = True) -> dict[str, Array]:
         """Latent and deterministic sites at points ``(n, dim)``."""
-        return self._programs(_constrained, self.log_density, u)
+        sites = self._programs(_constrained, self.log_density, u)
+        return sites if deterministic else {name: sites[name] for name in self.log_density.site_names}
 
     def _score(self, u: Array) -> Array:
         """The model's log-density at points ``(n, dim)``."""
         return self._programs(_log_model, self.log_density, u)
 
     # -- draws and density -----------------------------------------------------------------------------------------
-    def sample(self, rng_key: Array, sample_shape: tuple[int, ...] = ()) -> dict[str, Array]:
-        """Draws of the latent and deterministic sites, each ``(*sample_shape, *site_shape)``."""
-        n = int(np.prod(sample_shape))
-        sites = self._constrain(self._distribution.sample(quick_key(rng_key), (n,)))
-        return {name: x.reshape(*sample_shape, *x.shape[1:]) for name, x in sites.items()}
+    def sample(
+        self, rng_key: Array, sample_shape: int | tuple[int, ...] = (), *, deterministic: bool = True
+    ) -> dict[str, Array]:
+        """Draws of the latent and deterministic sites, each ``(*sample_shape, *site_shape)``.
+
+        :param rng_key: random key.
+        :param sample_shape: of the draws; a number ``n`` is ``(n,)``.
+        :param deterministic: whether to give the deterministic sites. (``Predictive`` computes them anew.)
+        :raises TypeError: if ``rng_key`` is no key.
+        :raises ValueError: if ``sample_shape`` is neither a size nor a tuple of sizes.
+        """
+        rng_key, shape = refinement.checked_key("sample", rng_key), _sizes(sample_shape)
+        sites = self._constrain(self._distribution.sample(rng_key, (math.prod(shape),)), deterministic)
+        return {name: x.reshape(*shape, *x.shape[1:]) for name, x in sites.items()}
 
     def log_prob(self, samples: dict[str, Array]) -> Array:
         """Exact log-density of draws of all latent sites, each ``(*batch, *site_shape)``; returns ``batch``.
 
         Densities are with respect to the constrained values (for a simplex and its like: to the coordinates of
-        ``biject_to``).
+        ``biject_to``), and minus infinity outside the support.
+
+        :raises ValueError: if a latent site is missing, or of another shape.
         """
-        shapes = {
-            name: self.guide.prototype_trace[name]["value"].shape  # type: ignore[index]
-            for name in self.log_density.site_names
-            if name in samples
-        }
-        batches = {name: jnp.shape(samples[name])[: jnp.ndim(samples[name]) - len(s)] for name, s in shapes.items()}
+        like = self.guide.init_loc
+        flat: dict[str, Array] = {}
+        batches: dict[str, tuple[int, ...]] = {}
+        for name in self.log_density.site_names:
+            shape = self.guide.prototype_trace[name]["value"].shape  # type: ignore[index]
+            if name not in samples:
+                continue
+            x = jnp.asarray(samples[name], like.dtype)
+            batches[name] = x.shape[: x.ndim - len(shape)]
+            if x.shape != batches[name] + shape:
+                raise ValueError(f"log_prob: site {name!r} must be of shape (*batch, *{shape}), but got {x.shape}.")
+            flat[name] = x.reshape(math.prod(batches[name]), *shape)
         batch = next(iter(batches.values()), ())
         if len(set(batches.values())) > 1:
             raise ValueError(f"log_prob: the sites' batch shapes differ: {batches}. Give every site the same draws.")
-        flat = {name: jnp.reshape(samples[name], (-1, *shape)) for name, shape in shapes.items()}
-        u, log_det = self._programs(_unconstrained, self.log_density, flat)
-        return (self._log_guide(u) - log_det).reshape(batch)
+        if not math.prod(batch):
+            return jnp.zeros(batch, like.dtype)
+        u, log_det, inside = self._programs(_unconstrained, self.log_density, like, flat)
+        return jnp.where(inside, self._log_guide(u) - log_det, -jnp.inf).reshape(batch)
 
     def _log_guide(self, u: Array) -> Array:
         """Log-density of points ``(n, dim)`` of the unconstrained space: minus infinity outside the flow's image."""
@@ -148,13 +170,23 @@ class FlowPosterior:
         padded = jnp.pad(u, ((0, n - len(u)), (0, 0)), mode="edge") if len(u) else jnp.zeros((n, u.shape[-1]), u.dtype)
         return self._programs(_log_guide, *self._flow, self.log_density, padded)[: len(u)]
 
-    def importance_resample(self, rng_key: Array, num_samples: int = 4000) -> dict[str, Array]:
-        """Draws of all sites with the guide's error mended: resampled by Pareto-smoothed importance weights.
+    def importance_resample(
+        self, rng_key: Array, num_samples: int = 4000, *, deterministic: bool = True
+    ) -> dict[str, Array]:
+        """Draws with the guide's error mended: resampled by Pareto-smoothed importance weights.
 
         Each ``(num_samples, *site_shape)``. Warns where Pareto k says that the weights cannot be trusted.
+
+        :param rng_key: random key.
+        :param num_samples: draws.
+        :param deterministic: as of :meth:`sample`.
+        :raises TypeError: if ``rng_key`` is no key.
+        :raises ValueError: if ``num_samples`` is no positive integer.
         """
+        rng_key = refinement.checked_key("importance_resample", rng_key)
+        refinement.check_number("importance_resample", "num_samples", num_samples, 1)
         self._warn_if_unreliable("importance_resample")
-        return self._constrain(self.draws.unconstrained[self._resampled(rng_key, (num_samples,))])
+        return self._constrain(self.draws.unconstrained[self._resampled(rng_key, (num_samples,))], deterministic)
 
     def _resampled(self, rng_key: Array, shape: tuple[int, ...]) -> np.ndarray:
         """Indices of ``draws``, drawn by their smoothed importance weights."""
@@ -198,6 +230,7 @@ class FlowPosterior:
             proper (:meth:`RefinedPosterior.adapt`): for guides of a short fit, or that miss a tail.
         :param progress_bar: whether to show one.
         :returns: a :class:`RefinedPosterior`: draws, R-hat, ESS, acceptance rates, evidence by bridge sampling.
+        :raises TypeError: if ``rng_key`` is no key.
         :raises ValueError: for an unknown method, and numbers with which nothing can be drawn.
         :raises KeyboardInterrupt: if interrupted before the first draw.
         """
@@ -464,7 +497,9 @@ class FlowPosterior:
         :param num_samples: draws, at most ``num_draws``.
         :param log_likelihood: adds the group of that name: of each observation. ``arviz.loo`` takes draws for the
             posterior's, so give it ``refine(...).to_arviz(log_likelihood=True)`` where the guide is not good.
+        :raises ValueError: if ``num_samples`` is no positive integer.
         """
+        refinement.check_number("to_arviz", "num_samples", num_samples, 1)
         n = min(num_samples, self.num_draws)
         sites = {name: np.asarray(x)[None] for name, x in self._constrain(self.draws.unconstrained[:n]).items()}
         stats = {
@@ -483,7 +518,7 @@ class FlowPosterior:
         }
         return _arviz.from_groups({name: group for name, group in groups.items() if group}, attrs)
 
-    def plot(self, var_names: list[str] | None = None, num_samples: int = 2000, *, kind: str = "summary") -> Any:
+    def plot(self, var_names: str | list[str] | None = None, num_samples: int = 2000, *, kind: str = "summary") -> Any:
         """Draws the posterior.
 
         - ``kind="summary"``: the ELBO of every step, the importance ratios with Pareto k, and each variable's marginal,
@@ -496,8 +531,9 @@ class FlowPosterior:
         :param num_samples: draws shown.
         :param kind: one of the above.
         :returns: the matplotlib figure.
-        :raises ValueError: for another kind, and for names that are no sites.
+        :raises ValueError: for another kind, names that are no sites, and if ``num_samples`` is no positive integer.
         """
+        refinement.check_number("plot", "num_samples", num_samples, 1)
         if kind == "summary":
             return _arviz.plot(self, var_names, num_samples)
         if kind != "pair":
@@ -533,6 +569,8 @@ class FlowPosterior:
             "key": words_of(self._key),
             "num_modes": self._num_modes,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
+            "departure": vars(self).get("departure"),  # whose gradients are among the history's
+            "latents": _landmarks(self.log_density),
         }
         for prefix, module in (("transform", self._transform), ("base", self._base)):
             weights = {} if module is None else serialization.state_dict(module)
@@ -551,7 +589,8 @@ class FlowPosterior:
         :param base: the factory of its learned base, needed if it was not one of ``distributions`` or a ``partial`` of
             one.
         :raises TypeError: if ``flow`` or ``base`` is no factory; the model's arguments are in the file.
-        :raises ValueError: if the file is not a posterior's, or the weights do not fit the model and the flow.
+        :raises ValueError: if the file is not a posterior's, or its latents are not the model's, or the weights do not
+            fit the flow.
         """
         for name, given in (("flow", flow), ("base", base)):
             if not (given is None or callable(given)):
@@ -573,6 +612,8 @@ class FlowPosterior:
         args, kwargs = tuple(arguments["args"]), arguments["kwargs"]
         guide = AutoFlow(model, factory, base=base, **metadata["guide"])
         log_density = guide.log_density(*args, **kwargs)
+        if "latents" in metadata:
+            _check_latents(log_density, metadata["latents"])
         if metadata["scale_is_matrix"]:
             guide.start_at(guide.init_loc, jnp.eye(guide.latent_dim))
         if metadata.get("centered"):
@@ -593,7 +634,34 @@ class FlowPosterior:
         if "key" in metadata:
             found._key = key_of(*metadata["key"])  # for the same draws, and the same verdict
         found._num_modes = metadata.get("num_modes", 0)
+        if metadata.get("departure"):
+            found.departure = Departure(*metadata["departure"])
         return found
+
+
+def _sizes(sample_shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    shape = (sample_shape,) if isinstance(sample_shape, Integral) else sample_shape
+    if not (isinstance(shape, tuple | list) and all(isinstance(n, Integral) and n >= 0 for n in shape)):
+        raise ValueError(f"sample: sample_shape must be a size or a tuple of sizes, but got {sample_shape!r}.")
+    return tuple(map(int, shape))
+
+
+def _landmarks(log_density: LogDensity) -> dict[str, Any]:
+    """Where the latents are if all unconstrained ones are 1: it tells their order, shapes and supports."""
+    with numpyro.validation_enabled(False):
+        sites = log_density.constrain(jnp.ones(log_density.dim))
+    return {name: sites[name].tolist() for name in log_density.site_names}
+
+
+def _check_latents(log_density: LogDensity, saved: dict[str, Any]) -> None:
+    """Raises a ``ValueError`` unless the model's latents are those of a file."""
+    found = _landmarks(log_density)
+    here, there = ([(name, np.shape(x)) for name, x in sites.items()] for sites in (found, saved))
+    if here != there:
+        raise ValueError(f"load: the model's latents are {here}, but those in the file are {there}. {_GIVE_ITS_MODEL}")
+    moved = [name for name, x in found.items() if not np.allclose(x, saved[name], 1e-3, 1e-6, equal_nan=True)]
+    if moved:
+        raise ValueError(f"load: the support of {moved} in the model is not that in the file. {_GIVE_ITS_MODEL}")
 
 
 # -- what is compiled, of transforms without the model's arguments -----------------------------------------------------
@@ -601,8 +669,17 @@ def _constrained(log_density: LogDensity, u: Array) -> dict[str, Array]:
     return lax.map(log_density.constrain, u, batch_size=_BATCH)
 
 
-def _unconstrained(log_density: LogDensity, samples: dict[str, Array]) -> tuple[Array, Array]:
-    return lax.map(log_density.unconstrain, samples, batch_size=_BATCH)
+def _unconstrained(log_density: LogDensity, like: Array, samples: dict[str, Array]) -> tuple[Array, Array, Array]:
+    slack = jnp.finfo(like.dtype).eps ** 0.5
+
+    def one(draw: dict[str, Array]) -> tuple[Array, Array, Array]:
+        u, log_det = log_density.unconstrain(draw)
+        u = jnp.where(jnp.isfinite(u), u, like)
+        back = log_density.constrain(u)  # not where it came from, if that is outside the support
+        inside = jnp.stack([jnp.isclose(back[name], x, slack, slack).all() for name, x in draw.items()]).all()
+        return u, log_det, inside
+
+    return lax.map(one, samples, batch_size=_BATCH)
 
 
 def _log_model(log_density: LogDensity, u: Array) -> Array:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import cached_property
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -21,7 +22,7 @@ from numpyro_flows.density import _fit_modules
 from numpyro_flows.evidence import Estimate
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.noncentering import forward_and_log_density, inverse, with_density
-from numpyro_flows.programs import Programs, quick_key
+from numpyro_flows.programs import Programs, is_array, quick_key
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 METHODS = ("resample", "flow_mh", "nuts")
@@ -127,14 +128,15 @@ class RefinedPosterior:
         sites = self.posterior._constrain(self.unconstrained.reshape(-1, self.unconstrained.shape[-1]))
         return {name: x.reshape(*shape, *x.shape[1:]) for name, x in sites.items()}
 
-    def get_samples(self, group_by_chain: bool = False) -> dict[str, Array]:
+    def get_samples(self, group_by_chain: bool = False, *, deterministic: bool = True) -> dict[str, Array]:
         """Draws of the latent and deterministic sites, as NumPyro's ``MCMC`` gives them.
 
-        Each ``(chains * draws, *site_shape)``, with ``group_by_chain`` ``(chains, draws, *site_shape)``.
+        :param group_by_chain: whether each is ``(chains, draws, *site_shape)``, not ``(chains * draws, *site_shape)``.
+        :param deterministic: whether to give the deterministic sites, as of :meth:`FlowPosterior.sample`.
         """
-        if group_by_chain:
-            return dict(self._sites)
-        return {name: x.reshape(-1, *x.shape[2:]) for name, x in self._sites.items()}
+        names = self._sites if deterministic else self.posterior.log_density.site_names
+        sites = {name: self._sites[name] for name in names}
+        return sites if group_by_chain else {name: x.reshape(-1, *x.shape[2:]) for name, x in sites.items()}
 
     def adapt(self, rng_key: Array, *, num_steps: int = 1000, progress_bar: bool = True) -> Any:
         """The guide with its flow trained further on these draws, by maximum likelihood: a new ``FlowPosterior``.
@@ -146,14 +148,16 @@ class RefinedPosterior:
         :param rng_key: random key.
         :param num_steps: gradient steps at most.
         :param progress_bar: whether to show one.
+        :raises TypeError: if ``rng_key`` is no key.
         """
+        rng_key = checked_key("adapt", rng_key)
         guide, old = self.posterior.guide, self.posterior._transform
         outer = Compose(guide.outer_layers)
         inner = Compose(old.layers[: -len(guide.outer_layers)])
         base = guide.get_base_dist(self.posterior.params) if self.posterior._base is None else self.posterior._base
         flat = self.unconstrained.reshape(-1, self.unconstrained.shape[-1])
         x, _ = self.posterior._programs(inverse, with_density(outer, None), self.posterior.log_density, flat)
-        fit_key, draw_key = jax.random.split(quick_key(rng_key))
+        fit_key, draw_key = jax.random.split(rng_key)
         trained, learned_base, _, fit = _fit_modules(
             inner,
             x,
@@ -315,9 +319,10 @@ class RefinedPosterior:
     def _weighted(self) -> RefinedPosterior:
         return self
 
-    def plot(self, var_names: list[str] | None = None) -> Any:
+    def plot(self, var_names: str | list[str] | None = None) -> Any:
         """Draws each variable's marginal and its draws by chain.
 
+        :param var_names: latent or deterministic sites, all unless given.
         :returns: the matplotlib figure.
         """
         return _arviz.plot_chains(self.to_arviz(), var_names)
@@ -337,8 +342,8 @@ def refine(
     progress_bar: bool = True,
 ) -> RefinedPosterior:
     """See :meth:`FlowPosterior.refine`."""
-    check_options(method, num_samples, num_warmup, num_chains)
-    rng_key = quick_key(rng_key)
+    check_options(method, num_samples, num_warmup, num_chains, target_accept_prob, max_tree_depth)
+    rng_key = checked_key("refine", rng_key)
     begin = time.perf_counter()
     before = {"fit": posterior.history.gradients}
     if adapt and method != "resample":
@@ -522,12 +527,29 @@ def _chains(draws: list[np.ndarray], chains: int, dim: int) -> np.ndarray:
     return np.concatenate(draws).swapaxes(0, 1) if draws else np.zeros((chains, 0, dim))
 
 
-def check_options(method: str, num_samples: int, num_warmup: int, num_chains: int) -> None:
+def check_options(
+    method: str, num_samples: int, num_warmup: int, num_chains: int, target_accept_prob: float, max_tree_depth: int
+) -> None:
     """Raises a ``ValueError`` that names the option with which nothing can be drawn."""
     if method not in METHODS:
         raise ValueError(f"refine: method must be one of {METHODS}, but got {method!r}.")
     for name, value, least in (
-        ("num_samples", num_samples, 4), ("num_warmup", num_warmup, 0), ("num_chains", num_chains, 1)
+        ("num_samples", num_samples, 4), ("num_warmup", num_warmup, 0), ("num_chains", num_chains, 1),
+        ("max_tree_depth", max_tree_depth, 1),
     ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"refine: {name} must be at least {least}, but got {value}.")
+        check_number("refine", name, value, least)
+    if not 0 < target_accept_prob < 1:
+        raise ValueError(f"refine: target_accept_prob must lie between 0 and 1, but got {target_accept_prob}.")
+
+
+def checked_key(owner: str, rng_key: Array) -> Array:
+    """:func:`quick_key` of a key; a ``TypeError`` for anything else."""
+    if not is_array(rng_key):
+        raise TypeError(f"{owner}: rng_key must be a key of jax.random and comes first, but got {rng_key!r}.")
+    return quick_key(rng_key)
+
+
+def check_number(owner: str, name: str, value: int, least: int) -> None:
+    """Raises a ``ValueError`` unless ``value`` is an integer of at least ``least``."""
+    if not (isinstance(value, Integral) and value >= least):
+        raise ValueError(f"{owner}: {name} must be an integer of at least {least}, but got {value!r}.")

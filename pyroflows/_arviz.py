@@ -106,7 +106,7 @@ def _groups(data: Any) -> list[str]:
     return list(data.children) if _HAS_DATA_TREE else list(data.groups())
 
 
-def plot_chains(data: Any, var_names: list[str] | None) -> Any:
+def plot_chains(data: Any, var_names: str | list[str] | None) -> Any:
     """The figure of ``RefinedPosterior.plot``: marginals by chain, and draws in their order."""
     import matplotlib.pyplot as plt
 
@@ -124,9 +124,9 @@ def plot_chains(data: Any, var_names: list[str] | None) -> Any:
     return figure
 
 
-def _panels(data: Any, var_names: list[str] | None) -> list[tuple[str, np.ndarray]]:
+def _panels(data: Any, var_names: str | list[str] | None) -> list[tuple[str, np.ndarray]]:
     """Label and draws ``(chains, draws)`` of every element of the variables."""
-    names = list(data.data_vars) if var_names is None else var_names
+    names = list(data.data_vars) if var_names is None else [var_names] if isinstance(var_names, str) else var_names
     unknown = [name for name in names if name not in data]
     if unknown:
         raise ValueError(f"plot: var_names {unknown} are not among {list(data.data_vars)}.")
@@ -137,7 +137,7 @@ def _panels(data: Any, var_names: list[str] | None) -> list[tuple[str, np.ndarra
     ]
 
 
-def plot(posterior: Any, var_names: list[str] | None, num_samples: int) -> Any:
+def plot(posterior: Any, var_names: str | list[str] | None, num_samples: int) -> Any:
     """The figure of ``FlowPosterior.plot``: ELBO by step, importance ratios, marginals of guide and resampled draws."""
     import matplotlib.pyplot as plt
 
@@ -168,7 +168,7 @@ def plot(posterior: Any, var_names: list[str] | None, num_samples: int) -> Any:
     return figure
 
 
-def plot_pair(data: Any, var_names: list[str] | None) -> Any:
+def plot_pair(data: Any, var_names: str | list[str] | None) -> Any:
     """The figure of ``plot(kind="pair")``: ArviZ's, of every element of the variables against every other."""
     import matplotlib.pyplot as plt
 

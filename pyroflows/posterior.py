@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ GAP_GOOD = 0.05  # nats of KL divergence, as far as ten latents go, below which 
 MEAN_ERROR_GOOD, SD_ERROR_GOOD = 0.1, 0.1  # in standard deviations, and in logarithms of their ratio
 MISSED_BAD = 0.01  # share of the posterior that a guide must not miss
 FLOW_ERROR_BAD = 0.02  # nats of log-determinant, or standard deviations of a round trip
+_GIVE_ITS_MODEL = "Give the model that the posterior was fitted to."
 
 
 def tolerated(nats: float, dim: int) -> float:
@@ -89,31 +91,52 @@ class FlowPosterior:
 
     # -- draws and density -----------------------------------------------------------------------------------------
     @torch.no_grad()
-    def sample(self, sample_shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
-        """Draws of the latent and deterministic sites, each ``(*sample_shape, *site_shape)``."""
-        n = int(np.prod(sample_shape))
-        sites = self._constrain(self._distribution.sample((n,)))
-        return {name: x.reshape((*sample_shape, *x.shape[1:])) for name, x in sites.items()}
+    def sample(self, sample_shape: int | tuple[int, ...] = (), *, deterministic: bool = False) -> dict[str, Tensor]:
+        """Draws of the latent sites, each ``(*sample_shape, *site_shape)``, as ``Predictive`` takes them.
+
+        :param sample_shape: of the draws; a number ``n`` is ``(n,)``.
+        :param deterministic: whether to give the deterministic sites too. (``Predictive`` would take these for given,
+            and not compute them from new covariates.)
+        :raises ValueError: if ``sample_shape`` is neither a size nor a tuple of sizes.
+        """
+        shape = _sizes(sample_shape)
+        sites = self._constrain(self._distribution.sample((math.prod(shape),)), deterministic)
+        return {name: x.reshape((*shape, *x.shape[1:])) for name, x in sites.items()}
 
     @torch.no_grad()
     def log_prob(self, samples: dict[str, Tensor]) -> Tensor:
         """Exact log-density of draws of all latent sites, each ``(*batch, *site_shape)``; returns ``batch``.
 
         Densities are with respect to the constrained values (for a simplex and its like: to the coordinates of
-        ``biject_to``).
+        ``biject_to``), and minus infinity outside the support.
+
+        :raises ValueError: if a latent site is missing, or of another shape.
         """
-        shapes = {
-            name: self.guide.prototype_trace.nodes[name]["value"].shape
-            for name in self.log_density.site_names
-            if name in samples
-        }
-        batches = {name: samples[name].shape[: samples[name].dim() - len(s)] for name, s in shapes.items()}
-        batch = next(iter(batches.values()), torch.Size())
+        like = self.log_density.prototype
+        flat: dict[str, Tensor] = {}
+        batches: dict[str, tuple[int, ...]] = {}
+        for name in self.log_density.site_names:
+            shape = self.guide.prototype_trace.nodes[name]["value"].shape
+            if name not in samples:
+                continue
+            x = torch.as_tensor(samples[name]).to(like)
+            batches[name] = tuple(x.shape[: x.dim() - len(shape)])
+            if x.shape != batches[name] + shape:
+                raise ValueError(
+                    f"log_prob: site {name!r} must be of shape (*batch, *{tuple(shape)}), but got {tuple(x.shape)}."
+                )
+            flat[name] = x.reshape(math.prod(batches[name]), *shape)
+        batch = next(iter(batches.values()), ())
         if len(set(batches.values())) > 1:
             raise ValueError(f"log_prob: the sites' batch shapes differ: {batches}. Give every site the same draws.")
-        flat = {name: samples[name].reshape(-1, *shape) for name, shape in shapes.items()}
+        if not math.prod(batch):
+            return like.new_zeros(batch)
         u, log_det = self.log_density.unconstrain(flat)
-        return (self._log_guide(u) - log_det).reshape(batch)
+        u = torch.where(torch.isfinite(u), u, like)
+        back, slack = self._constrain(u), torch.finfo(like.dtype).eps ** 0.5  # not where it came from, if outside
+        close = [torch.isclose(back[name], x, slack, slack)[..., None].flatten(1).all(1) for name, x in flat.items()]
+        inside = torch.stack(close).all(0)
+        return torch.where(inside, self._log_guide(u) - log_det, -torch.inf).reshape(batch)
 
     @torch.no_grad()
     def _log_guide(self, u: Tensor) -> Tensor:
@@ -123,13 +146,18 @@ class FlowPosterior:
         log_base = self._distribution.base_dist.log_prob(torch.where(inside[:, None], x, 0.0))
         return torch.where(inside, log_base + log_det, -torch.inf)
 
-    def importance_resample(self, num_samples: int = 4000) -> dict[str, Tensor]:
-        """Draws of all sites with the guide's error mended: resampled by Pareto-smoothed importance weights.
+    def importance_resample(self, num_samples: int = 4000, *, deterministic: bool = False) -> dict[str, Tensor]:
+        """Draws with the guide's error mended: resampled by Pareto-smoothed importance weights.
 
         Each ``(num_samples, *site_shape)``. Warns where Pareto k says that the weights cannot be trusted.
+
+        :param num_samples: draws.
+        :param deterministic: as of :meth:`sample`.
+        :raises ValueError: if ``num_samples`` is no positive integer.
         """
+        refinement.check_number("importance_resample", "num_samples", num_samples, 1)
         self._warn_if_unreliable("importance_resample")
-        return self._constrain(self.draws.unconstrained[self._resampled((num_samples,))])
+        return self._constrain(self.draws.unconstrained[self._resampled((num_samples,))], deterministic)
 
     def _resampled(self, shape: tuple[int, ...]) -> np.ndarray:
         """Indices of ``draws``, drawn by their smoothed importance weights."""
@@ -187,9 +215,11 @@ class FlowPosterior:
             progress_bar=progress_bar,
         )
 
-    def _constrain(self, u: Tensor) -> dict[str, Tensor]:
-        parts = [self.log_density.constrain(part) for part in u.split(_BATCH)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    def _constrain(self, u: Tensor, deterministic: bool = True) -> dict[str, Tensor]:
+        rows = u if len(u) else self.log_density.prototype[None]  # a model may not run for no draws
+        parts = [self.log_density.constrain(part) for part in rows.split(_BATCH)]
+        names = list(parts[0]) if deterministic else self.log_density.site_names
+        return {name: torch.cat([part[name] for part in parts])[: len(u)] for name in names}
 
     # -- diagnostics -----------------------------------------------------------------------------------------------
     @cached_property
@@ -313,6 +343,7 @@ class FlowPosterior:
         return self.history.missed >= MISSED_BAD
 
     @cached_property
+    @torch.enable_grad()
     def flow_error(self) -> float:
         """How wrong the flow is at sixteen draws, for every other number stands on it.
 
@@ -452,7 +483,9 @@ class FlowPosterior:
         :param num_samples: draws, at most ``num_draws``.
         :param log_likelihood: adds the group of that name: of each observation. ``arviz.loo`` takes draws for the
             posterior's, so give it ``refine(...).to_arviz(log_likelihood=True)`` where the guide is not good.
+        :raises ValueError: if ``num_samples`` is no positive integer.
         """
+        refinement.check_number("to_arviz", "num_samples", num_samples, 1)
         n = min(num_samples, self.num_draws)
         sites = {name: x.numpy(force=True)[None] for name, x in self._constrain(self.draws.unconstrained[:n]).items()}
         stats = {
@@ -471,7 +504,7 @@ class FlowPosterior:
         }
         return _arviz.from_groups({name: group for name, group in groups.items() if group}, attrs)
 
-    def plot(self, var_names: list[str] | None = None, num_samples: int = 2000, *, kind: str = "summary") -> Any:
+    def plot(self, var_names: str | list[str] | None = None, num_samples: int = 2000, *, kind: str = "summary") -> Any:
         """Draws the posterior.
 
         - ``kind="summary"``: the ELBO of every step, the importance ratios with Pareto k, and each variable's marginal,
@@ -484,8 +517,9 @@ class FlowPosterior:
         :param num_samples: draws shown.
         :param kind: one of the above.
         :returns: the matplotlib figure.
-        :raises ValueError: for another kind, and for names that are no sites.
+        :raises ValueError: for another kind, names that are no sites, and if ``num_samples`` is no positive integer.
         """
+        refinement.check_number("plot", "num_samples", num_samples, 1)
         if kind == "summary":
             return _arviz.plot(self, var_names, num_samples)
         if kind != "pair":
@@ -523,6 +557,8 @@ class FlowPosterior:
             "seed": self._seed,
             "num_modes": self._num_modes,
             "history": self.history._replace(elbo=None)._asdict(),  # type: ignore[arg-type]
+            "departure": vars(self).get("departure"),  # whose gradients are among the history's
+            "latents": _landmarks(self.log_density),
         }
         for prefix, module in (("transform", self._transform), ("base", self._base)):
             weights = {} if module is None else serialization.state_dict(module)
@@ -541,7 +577,8 @@ class FlowPosterior:
         :param base: the factory of its learned base, needed if it was not one of ``distributions`` or a ``partial`` of
             one.
         :raises TypeError: if ``flow`` or ``base`` is no factory; the model's arguments are in the file.
-        :raises ValueError: if the file is not a posterior's, or the weights do not fit the model and the flow.
+        :raises ValueError: if the file is not a posterior's, or its latents are not the model's, or the weights do not
+            fit the flow.
         """
         for name, given in (("flow", flow), ("base", base)):
             if not (given is None or callable(given)):
@@ -563,6 +600,8 @@ class FlowPosterior:
         args, kwargs = tuple(arguments["args"]), arguments["kwargs"]
         guide = AutoFlow(model, factory, base=base, **metadata["guide"])
         log_density = guide.log_density(*args, **kwargs)
+        if "latents" in metadata:
+            _check_latents(log_density, metadata["latents"])
         if metadata["scale_is_matrix"]:
             guide.start_at(guide.init_loc, torch.eye(guide.latent_dim))
         if metadata.get("centered"):
@@ -579,4 +618,30 @@ class FlowPosterior:
         found = cls(guide, log_density, history, num_draws=metadata["num_draws"])
         found._seed = metadata.get("seed", found._seed)  # for the same draws, and verdict
         found._num_modes = metadata.get("num_modes", 0)
+        if metadata.get("departure"):
+            found.departure = Departure(*metadata["departure"])
         return found
+
+
+def _sizes(sample_shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    shape = (sample_shape,) if isinstance(sample_shape, Integral) else sample_shape
+    if not (isinstance(shape, tuple | list) and all(isinstance(n, Integral) and n >= 0 for n in shape)):
+        raise ValueError(f"sample: sample_shape must be a size or a tuple of sizes, but got {sample_shape!r}.")
+    return tuple(map(int, shape))
+
+
+def _landmarks(log_density: LogDensity) -> dict[str, Any]:
+    """Where the latents are if all unconstrained ones are 1: it tells their order, shapes and supports."""
+    sites = log_density.constrain(torch.ones_like(log_density.prototype)[None])
+    return {name: sites[name][0].tolist() for name in log_density.site_names}
+
+
+def _check_latents(log_density: LogDensity, saved: dict[str, Any]) -> None:
+    """Raises a ``ValueError`` unless the model's latents are those of a file."""
+    found = _landmarks(log_density)
+    here, there = ([(name, np.shape(x)) for name, x in sites.items()] for sites in (found, saved))
+    if here != there:
+        raise ValueError(f"load: the model's latents are {here}, but those in the file are {there}. {_GIVE_ITS_MODEL}")
+    moved = [name for name, x in found.items() if not np.allclose(x, saved[name], 1e-3, 1e-6, equal_nan=True)]
+    if moved:
+        raise ValueError(f"load: the support of {moved} in the model is not that in the file. {_GIVE_ITS_MODEL}")

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import cached_property
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,15 +126,17 @@ class RefinedPosterior:
         sites = self.posterior._constrain(self.unconstrained.reshape(-1, self.unconstrained.shape[-1]))
         return {name: x.reshape(*shape, *x.shape[1:]) for name, x in sites.items()}
 
-    def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """Draws of the latent and deterministic sites, as Pyro's ``MCMC`` gives them.
+    def get_samples(self, group_by_chain: bool = False, *, deterministic: bool = False) -> dict[str, Tensor]:
+        """Draws of the latent sites, as Pyro's ``MCMC`` gives them.
 
-        Each ``(chains * draws, *site_shape)``, with ``group_by_chain`` ``(chains, draws, *site_shape)``.
+        :param group_by_chain: whether each is ``(chains, draws, *site_shape)``, not ``(chains * draws, *site_shape)``.
+        :param deterministic: whether to give the deterministic sites too, as of :meth:`FlowPosterior.sample`.
         """
-        if group_by_chain:
-            return dict(self._sites)
-        return {name: x.reshape(-1, *x.shape[2:]) for name, x in self._sites.items()}
+        names = self._sites if deterministic else self.posterior.log_density.site_names
+        sites = {name: self._sites[name] for name in names}
+        return sites if group_by_chain else {name: x.flatten(0, 1) for name, x in sites.items()}
 
+    @torch.enable_grad()
     def adapt(self, *, num_steps: int = 1000, progress_bar: bool = True) -> Any:
         """The guide with its flow trained further on these draws, by maximum likelihood: a new ``FlowPosterior``.
 
@@ -307,9 +310,10 @@ class RefinedPosterior:
     def _weighted(self) -> RefinedPosterior:
         return self
 
-    def plot(self, var_names: list[str] | None = None) -> Any:
+    def plot(self, var_names: str | list[str] | None = None) -> Any:
         """Draws each variable's marginal and its draws by chain.
 
+        :param var_names: latent or deterministic sites, all unless given.
         :returns: the matplotlib figure.
         """
         return _arviz.plot_chains(self.to_arviz(), var_names)
@@ -328,7 +332,7 @@ def refine(
     progress_bar: bool = True,
 ) -> RefinedPosterior:
     """See :meth:`FlowPosterior.refine`."""
-    check_options(method, num_samples, num_warmup, num_chains)
+    check_options(method, num_samples, num_warmup, num_chains, target_accept_prob, max_tree_depth)
     begin = time.perf_counter()
     before = {"fit": posterior.history.gradients}
     if adapt and method != "resample":
@@ -441,6 +445,7 @@ def _choose(accepted: Tensor, proposal: _Chain, state: _Chain) -> _Chain:
     return _Chain(*(choose(new, old) for new, old in zip(proposal, state, strict=True)))
 
 
+@torch.enable_grad()
 def _nuts(space: BaseSpace, z: Tensor, num_warmup: int, num_samples: int, bar: tqdm, options: dict) -> Run:
     """NUTS in the base space, the chains in turns (neural transport, Hoffman et al. 2019)."""
     gradients = {"warm-up": 0, "sampling": 0}
@@ -478,12 +483,22 @@ def _chains(draws: list[Tensor], starts: Tensor) -> Tensor:
     return torch.stack(draws, 1) if draws else starts[:, None][:, :0]
 
 
-def check_options(method: str, num_samples: int, num_warmup: int, num_chains: int) -> None:
+def check_options(
+    method: str, num_samples: int, num_warmup: int, num_chains: int, target_accept_prob: float, max_tree_depth: int
+) -> None:
     """Raises a ``ValueError`` that names the option with which nothing can be drawn."""
     if method not in METHODS:
         raise ValueError(f"refine: method must be one of {METHODS}, but got {method!r}.")
     for name, value, least in (
-        ("num_samples", num_samples, 4), ("num_warmup", num_warmup, 0), ("num_chains", num_chains, 1)
+        ("num_samples", num_samples, 4), ("num_warmup", num_warmup, 0), ("num_chains", num_chains, 1),
+        ("max_tree_depth", max_tree_depth, 1),
     ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"refine: {name} must be at least {least}, but got {value}.")
+        check_number("refine", name, value, least)
+    if not 0 < target_accept_prob < 1:
+        raise ValueError(f"refine: target_accept_prob must lie between 0 and 1, but got {target_accept_prob}.")
+
+
+def check_number(owner: str, name: str, value: int, least: int) -> None:
+    """Raises a ``ValueError`` unless ``value`` is an integer of at least ``least``."""
+    if not (isinstance(value, Integral) and value >= least):
+        raise ValueError(f"{owner}: {name} must be an integer of at least {least}, but got {value!r}.")

@@ -39,6 +39,7 @@ _COMPILED = {
         "test_density.py",
         "test_evidence.py",
         "test_flow_vi.py",
+        "test_posterior.py",
         "test_programs.py",
         "test_refinement.py",
         "test_reparam.py",

@@ -56,7 +56,7 @@ def draws_of(backend: str, fitted: Any, seed: int, n: int = 20_000) -> list[dict
     key = (importlib.import_module("jax").random.key(seed + 1),) if backend == "numpyro" else ()
     return [
         {name: np.asarray(x) for name, x in d.items()}
-        for d in (fitted.sample(*key, (n,)), fitted.importance_resample(*key, n))
+        for d in (fitted.sample(*key, n, deterministic=True), fitted.importance_resample(*key, n, deterministic=True))
     ]
 
 

@@ -54,10 +54,11 @@ class Fitter:
         return posterior.refine(*self.key(seed), method, **{"progress_bar": False, **options})
 
     def sample(self, posterior, n, seed=1):
-        return {k: np.asarray(v) for k, v in posterior.sample(*self.key(seed), (n,)).items()}
+        return {k: np.asarray(v) for k, v in posterior.sample(*self.key(seed), n, deterministic=True).items()}
 
     def resample(self, posterior, n, seed=1):
-        return {k: np.asarray(v) for k, v in posterior.importance_resample(*self.key(seed), n).items()}
+        draws = posterior.importance_resample(*self.key(seed), n, deterministic=True)
+        return {k: np.asarray(v) for k, v in draws.items()}
 
 
 @contextmanager

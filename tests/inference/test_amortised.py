@@ -68,7 +68,7 @@ class Lab:
         return self.fits["mean"]
 
     def sample(self, posterior, n, seed=1):
-        return {k: np.asarray(v) for k, v in posterior.sample(*self.key(seed), (n,)).items()}
+        return {k: np.asarray(v) for k, v in posterior.sample(*self.key(seed), n, deterministic=True).items()}
 
     def calibrate(self, infer, n, seed=3, **options):
         run = self.pkg.simulation_based_calibration

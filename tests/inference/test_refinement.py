@@ -99,7 +99,7 @@ def test_scores_are_those_of_model_and_guide(fitter):
     np.testing.assert_allclose(refined.log_guide[0], log_guide, rtol=1e-8)
     log_model = posterior._score(u) if fitter.name == "jax" else posterior.log_density(u)
     np.testing.assert_allclose(refined.log_model[0], np.asarray(log_model), rtol=1e-8)
-    draws = numpy_draws(refined)
+    draws = numpy_draws(refined, deterministic=True)
     np.testing.assert_allclose(np.exp(draws["log_tau"]), draws["tau"], rtol=1e-8)
     assert draws["theta"].shape == (400, 8)
 
@@ -187,9 +187,13 @@ def test_errors(fitter):
     posterior = fitter.fit("gamma", **QUICK)
     for options, message in (
         ({"method": "gibbs"}, "method must be one of"),
-        ({"method": "nuts", "num_samples": 1}, "num_samples must be at least 4"),
-        ({"method": "nuts", "num_chains": 0}, "num_chains must be at least 1"),
-        ({"method": "nuts", "num_warmup": -1}, "num_warmup must be at least 0"),
+        ({"method": "nuts", "num_samples": 1}, "num_samples must be an integer of at least 4"),
+        ({"method": "nuts", "num_samples": 40.5}, "num_samples must be an integer of at least 4"),
+        ({"method": "nuts", "num_chains": 0}, "num_chains must be an integer of at least 1"),
+        ({"method": "nuts", "num_chains": "2"}, "num_chains must be an integer of at least 1"),
+        ({"method": "nuts", "num_warmup": -1}, "num_warmup must be an integer of at least 0"),
+        ({"method": "nuts", "max_tree_depth": 0}, "max_tree_depth must be an integer of at least 1"),
+        ({"method": "nuts", "target_accept_prob": 1.5}, "target_accept_prob must lie between 0 and 1"),
     ):
         with pytest.raises(ValueError, match=message):
             fitter.refine(posterior, **options)

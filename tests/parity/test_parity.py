@@ -163,6 +163,7 @@ OWN = {
     "LogDensity.hessian",
     "LogDensity.value_and_grad",
 }
+OWN_DEFAULTS = {"deterministic"}  # Pyro's MCMC gives the latents alone, and its Predictive conditions on all it gets
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -195,7 +196,7 @@ def test_same_names_and_signatures(twins, room):
 def same_signature(a, b, name):
     parameters = [
         [
-            (p.name, p.kind, comparable(p.default))
+            (p.name, p.kind, p.name in OWN_DEFAULTS or comparable(p.default))
             for p in inspect.signature(f).parameters.values()
             if p.name not in ECOSYSTEM
         ]
