@@ -487,7 +487,14 @@ class FlowPosterior:
         found = self._programs(_log_likelihoods, self.log_density, flat)
         return {name: np.asarray(x).reshape(*batch, *x.shape[1:]) for name, x in found.items()}
 
-    def to_arviz(self, num_samples: int = 4000, *, log_likelihood: bool = False) -> Any:
+    def to_arviz(
+        self,
+        num_samples: int = 4000,
+        *,
+        log_likelihood: bool = False,
+        coords: dict[str, Any] | None = None,
+        dims: dict[str, list[str]] | None = None,
+    ) -> Any:
         """ArviZ data (``InferenceData``, in ArviZ 1.x a ``DataTree``).
 
         Groups: ``posterior`` (draws of the guide, latent and deterministic sites), ``sample_stats`` (``lp``, the
@@ -497,7 +504,9 @@ class FlowPosterior:
         :param num_samples: draws, at most ``num_draws``.
         :param log_likelihood: adds the group of that name: of each observation. ``arviz.loo`` takes draws for the
             posterior's, so give it ``refine(...).to_arviz(log_likelihood=True)`` where the guide is not good.
-        :raises ValueError: if ``num_samples`` is no positive integer.
+        :param coords: labels of dimensions, as ArviZ takes them: ``{"school": names}``.
+        :param dims: of the sites, likewise: ``{"theta": ["school"], "y": ["school"]}``.
+        :raises ValueError: if ``num_samples`` is no positive integer, or ``dims`` names no site.
         """
         refinement.check_number("to_arviz", "num_samples", num_samples, 1)
         n = min(num_samples, self.num_draws)
@@ -516,7 +525,7 @@ class FlowPosterior:
             "elbo": self.elbo.value,
             "log_evidence": self._log_evidence().value,
         }
-        return _arviz.from_groups({name: group for name, group in groups.items() if group}, attrs)
+        return _arviz.from_groups(groups, attrs, coords, dims)
 
     def plot(self, var_names: str | list[str] | None = None, num_samples: int = 2000, *, kind: str = "summary") -> Any:
         """Draws the posterior.

@@ -298,13 +298,22 @@ class RefinedPosterior:
         print(f"Gradients: {spent}; {self.seconds:.1f} s after the fit.")
         print(self.verdict())
 
-    def to_arviz(self, log_likelihood: bool = False) -> Any:
+    def to_arviz(
+        self,
+        log_likelihood: bool = False,
+        *,
+        coords: dict[str, Any] | None = None,
+        dims: dict[str, list[str]] | None = None,
+    ) -> Any:
         """ArviZ data (``InferenceData``, in ArviZ 1.x a ``DataTree``).
 
         Groups: ``posterior`` (latent and deterministic sites by chain and draw), ``sample_stats`` (``lp``, the
         log-density under the model, and ``log_guide``, on the unconstrained space) and ``observed_data``.
 
         :param log_likelihood: adds the group of that name: of each observation, for ``arviz.loo``.
+        :param coords: labels of dimensions, as ArviZ takes them: ``{"school": names}``.
+        :param dims: of the sites, likewise: ``{"theta": ["school"], "y": ["school"]}``.
+        :raises ValueError: if ``dims`` names no site.
         """
         groups = {
             "posterior": {name: np.asarray(x) for name, x in self._sites.items()},
@@ -314,7 +323,7 @@ class RefinedPosterior:
         if log_likelihood:
             groups["log_likelihood"] = self.posterior._log_likelihood(self.unconstrained)
         attrs = {"inference_library": "numpyro_flows", "refinement": self.method, "pareto_k": self.pareto_k}
-        return _arviz.from_groups({name: group for name, group in groups.items() if group}, attrs)
+        return _arviz.from_groups(groups, attrs, coords, dims)
 
     def _weighted(self) -> RefinedPosterior:
         return self

@@ -28,17 +28,25 @@ def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
     return np.asarray(log_weights), float(k)
 
 
-def from_groups(groups: dict[str, dict[str, np.ndarray]], attrs: dict[str, Any]) -> Any:
+def from_groups(
+    groups: dict[str, dict[str, np.ndarray]],
+    attrs: dict[str, Any],
+    coords: dict[str, Any] | None = None,
+    dims: dict[str, list[str]] | None = None,
+) -> Any:
     """InferenceData (0.x) or DataTree (1.x) of ``{group: {name: values}}``, with ``attrs`` on the posterior.
 
-    Values have axes ``(chain, draw, ...)``, but for ``observed_data``, which has none of them.
+    Values have axes ``(chain, draw, ...)``, but for ``observed_data``, which has none of them. Empty groups are left
+    out.
     """
+    groups = {name: group for name, group in groups.items() if group}
+    if unknown := [name for name in dims or {} if not any(name in group for group in groups.values())]:
+        raise ValueError(f"to_arviz: dims names {unknown}, but the sites are {list(groups['posterior'])}.")
     if _HAS_DATA_TREE:
-        data = az.from_dict(groups)
-        data["posterior"].attrs.update(attrs)
+        data = az.from_dict(groups, coords=coords, dims=dims)
     else:
-        data = az.from_dict(**groups)
-        data["posterior"].attrs.update(attrs)
+        data = az.from_dict(**groups, coords=coords, dims=dims)
+    data["posterior"].attrs.update(attrs)
     return data
 
 

@@ -121,6 +121,18 @@ def test_one_variable_is_plotted(fitter, posterior):
     assert posterior.plot("weights", 100, kind="pair").axes
 
 
+def test_labels_of_arviz(fitter, posterior):
+    labels = {"coords": {"place": list("abcdef"), "share": [1, 2, 3]}, "dims": {"y": ["place"], "mean": ["place"]}}
+    refined = fitter.refine(posterior, "resample", num_samples=4, num_chains=2)
+    for data in (posterior.to_arviz(5, log_likelihood=True, **labels), refined.to_arviz(True, **labels)):
+        assert data["posterior"]["mean"].dims == ("chain", "draw", "place")
+        assert list(data["log_likelihood"]["y"].coords["place"].values) == list("abcdef")
+        assert data["observed_data"]["y"].dims == ("place",)
+    for to_arviz in (posterior.to_arviz, refined.to_arviz):
+        with pytest.raises(ValueError, match=r"dims names \['theta'\], but the sites are"):
+            to_arviz(dims={"theta": ["place"]})
+
+
 def test_without_gradients(fitter, posterior):
     if fitter.name == "jax":
         pytest.skip("jax has no such mode")
