@@ -177,11 +177,12 @@ class FlowReparam(Reparam):
         group.pending, group.drawn = group.unpack(u), True
 
     # -- draws -----------------------------------------------------------------------------------------------------
-    def transform_sample(self, latent: Array | dict[str, Array]) -> dict[str, Array]:
-        """Draws of the model's latent and deterministic sites from draws of the base space.
+    def transform_sample(self, latent: Array | dict[str, Array], *, deterministic: bool = True) -> dict[str, Array]:
+        """Draws of the model's latent sites from draws of the base space.
 
         :param latent: base vectors ``(*batch, dim)``, or a dict with those of every group and the other latents, as
             ``mcmc.get_samples()`` returns it.
+        :param deterministic: whether to give the deterministic sites too, as NumPyro's ``MCMC`` does.
         :returns: dict of arrays ``(*batch, *site_shape)``, for the arguments with which the model last ran.
         :raises ValueError: if the model has not run, or sites are missing.
         """
@@ -195,6 +196,7 @@ class FlowReparam(Reparam):
                 f"FlowReparam: transform_sample needs draws of {missing}: pass the dict of mcmc.get_samples()."
             )
         model = handlers.seed(self.reparam(fn), rng_seed=0)
+        wanted = {*self._others, *(name for group in self._groups for name in group.sites)}
         batch = jnp.shape(samples[self.base_names[0]])[:-1]
         flat = {
             name: jnp.reshape(samples[name], (-1, *jnp.shape(samples[name])[len(batch) :]))
@@ -204,7 +206,9 @@ class FlowReparam(Reparam):
         def single(values: dict[str, Array]) -> dict[str, Array]:
             trace = handlers.trace(handlers.substitute(model, data=values)).get_trace(*args, **kwargs)
             return {
-                n: site["value"] for n, site in trace.items() if site["type"] == "deterministic" or n in self._others
+                n: site["value"]
+                for n, site in trace.items()
+                if n in wanted or deterministic and site["type"] == "deterministic"
             }
 
         sites = jax.jit(lambda values: lax.map(single, values, batch_size=_BATCH))(flat)

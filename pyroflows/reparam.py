@@ -179,11 +179,12 @@ class FlowReparam(Reparam):
 
     # -- draws -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def transform_sample(self, latent: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-        """Draws of the model's latent and deterministic sites from draws of the base space.
+    def transform_sample(self, latent: Tensor | dict[str, Tensor], *, deterministic: bool = False) -> dict[str, Tensor]:
+        """Draws of the model's latent sites from draws of the base space.
 
         :param latent: base vectors ``(*batch, dim)``, or a dict with those of every group and the other latents, as
             ``mcmc.get_samples()`` returns it.
+        :param deterministic: whether to give the deterministic sites too, which Pyro's ``MCMC`` leaves out.
         :returns: dict of tensors ``(*batch, *site_shape)``, for the arguments with which the model last ran.
         :raises ValueError: if the model has not run, or sites are missing.
         """
@@ -208,7 +209,7 @@ class FlowReparam(Reparam):
             return {
                 n: site["value"]
                 for n, site in trace.nodes.items()
-                if n in wanted or site["type"] == "sample" and site["infer"].get("_deterministic")
+                if n in wanted or deterministic and site["type"] == "sample" and site["infer"].get("_deterministic")
             }
 
         with pyro.validation_enabled(False), poutine.block():

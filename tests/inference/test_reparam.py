@@ -214,7 +214,10 @@ def test_flows_of_sites_and_of_groups_of_sites(eco):
     expected = eco.log_density(fn, {"mu": mu, "tau": u_one[0], "theta": theta}) + log_det_one
     actual = eco.log_density(neutra.reparam(fn), {"tau_base": z_one, "mu": mu, "theta": theta})
     assert actual == pytest.approx(expected, rel=1e-10)
-    draws = neutra.transform_sample({"tau_base": eco.array(z_one), "mu": eco.array(mu), "theta": eco.array(theta)})
+    latent = {"tau_base": eco.array(z_one), "mu": eco.array(mu), "theta": eco.array(theta)}
+    assert set(neutra.transform_sample(latent, deterministic=False)) == set(shapes)
+    assert ("log_tau" in neutra.transform_sample(latent)) == (eco.flows.name == "jax")  # as of the ecosystem's MCMC
+    draws = neutra.transform_sample(latent, deterministic=True)
     assert set(draws) == {*shapes, "log_tau"} and np.asarray(draws["mu"]) == mu
     np.testing.assert_allclose(draws["log_tau"], u_one[0], rtol=1e-10)
     with pytest.raises(ValueError, match=r"draws of \['mu', 'theta'\]"):
@@ -286,7 +289,8 @@ def test_vectorised_chains(no_warnings):
 def test_transform_sample(eco):
     posterior = fitted_eight_schools(eco)
     neutra, z = eco.pkg.FlowReparam(posterior), np.random.default_rng(5).normal(size=(2, 300, 10))
-    draws = neutra.transform_sample(eco.array(z))  # before any run: with the posterior's own model and arguments
+    # before any run: with the posterior's own model and arguments
+    draws = neutra.transform_sample(eco.array(z), deterministic=True)
     u = eco.flows.run(eco.transform(posterior)[0], z)[0]
     np.testing.assert_allclose(draws["mu"], u[..., 0], rtol=1e-10)
     np.testing.assert_allclose(draws["tau"], np.exp(u[..., 1]), rtol=1e-10)
@@ -304,7 +308,7 @@ def test_transform_sample_of_a_model_that_asks_for_values(eco):
     f, z = flow(eco, 1), np.array([[-2.0], [2.0]])
     neutra = eco.pkg.FlowReparam(f)
     neutra.reparam(branches)()
-    draws = neutra.transform_sample(eco.array(z))
+    draws = neutra.transform_sample(eco.array(z), deterministic=True)
     np.testing.assert_allclose(draws["loc"], eco.flows.run(f, z)[0][:, 0])
     np.testing.assert_array_equal(draws["size"], draws["loc"].abs())
 
