@@ -22,11 +22,10 @@ from numpyro_flows.distributions import Base, distribution_of
 from numpyro_flows.encoders import StandardizedEncoder, location_and_scale
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import check_base, check_encoding, check_encoding_shape
-from numpyro_flows.inference import FlowVI
+from numpyro_flows.inference import FlowVI, check_counts, checked_key
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.posterior import FlowPosterior, History
 from numpyro_flows.prior_predictive import PriorPredictive, Simulations
-from numpyro_flows.programs import quick_key
 from numpyro_flows.training import FitHistory, train
 from numpyro_flows.transform_module import TransformModule, flow_module, parameters
 
@@ -85,6 +84,7 @@ class AmortisedFlowVI:
     :ivar params: the guide's parameters, as ``SVI`` returns them.
     :ivar history: the course of the training (:class:`FitHistory`), in nats a data set: negative log-densities, or
         negative ELBOs.
+    :raises TypeError: for flows, encoders and bases that cannot be called.
     :raises ValueError: for options with which nothing can be trained.
     """
 
@@ -110,8 +110,11 @@ class AmortisedFlowVI:
         progress_bar: bool = True,
     ):
         check_base(base, None, _OWNER)
+        if encoder is None:
+            raise TypeError(f"{_OWNER}: encoder must be callable, but got None. Pass one such as encoders.MLPEncoder.")
         check_encoding(encoder, data, False, _OWNER)
         numbers = {"num_steps": num_steps, "batch_size": batch_size, "num_particles": num_particles}
+        numbers["patience"] = patience
         check_training(numbers, objective, num_simulations, data_sets, learning_rate, validation, refine_steps)
         self.model, self.flow, self.encoder, self.data, self.arguments = model, flow, encoder, data, arguments
         self.objective, self.num_simulations, self.data_sets = objective, num_simulations, data_sets
@@ -139,7 +142,7 @@ class AmortisedFlowVI:
         :raises RuntimeError: if no simulation, or no step's gradient, was finite.
         """
         begin = time.perf_counter()
-        setup_key, set_key, fit_key = jax.random.split(quick_key(rng_key), 3)
+        setup_key, set_key, fit_key = jax.random.split(checked_key(rng_key, _OWNER), 3)
         source = self._source(args, kwargs)
         guide = self._guide(setup_key, source)
         if self.data_sets is not None:
@@ -303,12 +306,18 @@ class AmortisedFlowVI:
         With ``refine_steps`` the better of the amortised guide and the one trained further is returned, by their ELBO.
 
         :param rng_key: key of the draws of its diagnostics, and of the refinement.
+        :raises ValueError: for data from which the encoder makes nothing finite.
         :raises RuntimeError: before :meth:`fit`.
         """
         begin = time.perf_counter()
         guide, _ = self._fitted()
-        draw_key, refine_key = jax.random.split(quick_key(rng_key))
+        draw_key, refine_key = jax.random.split(checked_key(rng_key, _OWNER))
         own, params = guide.at_data(self.params, *args, **kwargs)
+        if not jnp.isfinite(own.transform.layers[0].context).all():  # type: ignore[union-attr]
+            raise ValueError(
+                f"{_OWNER}: the encoder's context of these data is not finite. Check that the data are; missing values "
+                "go into a mask that data= gives to the encoder along with them."
+            )
         log_density = own.log_density(*args, **kwargs)
         history = History(np.zeros(0), stationary=True, seconds=time.perf_counter() - begin)
         posterior = FlowPosterior(own, params, log_density, history, rng_key=draw_key)
@@ -343,17 +352,27 @@ class AmortisedFlowVI:
         :param num_samples: draws for each data set.
         :param args: the model's arguments as in :meth:`fit`, with an axis of ``n`` data sets in front of those which
             are data, or which ``arguments`` draws.
+        :raises ValueError: for data without that axis, or not as many in every argument.
         :raises RuntimeError: before :meth:`fit`.
         """
+        rng_key = checked_key(rng_key, _OWNER)
+        check_counts(_OWNER, num_samples=num_samples)
         _, source = self._fitted()
         data = source.data_of(args, kwargs)
-        n = {len(a) if a.ndim else -1 for a in data}
-        if len(n) != 1 or -1 in n:
+        for a, i in zip(data, source.varying, strict=True):
+            one = np.shape(source.leaves[i])
+            if a.ndim != 1 + len(one):
+                raise ValueError(
+                    f"{_OWNER}: data sets have an axis in front of the data that fit was given, {('n', *one)}, but got "
+                    f"shape {tuple(a.shape)}. For a single data set: x[None]."
+                )
+        n = {len(a) for a in data}
+        if len(n) != 1:
             raise ValueError(
                 f"{_OWNER}: data sets must be as many in every argument that holds data, but their first axes are "
                 f"{sorted(n)}."
             )
-        return self._draws(jax.random.split(quick_key(rng_key), n.pop()), data, num_samples)
+        return self._draws(jax.random.split(rng_key, n.pop()), data, num_samples)
 
     def _draws(self, keys: Array, data: tuple[Array, ...], num_samples: int) -> dict[str, Array]:
         pieces = [slice(i, i + _PIECE) for i in range(0, len(keys), _PIECE)]
@@ -440,7 +459,11 @@ class AmortisedFlowVI:
         rows = []
         for i, key in enumerate(rng_keys):
             run_key, draw_key = jax.random.split(key)
-            own_args, own_kwargs = source.call(tuple(a[i] for a in data))
+            one = tuple(a[i : i + 1] for a in data)
+            if not all(jnp.isfinite(a).all() for a in one):  # a failure of its own
+                rows.append(jax.tree.map(lambda x: x[0], self._draws(key[None], one, num_draws)))
+                continue
+            own_args, own_kwargs = source.call(tuple(a[0] for a in one))
             rows.append(self.run(run_key, *own_args, **own_kwargs).sample(draw_key, (num_draws,)))
         return jax.tree.map(lambda *parts: jnp.stack(parts), *rows)
 
@@ -481,9 +504,7 @@ def check_training(
     refine_steps: int,
 ) -> None:
     """Raises a ``ValueError`` that names the option with which nothing can be trained."""
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{_OWNER}: {name} must be at least 1, but got {value}.")
+    check_counts(_OWNER, **numbers)
     if objective not in OBJECTIVES:
         raise ValueError(f"{_OWNER}: objective must be one of {OBJECTIVES}, but got {objective!r}.")
     if num_simulations is not None and num_simulations < 2:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import equinox as eqx
@@ -37,7 +38,7 @@ from numpyro_flows.initialization import (
     marginal_start,
     pseudo_observations,
 )
-from numpyro_flows.log_density import LogDensity, prototype_trace
+from numpyro_flows.log_density import LogDensity, check_plates, prototype_trace
 from numpyro_flows.noncentering import (
     Noncentering,
     forward,
@@ -137,10 +138,14 @@ class FlowVI:
         ``flow`` are not.
     :param richer: factories of the flows that phase 5 turns to, one after another.
     :param max_time: seconds after which the run ends with what it has reached. The phases are shortened to fit.
+        This does not bound compilation, the searches of start and modes, the draws for the diagnosis, and what
+        :meth:`FlowPosterior.verdict` looks at.
     :param max_gradients: evaluations of the model's gradient after which it ends, likewise, and repeatably.
     :param num_starts: points from which the search walks.
     :param init_loc_fn: NumPyro's initialisation strategy, which gives these points.
     :param progress_bar: shows a bar with the running ELBO and the time left.
+    :raises TypeError: for flows, bases or strategies that cannot be called.
+    :raises ValueError: for options with which nothing can be fitted.
     """
 
     def __init__(
@@ -166,7 +171,8 @@ class FlowVI:
         if escalate is None:
             escalate = num_steps is None and flow is flows.realnvp
         num_steps = _NUM_STEPS if num_steps is None else num_steps
-        check_options(num_steps, num_particles, learning_rate, num_starts, max_time, max_gradients)
+        check_functions(flow, richer, init_loc_fn)
+        check_options(num_steps, num_particles, learning_rate, num_starts, max_time, max_gradients, base_df)
         if base_df is not None and base is FlexibleBase:
             base = None
         check_base(base, base_df, "FlowVI")
@@ -183,12 +189,14 @@ class FlowVI:
     def run(self, rng_key: Array, *args: Any, **kwargs: Any) -> FlowPosterior:
         """Fits the model given its arguments. Ctrl-C ends the fit early and keeps what it has reached.
 
-        :raises ValueError: for a model which a joint flow cannot serve (see :class:`AutoFlow`), or with param sites.
+        :raises TypeError: unless a key comes first.
+        :raises ValueError: for a model which a joint flow cannot serve (see :class:`AutoFlow`), with param sites or
+            subsampled plates; and for a flow of another size.
         :raises RuntimeError: if no start has a finite ELBO, every gradient is not finite, or every draw of the fitted
             guide is outside the model's support.
         """
         budget = Budget(self.max_time, self.max_gradients)
-        setup_key, start_key, fit_key, draw_key, probe_key = jax.random.split(quick_key(rng_key), 5)
+        setup_key, start_key, fit_key, draw_key, probe_key = jax.random.split(checked_key(rng_key, "FlowVI"), 5)
         guide = self._guide(self.base_df, self.base, setup_key, args, kwargs)
         log_density = guide.log_density(*args, **kwargs)
         if not guide._held and not self._agrees(guide, log_density):
@@ -289,14 +297,20 @@ class FlowVI:
             noncentered=self.noncentered,
         )
         guide._programs, guide._held = self._programs, self._held
-        with handlers.seed(rng_seed=key):
-            guide._setup_prototype(*args, **kwargs)
+        try:
+            with handlers.seed(rng_seed=key):
+                guide._setup_prototype(*args, **kwargs)
+        except ValueError as error:
+            message = str(error).removeprefix("AutoFlow: ")
+            raise error if message == str(error) else ValueError(f"FlowVI: {message}") from None
         learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
         if learned:
             raise ValueError(
                 f"FlowVI: the model has param site(s) {learned}, which a posterior does not cover. Give them priors, "
                 "or train them together with an AutoFlow guide by numpyro.infer.SVI."
             )
+        check_plates(guide.prototype_trace, "FlowVI")
+        _check_size(guide)
         return guide
 
     def _agrees(self, guide: AutoFlow, log_density: LogDensity) -> bool:
@@ -612,6 +626,20 @@ class FlowVI:
         )
 
 
+def _check_size(guide: AutoFlow) -> None:
+    """Raises a ``ValueError`` where a factory has built a flow that does not take the model's latents."""
+    flow, u = guide.transform.layers[0], guide.init_loc  # type: ignore[union-attr]
+    try:
+        shape = eqx.filter_eval_shape(flow.forward_and_log_det, u)[0].shape
+    except (TypeError, ValueError, IndexError):
+        shape = None
+    if shape != u.shape:
+        raise ValueError(
+            f"FlowVI: flow(dim) must build a flow of the model's {guide.latent_dim} latent(s), dim, but its flow does "
+            "not take vectors of that size."
+        )
+
+
 def _check_support(posterior: FlowPosterior) -> None:
     """Raises a ``RuntimeError`` where every draw is outside the model's support."""
     if np.isfinite(posterior._log_ratios).any():
@@ -779,7 +807,7 @@ class Schedule:
         """Step sizes of the next steps given ELBO and approximate KL divergence so far; ``None`` at the end."""
         done, elapsed = len(trace), time.perf_counter() - self._begin
         allowed = np.inf if self.deadline is None else self.deadline - self._begin
-        if elapsed >= allowed:
+        if done and elapsed >= allowed:
             self.late = True
             return None
         if self._anneal_from is None:
@@ -915,13 +943,44 @@ def check_options(
     num_starts: int,
     max_time: float | None = None,
     max_gradients: int | None = None,
+    base_df: float | None = None,
 ) -> None:
     """Raises a ``ValueError`` that names the option with which nothing can be fitted."""
-    for name, value in (("num_steps", num_steps), ("num_particles", num_particles), ("num_starts", num_starts)):
-        if value < 1:
-            raise ValueError(f"FlowVI: {name} must be at least 1, but got {value}.")
-    if not learning_rate > 0:
-        raise ValueError(f"FlowVI: learning_rate must be positive, but got {learning_rate}.")
-    for name, limit in (("max_time", max_time), ("max_gradients", max_gradients)):
-        if limit is not None and not limit > 0:
-            raise ValueError(f"FlowVI: {name} must be positive, or None for no limit, but got {limit}.")
+    check_counts("FlowVI", num_steps=num_steps, num_particles=num_particles, num_starts=num_starts)
+    limits = {"max_time": max_time, "max_gradients": max_gradients, "base_df": base_df}
+    given = {name: value for name, value in limits.items() if value is not None}
+    for name, value in {"learning_rate": learning_rate, **given}.items():
+        if not isinstance(value, Real) or not value > 0:
+            none = ", or None" if name in given else ""
+            raise ValueError(f"FlowVI: {name} must be a positive number{none}, but got {value!r}.")
+
+
+def checked_key(rng_key: Any, owner: str) -> Array:
+    """A key for fits; a ``TypeError`` for what is no key."""
+    try:
+        return quick_key(rng_key)
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"{owner}: rng_key must be a key of jax.random and comes first, but got {type(rng_key).__name__}."
+        ) from None
+
+
+def check_counts(owner: str, **counts: Any) -> None:
+    """Raises a ``ValueError`` that names the option which is no positive integer."""
+    for name, value in counts.items():
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{owner}: {name} must be an integer of at least 1, but got {value!r}.")
+
+
+def check_functions(flow: Any, richer: Any, init_loc_fn: Any) -> None:
+    """Raises a ``TypeError`` that names the option which cannot be called as it has to be."""
+    if not isinstance(richer, Sequence):
+        raise TypeError(f"FlowVI: richer must be a list of flows' factories, but got {type(richer).__name__}.")
+    for name, value in (("flow", flow), *(("each of richer", value) for value in richer)):
+        if not callable(value) or isinstance(value, TransformModule):
+            raise TypeError(
+                f"FlowVI: {name} must be a factory 'dim, *, key -> TransformModule', but got {type(value).__name__}. "
+                "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a name or a built flow."
+            )
+    if not callable(init_loc_fn):
+        raise TypeError(f"FlowVI: init_loc_fn must be a strategy, as init_to_median, but got {init_loc_fn!r}.")

@@ -214,6 +214,17 @@ def check_finite(trace: dict[str, Any], owner: str) -> None:
         )
 
 
+def check_plates(trace: dict[str, Any], owner: str) -> None:
+    """Raises a ``ValueError`` where the density of the traced model is that of a subsample."""
+    sizes = {name: site["args"] for name, site in trace.items() if site["type"] == "plate"}
+    plates = {name: f"{part} of {size}" for name, (size, part) in sizes.items() if part not in (None, size)}
+    if plates:
+        raise ValueError(
+            f"{owner}: plate(s) {plates} are subsampled, but a posterior is that of all data. Leave subsample_size "
+            "out, or train AutoFlow (AutoHierarchicalFlow, for latents in plates) by SVI."
+        )
+
+
 def check_latents(trace: dict[str, Any], owner: str) -> None:
     """Raises a ``ValueError`` where a flow over all latents jointly cannot serve the traced model."""
     latent = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ class PriorPredictive:
         owner: str = "PriorPredictive",
     ):
         self.model, self.site_names, self.arguments = Supported(model), site_names, arguments
-        self._fixed = args, kwargs
+        self._fixed, self.owner = (args, kwargs), owner
         self._structure: Any
         call, trace = self._first_draw(owner)
         self.leaves, self._structure = jax.tree.flatten(call)
@@ -112,7 +113,7 @@ class PriorPredictive:
         for name, site in data.items():
             given = site["infer"]["obs"]
             places = [i for i, leaf in enumerate(self.leaves) if leaf is given]
-            places = places or [i for i, leaf in enumerate(self.leaves) if _same(leaf, given)]
+            places = places or [i for i, x in enumerate(self.leaves) if _same(x, given) and self._passes_on(name, i)]
             if len(places) != 1:
                 raise ValueError(
                     f"{owner}: the data of site {name!r} are {'none' if not places else 'several'} of the model's "
@@ -126,6 +127,20 @@ class PriorPredictive:
                 )
             found[name] = places[0]
         return found
+
+    def _passes_on(self, name: str, i: int) -> bool:
+        """Whether the data of a site are this leaf of the arguments whatever its values."""
+        leaf, leaves = self.leaves[i], list(self.leaves)
+        n = np.arange(math.prod(np.shape(leaf))).reshape(np.shape(leaf))
+        values = (2 + n) * (-1) ** n  # whole numbers, no two alike, of either sign
+        leaves[i] = (
+            jnp.asarray(values, leaf.dtype) if isinstance(leaf, Array) else values.astype(np.asarray(leaf).dtype)
+        )
+        try:
+            trace = self._trace(jax.random.key(0), *jax.tree.unflatten(self._structure, leaves))
+        except Exception:  # whatever a model does with such values
+            return False
+        return _same(leaves[i], trace[name]["infer"]["obs"])
 
     def _trace(self, key: Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         with handlers.block(), handlers.seed(rng_seed=self._keys(key)), handlers.uncondition():
@@ -143,8 +158,8 @@ class PriorPredictive:
         leaves, structure = jax.tree.flatten((args, kwargs))
         if structure != self._structure:
             raise ValueError(
-                f"the model's arguments are {structure}, but those from which data are simulated {self._structure}. "
-                "Pass them in the same way."
+                f"{self.owner}: the model's arguments, {_named(args, kwargs)}, are not as those from which data are "
+                f"simulated, {_named(*self._fixed)}. Pass them in the same way."
             )
         return tuple(jnp.asarray(leaves[i]) for i in self.varying)
 
@@ -183,6 +198,11 @@ class PriorPredictive:
         """``n`` simulations, as many at a time as the memory is sure to hold."""
         keys = jax.random.split(key, n)
         return jax.vmap(self._one)(keys) if n <= _BATCH else lax.map(self._one, keys, batch_size=_BATCH)
+
+
+def _named(args: tuple, kwargs: dict[str, Any]) -> str:
+    """How arguments are passed: ``(_, x=_)``."""
+    return f"({', '.join(['_'] * len(args) + [f'{name}=_' for name in kwargs])})"
 
 
 def _same(leaf: Any, given: Any) -> bool:

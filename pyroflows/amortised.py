@@ -21,7 +21,7 @@ from pyroflows.distributions import Base, distribution_of
 from pyroflows.encoders import location_and_scale
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base, check_encoding, check_encoding_shape
-from pyroflows.inference import FlowVI
+from pyroflows.inference import FlowVI, check_counts, posterior_of
 from pyroflows.posterior import FlowPosterior, History
 from pyroflows.prior_predictive import PriorPredictive, Simulations, batched
 from pyroflows.training import FitHistory, train
@@ -82,6 +82,7 @@ class AmortisedFlowVI:
     :param progress_bar: shows a bar with loss, score and the time left.
     :ivar history: the course of the training (:class:`FitHistory`), in nats a data set: negative log-densities, or
         negative ELBOs.
+    :raises TypeError: for flows, encoders and bases that cannot be called.
     :raises ValueError: for options with which nothing can be trained.
     """
 
@@ -107,8 +108,11 @@ class AmortisedFlowVI:
         progress_bar: bool = True,
     ):
         check_base(base, None, _OWNER)
+        if encoder is None:
+            raise TypeError(f"{_OWNER}: encoder must be callable, but got None. Pass one such as encoders.MLPEncoder.")
         check_encoding(encoder, data, False, _OWNER)
         numbers = {"num_steps": num_steps, "batch_size": batch_size, "num_particles": num_particles}
+        numbers["patience"] = patience
         check_training(numbers, objective, num_simulations, data_sets, learning_rate, validation, refine_steps)
         self.model, self.flow, self.encoder, self.data, self.arguments = model, flow, encoder, data, arguments
         self.objective, self.num_simulations, self.data_sets = objective, num_simulations, data_sets
@@ -289,16 +293,22 @@ class AmortisedFlowVI:
 
         With ``refine_steps`` the better of the amortised guide and the one trained further is returned, by their ELBO.
 
+        :raises ValueError: for data from which the encoder makes nothing finite.
         :raises RuntimeError: before :meth:`fit`.
         """
         begin = time.perf_counter()
         guide, _ = self._fitted()
         own = guide.at_data(*args, **kwargs)
+        if not own._modules["transform"].layers[0].context.isfinite().all():
+            raise ValueError(
+                f"{_OWNER}: the encoder's context of these data is not finite. Check that the data are; missing values "
+                "go into a mask that data= gives to the encoder along with them."
+            )
         with torch.enable_grad():  # calibration runs without; its trial needs gradients
             log_density = own._log_density(args, kwargs, mode=self._mode)
         self._mode = log_density.mode  # a trial that one data set is enough for
         history = History(np.zeros(0), stationary=True, seconds=time.perf_counter() - begin)
-        posterior = FlowPosterior(own, log_density, history)
+        posterior = posterior_of(own, log_density, history)
         if not self.refine_steps:
             return posterior
         vi = FlowVI(
@@ -315,7 +325,7 @@ class AmortisedFlowVI:
             warnings.warn(f"{_OWNER}: the refinement failed, the amortised guide stands: {error}", stacklevel=2)
             return posterior
         history = history._replace(gradients=vi.num_particles * len(history.elbo), seconds=time.perf_counter() - begin)
-        refined = FlowPosterior(own, log_density, history)
+        refined = posterior_of(own, log_density, history)
         if refined._elbo_inside.value >= posterior._elbo_inside.value:
             return refined
         posterior.history = history
@@ -329,12 +339,21 @@ class AmortisedFlowVI:
         :param num_samples: draws for each data set.
         :param args: the model's arguments as in :meth:`fit`, with an axis of ``n`` data sets in front of those which
             are data, or which ``arguments`` draws.
+        :raises ValueError: for data without that axis, or not as many in every argument.
         :raises RuntimeError: before :meth:`fit`.
         """
+        check_counts(_OWNER, num_samples=num_samples)
         _, source = self._fitted()
         data = source.data_of(args, kwargs)
-        n = {len(a) if a.dim() else -1 for a in data}
-        if len(n) != 1 or -1 in n:
+        for a, i in zip(data, source.varying, strict=True):
+            one = np.shape(source.leaves[i])
+            if a.ndim != 1 + len(one):
+                raise ValueError(
+                    f"{_OWNER}: data sets have an axis in front of the data that fit was given, {('n', *one)}, but got "
+                    f"shape {tuple(a.shape)}. For a single data set: x[None]."
+                )
+        n = {len(a) for a in data}
+        if len(n) != 1:
             raise ValueError(
                 f"{_OWNER}: data sets must be as many in every argument that holds data, but their first axes are "
                 f"{sorted(n)}."
@@ -417,7 +436,11 @@ class AmortisedFlowVI:
             return self._draws(tuple(data), num_draws)
         rows = []
         for i in range(n):
-            own_args, own_kwargs = source.call(tuple(a[i] for a in data))
+            one = tuple(a[i : i + 1] for a in data)
+            if not all(a.isfinite().all() for a in one):  # a failure of its own
+                rows.append({name: x[0] for name, x in self._draws(one, num_draws).items()})
+                continue
+            own_args, own_kwargs = source.call(tuple(a[0] for a in one))
             rows.append(self.run(*own_args, **own_kwargs).sample((num_draws,)))
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -456,9 +479,7 @@ def check_training(
     refine_steps: int,
 ) -> None:
     """Raises a ``ValueError`` that names the option with which nothing can be trained."""
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{_OWNER}: {name} must be at least 1, but got {value}.")
+    check_counts(_OWNER, **numbers)
     if objective not in OBJECTIVES:
         raise ValueError(f"{_OWNER}: objective must be one of {OBJECTIVES}, but got {objective!r}.")
     if num_simulations is not None and num_simulations < 2:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroflows import _arviz
-from pyroflows.inference import FlowVI, _numpy_rng
+from pyroflows.inference import FlowVI, _numpy_rng, check_counts
 from pyroflows.log_density import check_latents
 from pyroflows.posterior import Estimate
 from pyroflows.prior_predictive import ByGammas, batched
@@ -46,7 +46,7 @@ def simulation_based_calibration(
     infer: Callable[..., dict[str, Any]] | dict[str, Any] | None = None,
     num_simulations: int = 200,
     num_draws: int = 99,
-    var_names: Sequence[str] | None = None,
+    var_names: str | Sequence[str] | None = None,
     num_workers: int = 1,
     progress_bar: bool = True,
 ) -> Calibration:
@@ -86,7 +86,7 @@ def simulation_based_calibration(
         latent. The model that it gets is conditioned on the simulated data (:class:`ConditionedModel`).
     :param num_simulations: data sets. The error of a coverage is about ``0.5 / num_simulations**0.5`` at most.
     :param num_draws: posterior draws in each.
-    :param var_names: sites to be ranked, latent or deterministic, and ``"log_likelihood"``; if not given, all the
+    :param var_names: site(s) to be ranked, latent or deterministic, and ``"log_likelihood"``; if not given, all the
         latents and the log-likelihood.
     :param num_workers: processes that share the simulations. They are started anew ("spawn"), so that ``model``,
         ``args``, ``kwargs`` and ``infer`` must be picklable: functions of an importable module. Threads would not do,
@@ -233,7 +233,7 @@ class Calibration:
         }
         return _arviz.from_datasets(groups)
 
-    def plot(self, var_names: list[str] | None = None) -> Any:
+    def plot(self, var_names: str | Sequence[str] | None = None) -> Any:
         """Draws of each scalar (at most 16) the histogram of ranks, and their distribution function less the uniform.
 
         Bars of calibrated draws lie in the grey band with a probability of 99 % each; the whole of the line lies in its
@@ -244,6 +244,7 @@ class Calibration:
         """
         import matplotlib.pyplot as plt
 
+        var_names = [var_names] if isinstance(var_names, str) else var_names
         unknown = [name for name in var_names or () if name not in self.ranks]
         if unknown:
             raise ValueError(f"plot: var_names {unknown} are not among {list(self.ranks)}.")
@@ -358,10 +359,10 @@ class _Simulator:
         kwargs: dict[str, Any],
         infer: Callable | dict[str, Any] | None,
         num_draws: int,
-        var_names: Sequence[str] | None,
+        var_names: str | Sequence[str] | None,
     ):
         self.model, self.args, self.kwargs, self.num_draws = model, args, kwargs, num_draws
-        self.var_names = None if var_names is None else list(var_names)
+        self.var_names = [var_names] if isinstance(var_names, str) else None if var_names is None else list(var_names)
         self.infer: Callable = infer if callable(infer) else partial(_flow_vi, options=infer or {})
         self.uses_flow_vi = not callable(infer)
         self.infers_many = callable(getattr(infer, "infer_many", None))
@@ -629,9 +630,7 @@ def _flow_vi(
 
 # -- many simulations --------------------------------------------------------------------------------------------------
 def _check_arguments(num_simulations: int, num_draws: int, num_workers: int, infer: Any) -> None:
-    for name, value in (("num_simulations", num_simulations), ("num_draws", num_draws), ("num_workers", num_workers)):
-        if value < 1:
-            raise ValueError(f"{_OWNER}: {name} must be at least 1, but got {value}.")
+    check_counts(_OWNER, num_simulations=num_simulations, num_draws=num_draws, num_workers=num_workers)
     if not (infer is None or isinstance(infer, dict) or callable(infer)):
         raise ValueError(f"{_OWNER}: infer must be a function, a dict of FlowVI's options or None, but got {infer!r}.")
 

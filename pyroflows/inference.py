@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pyroflows import flows
 from pyroflows.centering import Centering, normal_priors
 from pyroflows.distributions import Base, FlexibleBase, MixtureBase, distribution_of
 from pyroflows.elbo import elbo_terms, score_gradient, unfolded
-from pyroflows.graphs import recorded_step
+from pyroflows.graphs import close, recorded_step
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base
 from pyroflows.initialization import (
@@ -37,7 +38,7 @@ from pyroflows.initialization import (
     marginal_start,
     pseudo_observations,
 )
-from pyroflows.log_density import LogDensity, prototype_trace
+from pyroflows.log_density import LogDensity, check_plates, latent_sites, prototype_trace
 from pyroflows.noncentering import points_around, pulled_back
 from pyroflows.posterior import FlowPosterior, History, tolerated
 from pyroflows.training import CHUNK, Ascent, copies, settle
@@ -48,7 +49,9 @@ _MOST_LEGS = 4  # of a quarter as many steps again
 _MAX_ADAPTATIONS = 4  # of the non-centring, and of a centring, each from the start that the one before has found
 _WORTHWHILE = 0.5  # nats of the start's ELBO by which it has to gain for another one to be tried
 _WORTH_CENTERING = 0.1  # and for latents to be centred, which costs the flow nothing
+_FEW_DRAWS = 2200  # of a model that runs for each: as many as a Pareto k of 0.7 needs at least (Vehtari et al. 2024)
 _SEARCH_SHARE = 0.1  # of limited time or gradients, beyond which the search for a start does not go on to center
+_START_SHARE = 0.3  # of limited time, beyond which the first start of a model that runs for one draw at a time is it
 _NUM_PROBES = 6  # points of each kind from which a fit is searched for what it misses
 _NEARER = (0.5, 0.25)  # of their distance from zero: from far out, most walks lead to the widest mode
 _WIDE = 4.0  # standard deviations of the start over which half of them spread
@@ -126,10 +129,14 @@ class FlowVI:
         ``flow`` are not.
     :param richer: factories of the flows that phase 5 turns to, one after another.
     :param max_time: seconds after which the run ends with what it has reached. The phases are shortened to fit.
+        This does not bound the first steps, the draws for the diagnosis, what :meth:`FlowPosterior.verdict` looks at,
+        and the searches of start and modes; these two end early where the model runs for one draw at a time.
     :param max_gradients: evaluations of the model's gradient after which it ends, likewise, and repeatably.
     :param num_starts: points from which the search walks.
     :param init_loc_fn: Pyro's initialisation strategy, which gives these points.
     :param progress_bar: shows a bar with the running ELBO and the time left.
+    :raises TypeError: for flows, bases or strategies that cannot be called.
+    :raises ValueError: for options with which nothing can be fitted.
     """
 
     def __init__(
@@ -155,7 +162,8 @@ class FlowVI:
         if escalate is None:
             escalate = num_steps is None and flow is flows.realnvp
         num_steps = _NUM_STEPS if num_steps is None else num_steps
-        check_options(num_steps, num_particles, learning_rate, num_starts, max_time, max_gradients)
+        check_functions(flow, richer, init_loc_fn)
+        check_options(num_steps, num_particles, learning_rate, num_starts, max_time, max_gradients, base_df)
         if base_df is not None and base is FlexibleBase:
             base = None
         check_base(base, base_df, "FlowVI")
@@ -166,21 +174,28 @@ class FlowVI:
         self.max_time, self.max_gradients = max_time, max_gradients
         self.num_starts, self.init_loc_fn, self.progress_bar = num_starts, init_loc_fn, progress_bar
 
+    @torch.enable_grad()
     def run(self, *args: Any, **kwargs: Any) -> FlowPosterior:
         """Fits the model given its arguments. Ctrl-C ends the fit early and keeps what it has reached.
 
         Random numbers come from torch's generator: ``pyro.set_rng_seed`` makes a fit repeatable.
 
-        :raises ValueError: for a model which a joint flow cannot serve (see :class:`AutoFlow`), or with param sites.
+        :raises ValueError: for a model which a joint flow cannot serve (see :class:`AutoFlow`), with param sites or
+            subsampled plates, that draws at random besides its latents, or has other latents from run to run; and for
+            a flow of another size.
         :raises RuntimeError: if no start has a finite ELBO, every gradient is not finite, or every draw of the fitted
-            guide is outside the model's support.
+            guide is outside the model's support; and under ``torch.inference_mode``.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("FlowVI: a fit needs gradients: run it outside torch.inference_mode().")
         budget = Budget(self.max_time, self.max_gradients)
         guide = self._guide(self.base_df, self.base, args, kwargs)
         log_density = guide.log_density(*args, **kwargs)
+        check_plates(log_density._prototype_trace(), "FlowVI")
+        _check_repeatable(log_density)
         if log_density.mode == "loop":
             warnings.warn(
-                f"FlowVI: the model runs for one draw at a time, which is slow ({log_density.obstacle}).", stacklevel=2
+                f"FlowVI: the model runs for one draw at a time, which is slow ({log_density.obstacle}).", stacklevel=3
             )
         target, start = self._find_start(guide, log_density, budget)
         budget.gradients += start.gradients
@@ -211,7 +226,7 @@ class FlowVI:
             try:
                 found = fit()
             except RuntimeError as error:  # no finite gradient: what there is stands, with what it misses
-                warnings.warn(f"FlowVI: a second fit, with {what}, failed: {error}", stacklevel=3)
+                warnings.warn(f"FlowVI: a second fit, with {what}, failed: {error}", stacklevel=4)
                 tried.append(f"{what}: failed")
                 return None
             tried.append(_account(what, found))
@@ -250,7 +265,7 @@ class FlowVI:
             warnings.warn(
                 f"FlowVI: {budget.stopped}={getattr(self, budget.stopped)} cut the run short, after {budget.gradients} "
                 f"gradients and {budget.seconds:.0f} s. See verdict() ({tried[-1]}).",
-                stacklevel=3,
+                stacklevel=4,
             )
         return posterior
 
@@ -271,12 +286,17 @@ class FlowVI:
             full_rank=True,
             noncentered=self.noncentered,
         )
-        guide._setup_prototype(*args, **kwargs)
+        try:
+            guide._setup_prototype(*args, **kwargs)
+        except ValueError as error:
+            message = str(error).removeprefix("AutoFlow: ")
+            raise error if message == str(error) else ValueError(f"FlowVI: {message}") from None
         if guide.model_params:
             raise ValueError(
                 f"FlowVI: the model has param site(s) {guide.model_params}, which a posterior does not cover. Give "
                 "them priors, or train them together with an AutoFlow guide by pyro.infer.SVI."
             )
+        _check_size(guide)
         return guide
 
     def _fit(
@@ -336,7 +356,7 @@ class FlowVI:
         if schedule.shortened and len(history.elbo) == schedule.num_steps:
             budget.stopped = "max_gradients"
         history = history._replace(gradients=budget.gradients, seconds=budget.seconds)
-        return FlowPosterior(guide, log_density, history)
+        return posterior_of(guide, log_density, history)
 
     def _target(self, log_density: LogDensity) -> Target:
         """A density in numpy."""
@@ -363,6 +383,12 @@ class FlowVI:
         points = []
         for _ in range(n):
             trace = prototype_trace(self.model, log_density.args, log_density.kwargs, by)
+            differ = latent_sites(trace).keys() ^ set(log_density.site_names)
+            if differ:
+                raise ValueError(
+                    f"FlowVI: the model's latent sites differ between runs: {sorted(differ)} are not in all of them. "
+                    "Draw them in every run, and choose between values, by torch.where, instead of sites."
+                )
             values = {name: trace.nodes[name]["value"][None] for name in log_density.site_names}
             x = guide.coordinates.inverse_and_log_det(log_density.unconstrain(values)[0])[0]
             points.append(x[0].double().numpy(force=True))
@@ -374,6 +400,7 @@ class FlowVI:
 
     def _find_start(self, guide: AutoFlow, log_density: LogDensity, budget: Budget) -> tuple[Target, Start]:
         """The density in the guide's coordinates, and the start in them; settles these coordinates."""
+        is_late = partial(budget.is_late, _START_SHARE if log_density.mode == "loop" else np.inf)
 
         def search(u: Tensor, since: int = 0, alone: bool = False) -> tuple[Target, Start]:
             target = self._target(pulled_back(log_density, guide.coordinates))
@@ -382,7 +409,7 @@ class FlowVI:
                 if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     first.append(point)
             rng, is_spent = _numpy_rng(), partial(budget.is_spent, _SEARCH_SHARE, since=since)
-            found = find_start(target, first, rng)
+            found = find_start(target, first, rng, is_late)
             if log_density.mode == "loop":  # a Hessian takes a run of the model for each of its rows
                 return target, found
             return target, improve(target, found, rng, is_spent)
@@ -391,7 +418,7 @@ class FlowVI:
         if len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
         if guide.noncentering is not None:
-            target, start = self._noncentered(guide, log_density, target, start, search)
+            target, start = self._noncentered(guide, log_density, target, start, search, is_late)
             if start.divergence > _WORTHWHILE and not budget.is_spent(_SEARCH_SHARE, start.gradients):
                 target, start = self._as_it_is(guide, log_density, target, start, search)
         if self.noncentered and not budget.is_spent(_SEARCH_SHARE, start.gradients):
@@ -399,12 +426,20 @@ class FlowVI:
         return target, start
 
     def _noncentered(
-        self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
+        self,
+        guide: AutoFlow,
+        log_density: LogDensity,
+        target: Target,
+        start: Start,
+        search: Callable,
+        is_late: Callable[[], bool],
     ) -> tuple[Target, Start]:
         """The same, after the non-centring has been adapted to the likelihood."""
         plain: Any = guide.noncentering
         plain_target, gradients = target, start.gradients
         for _ in range(_MAX_ADAPTATIONS):
+            if is_late():
+                break
             u = self._latents(guide, log_density, start.loc)
             x = plain.inverse_and_log_det(u)[0]
             at, factor, centred = (t.double().numpy(force=True) for t in (x, plain.factor(x), u))
@@ -516,8 +551,12 @@ class FlowVI:
     ) -> tuple[Start, ...]:
         """The modes known after walks uphill from more points.
 
-        As many by ``init_loc_fn``, nearer to zero on the way to each, by the prior, and widely around the start.
+        As many by ``init_loc_fn``, nearer to zero on the way to each, by the prior, and widely around the start. None
+        where there is no time left for runs of the model for one draw at a time.
         """
+        is_late = partial(budget.is_late, 1.0 if log_density.mode == "loop" else np.inf)
+        if is_late():
+            return start.modes
         rng = _numpy_rng()
         initial = self._points(guide, log_density, _NUM_PROBES, self.init_loc_fn)
         points = [scale * point for scale in (1.0, *_NEARER) for point in initial]
@@ -526,12 +565,14 @@ class FlowVI:
                 points += self._points(guide, log_density, 1, init_to_sample)
         points += list(start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T)
         points = [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
-        found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
+        found, gradients = find_modes(target, points, rng, 1, is_late) if points else ((), 0)
         budget.gradients += gradients
         return distinct([*start.modes, *found], target.log_density)
 
     def _note_missed(self, posterior: FlowPosterior, modes: tuple[Start, ...], target: Target, budget: Budget) -> None:
-        """Notes in the history what share of the posterior around the modes the guide misses."""
+        """Notes in the history what share of the posterior around the modes the guide misses, if there is the time."""
+        if posterior.log_density.mode == "loop" and budget.is_late():
+            return
         posterior._look_at(modes, np.random.default_rng(0), target.log_density)
         posterior.history = posterior.history._replace(gradients=budget.gradients, seconds=budget.seconds)
 
@@ -544,6 +585,7 @@ class FlowVI:
     ) -> History:
         """Phases 2 and 3, in the coordinates of the start; trains the guide in place, from where it stands."""
         schedule = schedule or Schedule(self.num_steps, self.learning_rate)
+        schedule.chunk = 1 if log_density.mode == "loop" else CHUNK
         outer = guide.outer_layers[0]
         inner = Compose(list(guide.transform.layers)[: -len(guide.outer_layers)])  # type: ignore[union-attr, arg-type]
         outer.requires_grad_(False)
@@ -616,6 +658,40 @@ class FlowVI:
         )
 
 
+def posterior_of(guide: AutoFlow, log_density: LogDensity, history: History) -> FlowPosterior:
+    """The posterior of a guide, with fewer draws for its diagnostics where the model runs for each of them."""
+    few = {"num_draws": _FEW_DRAWS} if log_density.mode == "loop" else {}
+    return FlowPosterior(guide, log_density, history, **few)
+
+
+@torch.no_grad()
+def _check_repeatable(log_density: LogDensity) -> None:
+    """Raises a ``ValueError`` where a model gives one vector several densities: what runs in batches draws nothing."""
+    if log_density.mode in ("plates", "loop"):
+        values = [log_density._evaluate(log_density.prototype[None], "loop") for _ in range(2)]
+        if not close(*values):
+            raise ValueError(
+                "FlowVI: the model draws at random besides its latents: its log-density at one point is "
+                f"{float(values[0]):.6g}, and then {float(values[1]):.6g}. Make what it draws latent sites, or draw it "
+                "once and pass it as an argument."
+            )
+
+
+@torch.no_grad()
+def _check_size(guide: AutoFlow) -> None:
+    """Raises a ``ValueError`` where a factory has built a flow that does not take the model's latents."""
+    flow, u = guide.transform.layers[0], guide.init_loc[None]  # type: ignore[union-attr]
+    try:
+        shape = flow.forward_and_log_det(u)[0].shape  # type: ignore[operator]
+    except (RuntimeError, ValueError, IndexError):
+        shape = None
+    if shape != u.shape:
+        raise ValueError(
+            f"FlowVI: flow(dim) must build a flow of the model's {guide.latent_dim} latent(s), dim, but its flow does "
+            "not take vectors of that size."
+        )
+
+
 def _check_support(posterior: FlowPosterior) -> None:
     """Raises a ``RuntimeError`` where every draw is outside the model's support."""
     if np.isfinite(posterior._log_ratios).any():
@@ -651,11 +727,14 @@ class Budget:
     def seconds(self) -> float:
         return time.perf_counter() - self.begin
 
+    def is_late(self, share: float = 1.0) -> bool:
+        """Whether this share of the time is over."""
+        return self.max_time is not None and self.seconds > share * self.max_time
+
     def is_spent(self, share: float, gradients: int, since: int = 0) -> bool:
         """Whether a search of so many gradients, after others that are not counted yet, has had this share of all."""
-        late = self.max_time is not None and self.seconds > share * self.max_time
         gradients += self.gradients + since
-        return late or self.max_gradients is not None and gradients > share * self.max_gradients
+        return self.is_late(share) or self.max_gradients is not None and gradients > share * self.max_gradients
 
     def allows_more(self) -> bool:
         """Whether another fit may begin; notes what forbids it."""
@@ -714,7 +793,7 @@ class Schedule:
         hopeless: float = np.inf,
     ):
         self.num_steps, self.learning_rate, self.deadline = num_steps, learning_rate, deadline
-        self.nearly_exact, self.hopeless = nearly_exact, hopeless
+        self.nearly_exact, self.hopeless, self.chunk = nearly_exact, hopeless, CHUNK
         self.stationary = self.finished = self.late = self.shortened = False
         self._begin = time.perf_counter()
         self._anneal_from: int | None = 0 if annealing else None
@@ -729,7 +808,7 @@ class Schedule:
         """Step sizes of the next steps given ELBO and approximate KL divergence so far; ``None`` at the end."""
         done, elapsed = len(trace), time.perf_counter() - self._begin
         allowed = np.inf if self.deadline is None else self.deadline - self._begin
-        if elapsed >= allowed:
+        if done and elapsed >= allowed:
             self.late = True
             return None
         if self._anneal_from is None:
@@ -745,8 +824,8 @@ class Schedule:
                 self._anneal_from = done
                 self._anneal_steps = min(max(done, 2 * _WINDOW), self.num_steps - done)
         if self._anneal_from is None:
-            return np.full(min(CHUNK, (self.num_steps + 1) // 2 - done), self.learning_rate)
-        steps = np.arange(done, min(done + CHUNK, self.expected_steps)) - self._anneal_from
+            return np.full(min(self.chunk, (self.num_steps + 1) // 2 - done), self.learning_rate)
+        steps = np.arange(done, min(done + self.chunk, self.expected_steps)) - self._anneal_from
         self.finished = len(steps) == 0
         if self.finished:
             return None
@@ -779,7 +858,7 @@ def is_poor(posterior: FlowPosterior, budget: Budget) -> bool:
     gap = posterior._gap - 2 * posterior._elbo_inside.standard_error
     if gap > tolerated(_GAP_POOR, posterior.log_density.dim) or (gap > _GAP_POOR and not posterior._moments_are_good):
         return True
-    return is_suspicious(posterior, budget)
+    return not budget.is_late() and is_suspicious(posterior, budget)
 
 
 def is_suspicious(posterior: FlowPosterior, budget: Budget) -> bool:
@@ -865,13 +944,34 @@ def check_options(
     num_starts: int,
     max_time: float | None = None,
     max_gradients: int | None = None,
+    base_df: float | None = None,
 ) -> None:
     """Raises a ``ValueError`` that names the option with which nothing can be fitted."""
-    for name, value in (("num_steps", num_steps), ("num_particles", num_particles), ("num_starts", num_starts)):
-        if value < 1:
-            raise ValueError(f"FlowVI: {name} must be at least 1, but got {value}.")
-    if not learning_rate > 0:
-        raise ValueError(f"FlowVI: learning_rate must be positive, but got {learning_rate}.")
-    for name, limit in (("max_time", max_time), ("max_gradients", max_gradients)):
-        if limit is not None and not limit > 0:
-            raise ValueError(f"FlowVI: {name} must be positive, or None for no limit, but got {limit}.")
+    check_counts("FlowVI", num_steps=num_steps, num_particles=num_particles, num_starts=num_starts)
+    limits = {"max_time": max_time, "max_gradients": max_gradients, "base_df": base_df}
+    given = {name: value for name, value in limits.items() if value is not None}
+    for name, value in {"learning_rate": learning_rate, **given}.items():
+        if not isinstance(value, Real) or not value > 0:
+            none = ", or None" if name in given else ""
+            raise ValueError(f"FlowVI: {name} must be a positive number{none}, but got {value!r}.")
+
+
+def check_counts(owner: str, **counts: Any) -> None:
+    """Raises a ``ValueError`` that names the option which is no positive integer."""
+    for name, value in counts.items():
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{owner}: {name} must be an integer of at least 1, but got {value!r}.")
+
+
+def check_functions(flow: Any, richer: Any, init_loc_fn: Any) -> None:
+    """Raises a ``TypeError`` that names the option which cannot be called as it has to be."""
+    if not isinstance(richer, Sequence):
+        raise TypeError(f"FlowVI: richer must be a list of flows' factories, but got {type(richer).__name__}.")
+    for name, value in (("flow", flow), *(("each of richer", value) for value in richer)):
+        if not callable(value) or isinstance(value, TransformModule):
+            raise TypeError(
+                f"FlowVI: {name} must be a factory 'dim -> TransformModule', but got {type(value).__name__}. "
+                "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a name or a built flow."
+            )
+    if not callable(init_loc_fn):
+        raise TypeError(f"FlowVI: init_loc_fn must be a strategy, as init_to_median, but got {init_loc_fn!r}.")

@@ -7,7 +7,8 @@ one of the candidates, since at the mode of a funnel a Gaussian is useless. Natu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,12 +78,18 @@ class Likelihood(NamedTuple):
     shifts: np.ndarray  # (dim, dim)
 
 
-def find_start(target: Target, starts: Sequence[np.ndarray], rng: np.random.Generator) -> Start:
+def find_start(
+    target: Target,
+    starts: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    is_late: Callable[[], bool] = lambda: False,
+) -> Start:
     """Returns the candidate of :func:`find_modes` with the highest ELBO.
 
+    :param is_late: as are the others, see there.
     :raises RuntimeError: if no candidate has a finite ELBO.
     """
-    modes, gradients = find_modes(target, starts, rng)
+    modes, gradients = find_modes(target, starts, rng, is_late=is_late)
     if not modes:
         raise RuntimeError(
             "FlowVI: no start with a finite ELBO was found. Standardise the data, use tighter priors, or pass "
@@ -92,7 +99,11 @@ def find_start(target: Target, starts: Sequence[np.ndarray], rng: np.random.Gene
 
 
 def find_modes(
-    target: Target, starts: Sequence[np.ndarray], rng: np.random.Generator, points_per_path: int = 12
+    target: Target,
+    starts: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    points_per_path: int = 12,
+    is_late: Callable[[], bool] = lambda: False,
 ) -> tuple[tuple[Start, ...], int]:
     """Returns the Gaussians of highest ELBO, one a path and without repetitions, and the gradient evaluations.
 
@@ -101,6 +112,7 @@ def find_modes(
     :param rng: source of the draws that score the candidates, the same for all of them.
     :param points_per_path: points of a path whose Gaussians are candidates; 1 for its end alone, once for all paths
         that end there.
+    :param is_late: whether time is over: then walks end, and the first candidate of finite ELBO is the last.
     """
     dim = len(starts[0])
     noise = rng.standard_normal((_NUM_DRAWS, dim))
@@ -112,16 +124,21 @@ def find_modes(
         if np.isfinite(found.elbo) and found.elbo > best_of_paths[-1].elbo:
             best_of_paths[-1] = found
 
-    for start, (path, scale_at_end, evaluations) in zip(starts, _walks(target, starts), strict=True):
+    def is_enough() -> bool:
+        return is_late() and any(np.isfinite(best.elbo) for best in best_of_paths)
+
+    for start, (path, scale_at_end, evaluations) in zip(starts, _walks(target, starts, is_late), strict=True):
+        if is_enough():
+            break
         gradients += evaluations
         if points_per_path == 1 and any(_distance(other, path[-1]) < _SAME_END for other in best_of_paths):
             continue
         best_of_paths.append(Start(start, np.eye(dim), -np.inf, 0))
-        for scale in (0.1, 1.0):
-            consider(start, scale * np.eye(dim))
-        # early points are the interesting ones of a funnel, late ones of everything else
+        # early points are the interesting ones of a funnel, late ones, which come first, of everything else
         chosen = np.unique(np.geomspace(len(path), 1, points_per_path).round().astype(int) - 1)
-        for index in chosen:
+        for index in chosen[::-1]:
+            if is_enough():
+                break
             point = path[index]
             if dim > MAX_HESSIAN_DIM:
                 for scale in (0.1, 1.0):
@@ -133,6 +150,9 @@ def find_modes(
             if scale_tril is not None:
                 consider(point, scale_tril)
                 consider(point + scale_tril @ (scale_tril.T @ gradient), scale_tril)
+        for scale in (0.1, 1.0):
+            if not is_enough():
+                consider(start, scale * np.eye(dim))
     return distinct(best_of_paths, target.log_density), gradients
 
 
@@ -557,22 +577,28 @@ def _divergence(below: tuple, here: tuple, above: tuple, *observations: tuple) -
     return float(np.mean(divergences))
 
 
-def _walks(target: Target, starts: Sequence[np.ndarray]) -> list[tuple[list[np.ndarray], np.ndarray | None, int]]:
+def _walks(
+    target: Target, starts: Sequence[np.ndarray], is_late: Callable[[], bool] = lambda: False
+) -> Iterable[tuple[list[np.ndarray], np.ndarray | None, int]]:
     """:func:`_walk` from every start."""
     if target.values_and_grads is None:
-        return [_walk(target, start) for start in starts]
-    return InStep(target).run(_walk, starts)
+        return (_walk(target, start, is_late) for start in starts)
+    return InStep(target).run(partial(_walk, is_late=is_late), starts)
 
 
-def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None, int]:
+def _walk(
+    target: Target, start: np.ndarray, is_late: Callable[[], bool]
+) -> tuple[list[np.ndarray], np.ndarray | None, int]:
     """The points on the way from a start to a mode, the local Gaussian's scale at the last, where it is known, and the
     gradient evaluations.
 
     L-BFGS knows the scales of the last steps alone, and may end far from the mode where they differ by orders of
     magnitude between parameters. It goes on from there in coordinates that the Hessian makes alike.
     """
-    path, gradients = _ascend(target.value_and_grad, start)
+    path, gradients = _ascend(target.value_and_grad, start, is_late)
     for _ in range(_MAX_LEGS - 1 if len(start) <= MAX_HESSIAN_DIM else 0):
+        if is_late():
+            break
         end = path[-1]
         scale_tril, gradients = _gaussian_scale(target.hessian(end)), gradients + len(start)
         if scale_tril is None or not np.linalg.norm(scale_tril.T @ target.value_and_grad(end)[1]) > _ARRIVED:
@@ -583,20 +609,20 @@ def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarr
                 value, gradient = target.value_and_grad(end + scale_tril @ z)
                 return value, scale_tril.T @ gradient
 
-        leg, evaluations = _ascend(whitened, np.zeros(len(start)))
+        leg, evaluations = _ascend(whitened, np.zeros(len(start)), is_late)
         path += [end + scale_tril @ z for z in leg[1:]]
         gradients += evaluations
     return path, None, gradients
 
 
 def _ascend(
-    value_and_grad: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray
+    value_and_grad: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray, is_late: Callable[[], bool]
 ) -> tuple[list[np.ndarray], int]:
     """The points which L-BFGS visits on its way to a mode, and the gradient evaluations."""
     path = [np.asarray(start, float)]
 
     def descent(u: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = value_and_grad(u)
+        value, gradient = (np.nan, u) if is_late() else value_and_grad(u)
         if not (np.isfinite(value) and np.isfinite(gradient).all()):
             return 1e300, np.zeros_like(u)  # the line search turns back
         return -float(value), -np.asarray(gradient, float)

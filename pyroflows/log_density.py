@@ -193,6 +193,7 @@ class LogDensity:
                 same = False
             self._graphs[(tuple(u.shape), u.dtype, u.device)] = call if same else compiled(recorded())
 
+    @torch.enable_grad()
     def _value_and_grad_seeded(self, u: Tensor, mode: str) -> tuple[Tensor, Tensor]:
         """Values and gradients with the same random stream for every draw, so that minibatches agree."""
         rows = u.split(1) if mode == "loop" else (u,)
@@ -211,6 +212,7 @@ class LogDensity:
         values, gradients = self._values_and_grads(u[None])
         return values[0], gradients[0]
 
+    @torch.enable_grad()
     def _values_and_grads(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log-densities ``(n,)`` and gradients at vectors ``(n, dim)``."""
         u = u.detach().requires_grad_()
@@ -221,6 +223,7 @@ class LogDensity:
         """Hessian ``(dim, dim)`` at one vector ``(dim,)``."""
         return self._gradients_and_hessians(u[None])[1][0]
 
+    @torch.enable_grad()
     def _gradients_and_hessians(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients ``(n, dim)`` and Hessians ``(n, dim, dim)`` at vectors ``(n, dim)``."""
         u = u.detach()
@@ -329,9 +332,14 @@ class LogDensity:
 
     def observed(self) -> dict[str, np.ndarray]:
         """The observed sites' data."""
-        with _Unconstrained(self._unpack(self.prototype)), torch.no_grad():
-            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-        return {name: site["value"].numpy(force=True) for name, site in trace.nodes.items() if _is_data(site)}
+        nodes = self._prototype_trace().nodes
+        return {name: site["value"].numpy(force=True) for name, site in nodes.items() if _is_data(site)}
+
+    @torch.no_grad()
+    def _prototype_trace(self) -> poutine.Trace:
+        """The model's run at the prototype."""
+        with _Unconstrained(self._unpack(self.prototype)):
+            return poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
 
 
 def _copied(into: Tensor, values: Tensor, non_blocking: bool = False) -> Tensor:
@@ -540,13 +548,29 @@ def check_finite(trace: poutine.Trace, owner: str) -> None:
         )
 
 
-def check_latents(trace: poutine.Trace, owner: str) -> None:
-    """Raises a ``ValueError`` where a flow over all latents jointly cannot serve the traced model."""
-    latent = {
+def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
+    """The latent sites of a traced model."""
+    return {
         name: site
         for name, site in trace.iter_stochastic_nodes()
         if not poutine.util.site_is_subsample(site) and not site["infer"].get("is_auxiliary", False)
     }
+
+
+def check_plates(trace: poutine.Trace, owner: str) -> None:
+    """Raises a ``ValueError`` where the density of the traced model is that of a subsample."""
+    frames = [f for site in trace.nodes.values() for f in site.get("cond_indep_stack", ())]
+    plates = {f.name: f"{f.size} of {f.full_size}" for f in frames if f.full_size not in (None, f.size)}
+    if plates:
+        raise ValueError(
+            f"{owner}: plate(s) {plates} are subsampled, but a posterior is that of all data. Leave subsample_size "
+            "out, or train AutoFlow (AutoHierarchicalFlow, for latents in plates) by SVI."
+        )
+
+
+def check_latents(trace: poutine.Trace, owner: str) -> None:
+    """Raises a ``ValueError`` where a flow over all latents jointly cannot serve the traced model."""
+    latent = latent_sites(trace)
     if not latent:
         raise ValueError(f"{owner}: the model has no latent sites: there is nothing to infer.")
     discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]

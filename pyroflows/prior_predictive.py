@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ class PriorPredictive:
         owner: str = "PriorPredictive",
     ):
         self.model, self.site_names, self.arguments = Supported()(model), site_names, arguments
-        self._fixed = args, kwargs
+        self._fixed, self.owner = (args, kwargs), owner
         self.leaves, self._structure = pytree.tree_flatten(self._arguments())
         self.observed = self._find_data(owner)
         drawn = arguments is not None  # numbers of Python's stay as they are: a model may take them for sizes
@@ -115,7 +116,7 @@ class PriorPredictive:
         for name, site in data.items():
             given = site["infer"]["obs"]
             places = [i for i, leaf in enumerate(self.leaves) if leaf is given]
-            places = places or [i for i, leaf in enumerate(self.leaves) if _same(leaf, given)]
+            places = places or [i for i, x in enumerate(self.leaves) if _same(x, given) and self._passes_on(name, i)]
             if len(places) != 1:
                 raise ValueError(
                     f"{owner}: the data of site {name!r} are {'none' if not places else 'several'} of the model's "
@@ -130,6 +131,20 @@ class PriorPredictive:
                 )
             found[name] = places[0]
         return found
+
+    def _passes_on(self, name: str, i: int) -> bool:
+        """Whether the data of a site are this leaf of the arguments whatever its values."""
+        leaf, leaves = self.leaves[i], list(self.leaves)
+        n = np.arange(math.prod(np.shape(leaf))).reshape(np.shape(leaf))
+        values = (2 + n) * (-1) ** n  # whole numbers, no two alike, of either sign
+        leaves[i] = (
+            torch.as_tensor(values).to(leaf) if isinstance(leaf, Tensor) else values.astype(np.asarray(leaf).dtype)
+        )
+        try:
+            trace = self._trace(*pytree.tree_unflatten(leaves, self._structure))
+        except Exception:  # whatever a model does with such values
+            return False
+        return _same(leaves[i], trace.nodes[name]["infer"]["obs"])
 
     def _trace(self, args: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
         with poutine.block(), ByGammas(), poutine.uncondition():
@@ -147,8 +162,8 @@ class PriorPredictive:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         if structure != self._structure:
             raise ValueError(
-                f"the model's arguments are {structure}, but those from which data are simulated {self._structure}. "
-                "Pass them in the same way."
+                f"{self.owner}: the model's arguments, {_named(args, kwargs)}, are not as those from which data are "
+                f"simulated, {_named(*self._fixed)}. Pass them in the same way."
             )
         return tuple(torch.as_tensor(leaves[i]) for i in self.varying)
 
@@ -251,6 +266,11 @@ _DRAWS: dict[Any, Callable] = {
     Tensor.exponential_: _exponential,
     Tensor.cauchy_: _cauchy,
 }
+
+
+def _named(args: tuple, kwargs: dict[str, Any]) -> str:
+    """How arguments are passed: ``(_, x=_)``."""
+    return f"({', '.join(['_'] * len(args) + [f'{name}=_' for name in kwargs])})"
 
 
 def _same(leaf: Any, given: Any) -> bool:

@@ -402,13 +402,18 @@ class AutoHierarchicalFlow(AutoGuide):
 
         :param params: as ``SVI`` returns them.
         :param args: the model's arguments; those of the guide's first call unless given.
+        :raises ValueError: for several draws where plates of the model are subsampled at random.
         """
         if not args and not kwargs and self.prototype_trace is not None:
             args, kwargs = self._prototype_call
 
         def draw(key: Array) -> dict[str, Array]:
             with handlers.block(), handlers.seed(rng_seed=key), handlers.substitute(data=params):
-                return self(*args, **kwargs)
+                with handlers.trace() as trace:
+                    draws = self(*args, **kwargs)
+            if sample_shape:
+                _check_full({name: site["args"] for name, site in trace.items() if site["type"] == "plate"})
+            return draws
 
         if not sample_shape:
             return draw(rng_key)
@@ -426,7 +431,7 @@ class AutoHierarchicalFlow(AutoGuide):
     ) -> dict[str, Array]:
         """Quantiles of each latent site, from draws.
 
-        :param args: as for :meth:`sample_posterior`.
+        :param args: as for :meth:`sample_posterior`, which raises the same errors.
         :returns: dict of arrays ``(len(quantiles), *site_shape)``, or ``site_shape`` for a single number.
         """
         rng_key = jax.random.key(0) if rng_key is None else rng_key
@@ -447,6 +452,16 @@ class AutoHierarchicalFlow(AutoGuide):
     def __getstate__(self) -> dict[str, Any]:
         # of the trace no more is needed than that there was one; its handlers' closures cannot be pickled
         return {**super().__getstate__(), "prototype_trace": None if self.prototype_trace is None else {}}
+
+
+def _check_full(plates: dict[str, tuple[int, int | None]]) -> None:
+    """Raises a ``ValueError`` for plates, given by their size and that of a subsample, where these differ."""
+    subsampled = [name for name, (size, part) in plates.items() if part not in (None, size)]
+    if subsampled:
+        raise ValueError(
+            f"AutoHierarchicalFlow: plate(s) {subsampled} are subsampled at random, so that nobody knows of which "
+            "elements these draws would be. Pass the full data, without a subsample."
+        )
 
 
 def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any, init_scale: Any) -> None:

@@ -100,6 +100,12 @@ def subsampled_local(x=None):
         numpyro.sample("x", dist.Normal(z, 1.0), obs=jnp.zeros(4))
 
 
+def subsampled_data():
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    with numpyro.plate("data", 10, subsample_size=4):
+        numpyro.sample("x", dist.Normal(mu, 1.0), obs=jnp.zeros(4))
+
+
 def discrete():
     k = numpyro.sample("k", dist.Bernoulli(0.5))
     numpyro.sample("x", dist.Normal(k, 1.0), obs=0.3)

@@ -101,6 +101,27 @@ def subsampled_local(x=None):
         pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(4))
 
 
+def subsampled_data():
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 10, subsample_size=4):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=torch.zeros(4))
+
+
+def random_data():
+    pyro.sample("x", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=torch.randn(()))
+
+
+def random_sites():
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    z = pyro.sample("z", dist.Normal(0.0, 1.0)) if mu > 0 else 3.0
+    pyro.sample("x", dist.Normal(mu + z, 1.0), obs=torch.tensor(0.3))
+
+
+def one_at_a_time(runs):
+    """A standard normal; notes its runs."""
+    runs.append(pyro.sample("z", dist.Normal(0.0, 1.0)).item())
+
+
 def discrete():
     k = pyro.sample("k", dist.Bernoulli(0.5))
     pyro.sample("x", dist.Normal(k, 1.0), obs=torch.tensor(0.3))

@@ -738,8 +738,9 @@ def test_errors_of_the_training(lab):
     encoder, x = lab.encoder("MLPEncoder", N, 4), lab.array(np.zeros(N))
     for options, message in [
         ({"objective": "kl"}, "objective must be one of"),
-        ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1"),
+        ({"patience": 0}, "patience must be an integer of at least 1"),
         ({"num_simulations": 1}, "num_simulations must be at least 2"),
         ({"num_simulations": 3}, "holds out 0 of them"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
@@ -750,6 +751,8 @@ def test_errors_of_the_training(lab):
     ]:
         with pytest.raises(ValueError, match=message):
             lab.amortised(lab.mean, encoder, **options)
+    with pytest.raises(TypeError, match="AmortisedFlowVI: encoder must be callable, but got None"):
+        lab.amortised(lab.mean, None)
     vi = lab.amortised(lab.mean, encoder)
     for call in (lambda: vi.run(*lab.key(), x), lambda: vi.sample_posteriors(*lab.key(), 3, x), lambda: vi.guide):
         with pytest.raises(RuntimeError, match=r"call fit\(\.\.\.\) first"):
@@ -782,9 +785,36 @@ def test_errors_of_the_training(lab):
         simulate(lab.mean, (x,), {}, ["theta"], arguments=lambda *key: x)
     with pytest.raises(RuntimeError, match="none of 20 simulations of the model was finite"):
         lab.amortised(wide, encoder).fit(*lab.key(), x + 1.0)
-    trained = lab.trained()
-    with pytest.raises(ValueError, match="Pass them in the same way"):
-        trained.sample_posteriors(*lab.key(), 3, lab.array(data_sets(2)), 3)
+    trained, many = lab.trained(), lab.array(data_sets(2))
+    for args, message in [
+        ((3, many, 3), r"arguments, \(_, _\), .* simulated, \(_\)\. Pass them in the same way"),
+        ((3, many[0]), r"an axis in front of .*\('n', 10\), but got shape \(10,\)"),
+        ((0, many), "num_samples must be an integer of at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trained.sample_posteriors(*lab.key(), *args)
+    with pytest.raises(ValueError, match="AmortisedFlowVI: .*Check that the data are"):
+        trained.run(*lab.key(), many[0] * np.nan)
+    if lab.jax:
+        with pytest.raises(TypeError, match="AmortisedFlowVI: rng_key must be a key"):
+            trained.run(many[0])
+
+
+def test_data_that_the_model_changes_are_not_those_it_is_given(lab):
+    """As they are for zeros, of which only the shape matters."""
+    as_array = lab.jax.numpy.asarray if lab.jax else lab.torch.as_tensor
+    simulate = lab.module("prior_predictive").PriorPredictive
+
+    def model(x, change):
+        theta = lab.ppl.sample("theta", lab.dist.Normal(0.0, 1.0))
+        with lab.ppl.plate("data", N):
+            lab.ppl.sample("x", lab.dist.Normal(theta, 1.0), obs=change(as_array(x)))
+
+    for change in (lambda x: x / 10, lambda x: 2 * x, abs, lambda x: x**3):
+        with pytest.raises(ValueError, match="data of site 'x' are none of the model's arguments"):
+            simulate(model, (lab.array(np.zeros(N)), change), {}, ["theta"])
+    for zeros in (np.zeros(N), np.zeros(N, bool)):
+        assert simulate(model, (zeros, lambda x: x), {}, ["theta"]).observed == {"x": 0}
 
 
 # -- the tutorial ------------------------------------------------------------------------------------------------------

@@ -327,7 +327,7 @@ def test_walks_in_step_are_the_walks_alone():
 
     alone = initialization.Target(None, value_and_grad, hessian)
     starts = list(np.random.default_rng(0).normal(size=(21, 5)) * 3 * scale)
-    expected = initialization._walks(alone, starts)
+    expected = list(initialization._walks(alone, starts))
     evaluations, count = sum(walk[2] for walk in expected), len(sizes)
     sizes.clear()
     found = initialization._walks(alone._replace(values_and_grads=slopes), starts)

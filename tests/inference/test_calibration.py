@@ -161,6 +161,7 @@ def test_sites_and_quantities(lab):
     assert list(calibration.p_values()) == ["rate[0]", "rate[1]", "twice"]
     assert min(calibration.p_values().values()) > 0.001
     assert list(run(num_simulations=2).ranks) == ["rate", "log_likelihood"]
+    assert list(run(num_simulations=2, var_names="rate").ranks) == ["rate"]
     with pytest.raises(ValueError, match=r"var_names must be some of \['rate', 'twice', 'log_likelihood'\].*'rat'"):
         run(var_names=["rat"])
 
@@ -314,7 +315,7 @@ def test_summary_arviz_and_plot(lab, tmp_path):
     np.testing.assert_array_equal(np.asarray(data["prior"]["theta"])[0], run.true["theta"])
     pit = np.asarray(data["prior_sbc"]["theta"])[0]
     assert ((pit > 0) & (pit < 1)).all() and np.array_equal(np.floor(pit * 100), run.ranks["theta"])
-    figure = run.plot(["theta"])
+    figure = run.plot("theta")
     figure.savefig(tmp_path / "plot.png")
     assert [axis.get_title() for axis in figure.axes[:2]] == ["theta: ranks", "theta: ECDF - uniform"]
     assert len(run.plot().axes) == 4
@@ -517,7 +518,7 @@ def test_data_in_the_state_of_a_scan(lab):
 
 def test_errors_of_arguments(lab):
     for name in ("num_simulations", "num_draws", "num_workers"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
             lab.conjugate(exact, **{name: 0})
     with pytest.raises(ValueError, match="infer must be a function"):
         lab.conjugate(7)

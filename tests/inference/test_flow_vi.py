@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 from scipy.special import expit
 
-from tests.inference.fitting import slow_in_jax, within_steps
+from tests.inference.fitting import Fitter, slow_in_jax, within_steps
 
 EVIDENCE_EIGHT_SCHOOLS = -31.311  # by two-dimensional quadrature, and by long NUTS runs
 
@@ -341,9 +341,10 @@ def test_a_bad_fit_is_not_trusted(fitter):
     "model, message",
     [
         ("subsampled_local", "plate 'data', which is subsampled \\(4 of 10\\)"),
+        ("subsampled_data", "plate.*'data': '4 of 10'.* are subsampled.*subsample_size out.*SVI"),
         ("discrete", "'k'.* discrete"),
-        ("no_latents", "no latent sites"),
-        ("nan_at_the_start", "not finite at the start.*'bad'"),
+        ("no_latents", "FlowVI: .*no latent sites"),
+        ("nan_at_the_start", "FlowVI: .*not finite at the start.*'bad'"),
         ("with_param", "param site.*'scale'"),
     ],
 )
@@ -352,16 +353,46 @@ def test_models_that_cannot_be_served_are_refused(fitter, model, message):
         fitter.run(model)
 
 
+@pytest.mark.parametrize("model", ["random_data", "random_sites"])
+def test_models_that_are_not_the_same_in_every_run_are_refused(model):
+    """In Pyro, where a model may draw what it likes, and look at its latents."""
+    message = {"random_data": "draws at random besides its latents", "random_sites": r"differ between runs: \['z'\]"}
+    fitter = Fitter("torch")
+    with pytest.raises(ValueError, match=f"FlowVI: .*{message[model]}"):
+        fitter.run(model, num_starts=16)
+
+
 @pytest.mark.parametrize(
     "option",
     [
         {"num_steps": 0}, {"num_particles": 0}, {"learning_rate": 0.0}, {"num_starts": 0},
-        {"max_time": 0.0}, {"max_gradients": -1},
+        {"max_time": 0.0}, {"max_gradients": -1}, {"base_df": -1},
+        {"num_steps": "100"}, {"num_particles": 2.5}, {"num_starts": 4.0}, {"learning_rate": "0.1"}, {"max_time": "5"},
     ],
 )  # fmt: skip
 def test_bad_options_are_named(fitter, option):
-    with pytest.raises(ValueError, match=next(iter(option))):
+    with pytest.raises(ValueError, match=f"FlowVI: {next(iter(option))} must be"):
         fitter.pkg.FlowVI(fitter.models.funnel, **option)
+
+
+def test_functions_that_are_none_are_named(fitter):
+    flow = fitter.pkg.flows.nsf
+    for option in ({"flow": "nsf"}, {"richer": flow}, {"richer": ["nsf"]}, {"init_loc_fn": 3}):
+        with pytest.raises(TypeError, match=f"FlowVI: .*{next(iter(option))} must be"):
+            fitter.pkg.FlowVI(fitter.models.funnel, **option)
+    with pytest.raises(ValueError, match=r"FlowVI: flow\(dim\) must build a flow of the model's 1 latent"):
+        fitter.run("gamma", flow=lambda _, **key: flow(3, **key))
+    if fitter.name == "jax":
+        with pytest.raises(TypeError, match="FlowVI: rng_key must be a key of jax.random and comes first"):
+            fitter.pkg.FlowVI(fitter.models.conjugate).run(fitter.array(DATA))
+
+
+def test_without_gradients():
+    fitter, torch = Fitter("torch"), importlib.import_module("torch")
+    with torch.no_grad():
+        assert len(fitter.run("conjugate", fitter.array(DATA), flow=_tiny(fitter), num_steps=5).history.elbo) == 5
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="FlowVI: .*outside torch.inference_mode"):
+        fitter.run("conjugate", fitter.array(DATA))
 
 
 @pytest.mark.parametrize("flow", ["nsf", *(pytest.param(flow, marks=pytest.mark.slow) for flow in ("iaf", "maf"))])
@@ -482,6 +513,17 @@ def test_time_is_bounded(fitter):
         posterior = poor(fitter, max_time=4.0, num_steps=10**7)
     assert posterior.history.stopped == "max_time" and 0 < len(posterior.history.elbo) < 10**6
     assert not posterior.history.interrupted and math.isfinite(posterior.elbo.value)
+
+
+def test_time_is_bounded_where_the_model_runs_for_one_draw_at_a_time(monkeypatch):
+    """Some steps are left of it: searches end early, and fewer draws are scored."""
+    fitter = Fitter("torch")
+    inference, runs = fitter.module("inference"), []
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: 0.01 * len(runs))  # a hundred runs a second
+    with pytest.warns(UserWarning, match="max_time=10 cut the run short"):
+        posterior = fitter.run("one_at_a_time", runs, max_time=10, num_particles=16)
+    assert 10 < len(posterior.history.elbo) < 60 and posterior.weights_are_reliable
+    assert len(runs) < 1000 + posterior.num_draws + 100 < 5000
 
 
 def test_annealing_fits_into_the_time(fitter, monkeypatch):
