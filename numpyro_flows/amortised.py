@@ -18,14 +18,16 @@ from numpyro import handlers
 from numpyro.infer.initialization import init_to_value
 
 from numpyro_flows import flows, serialization
+from numpyro_flows.checks import check_counts
 from numpyro_flows.distributions import Base, distribution_of
 from numpyro_flows.encoders import StandardizedEncoder, location_and_scale
 from numpyro_flows.guides import AutoFlow
 from numpyro_flows.guides.auto_flow import check_base, check_encoding, check_encoding_shape
-from numpyro_flows.inference import FlowVI, check_counts, checked_key
+from numpyro_flows.inference import FlowVI
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.posterior import FlowPosterior, History
 from numpyro_flows.prior_predictive import PriorPredictive, Simulations
+from numpyro_flows.programs import checked_key
 from numpyro_flows.training import FitHistory, train
 from numpyro_flows.transform_module import TransformModule, flow_module, parameters
 

@@ -26,7 +26,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from numpyro_flows import _arviz
-from numpyro_flows.inference import FlowVI, check_counts
+from numpyro_flows.checks import check_counts
+from numpyro_flows.inference import FlowVI
 from numpyro_flows.log_density import check_latents
 from numpyro_flows.posterior import Estimate
 from numpyro_flows.programs import numpy_rng

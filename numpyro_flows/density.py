@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
+from numpyro_flows.checks import check_counts
 from numpyro_flows.distributions import (
     Base,
     ConditionalFlowDistribution,
@@ -203,9 +204,7 @@ def check_fit(
             )
     if objective not in ("likelihood", "flow_matching"):
         raise ValueError(f'fit_density: objective must be "likelihood" or "flow_matching", but got {objective!r}.')
-    for name, value in {"num_steps": num_steps, "batch_size": batch_size, "patience": patience}.items():
-        if value < 1:
-            raise ValueError(f"fit_density: {name} must be at least 1, but got {value}.")
+    check_counts("fit_density", num_steps=num_steps, batch_size=batch_size, patience=patience)
     if not learning_rate > 0:
         raise ValueError(f"fit_density: learning_rate must be positive, but got {learning_rate}.")
 

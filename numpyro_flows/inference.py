@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from numpyro_flows import flows
 from numpyro_flows.centering import Centering, normal_priors
+from numpyro_flows.checks import check_counts
 from numpyro_flows.distributions import Base, FlexibleBase, MixtureBase
 from numpyro_flows.elbo import elbo_terms, score_gradient, unfolded
 from numpyro_flows.guides import AutoFlow
@@ -51,7 +52,7 @@ from numpyro_flows.noncentering import (
     with_density,
 )
 from numpyro_flows.posterior import FlowPosterior, History, tolerated
-from numpyro_flows.programs import Programs, numpy_rng, quick_key
+from numpyro_flows.programs import Programs, checked_key, numpy_rng
 from numpyro_flows.training import CHUNK, _padded, _run_steps, first_state, update
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
@@ -953,23 +954,6 @@ def check_options(
         if not isinstance(value, Real) or not value > 0:
             none = ", or None" if name in given else ""
             raise ValueError(f"FlowVI: {name} must be a positive number{none}, but got {value!r}.")
-
-
-def checked_key(rng_key: Any, owner: str) -> Array:
-    """A key for fits; a ``TypeError`` for what is no key."""
-    try:
-        return quick_key(rng_key)
-    except (AttributeError, TypeError):
-        raise TypeError(
-            f"{owner}: rng_key must be a key of jax.random and comes first, but got {type(rng_key).__name__}."
-        ) from None
-
-
-def check_counts(owner: str, **counts: Any) -> None:
-    """Raises a ``ValueError`` that names the option which is no positive integer."""
-    for name, value in counts.items():
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{owner}: {name} must be an integer of at least 1, but got {value!r}.")
 
 
 def check_functions(flow: Any, richer: Any, init_loc_fn: Any) -> None:

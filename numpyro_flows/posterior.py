@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from numpyro_flows import _arviz, diagnosis, evidence, refinement, serialization
 from numpyro_flows.centering import Centering
+from numpyro_flows.checks import check_counts
 from numpyro_flows.diagnosis import Departure
 from numpyro_flows.distributions import BASES, FlowDistribution
 from numpyro_flows.evidence import Estimate
@@ -26,7 +27,7 @@ from numpyro_flows.guides.auto_flow import FACTORIES
 from numpyro_flows.initialization import Start, missed_mass
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.noncentering import forward, log_densities, with_density
-from numpyro_flows.programs import key_of, quick_key, words_of
+from numpyro_flows.programs import checked_key, key_of, quick_key, words_of
 from numpyro_flows.refinement import RefinedPosterior
 from numpyro_flows.transform_module import TransformModule, parameters
 from numpyro_flows.transforms import TriangularAffine
@@ -132,7 +133,7 @@ class FlowPosterior:
         :raises TypeError: if ``rng_key`` is no key.
         :raises ValueError: if ``sample_shape`` is neither a size nor a tuple of sizes.
         """
-        rng_key, shape = refinement.checked_key("sample", rng_key), _sizes(sample_shape)
+        rng_key, shape = checked_key(rng_key, "sample"), _sizes(sample_shape)
         sites = self._constrain(self._distribution.sample(rng_key, (math.prod(shape),)), deterministic)
         return {name: x.reshape(*shape, *x.shape[1:]) for name, x in sites.items()}
 
@@ -183,8 +184,8 @@ class FlowPosterior:
         :raises TypeError: if ``rng_key`` is no key.
         :raises ValueError: if ``num_samples`` is no positive integer.
         """
-        rng_key = refinement.checked_key("importance_resample", rng_key)
-        refinement.check_number("importance_resample", "num_samples", num_samples, 1)
+        rng_key = checked_key(rng_key, "importance_resample")
+        check_counts("importance_resample", num_samples=num_samples)
         self._warn_if_unreliable("importance_resample")
         return self._constrain(self.draws.unconstrained[self._resampled(rng_key, (num_samples,))], deterministic)
 
@@ -508,7 +509,7 @@ class FlowPosterior:
         :param dims: of the sites, likewise: ``{"theta": ["school"], "y": ["school"]}``.
         :raises ValueError: if ``num_samples`` is no positive integer, or ``dims`` names no site.
         """
-        refinement.check_number("to_arviz", "num_samples", num_samples, 1)
+        check_counts("to_arviz", num_samples=num_samples)
         n = min(num_samples, self.num_draws)
         sites = {name: np.asarray(x)[None] for name, x in self._constrain(self.draws.unconstrained[:n]).items()}
         stats = {
@@ -542,7 +543,7 @@ class FlowPosterior:
         :returns: the matplotlib figure.
         :raises ValueError: for another kind, names that are no sites, and if ``num_samples`` is no positive integer.
         """
-        refinement.check_number("plot", "num_samples", num_samples, 1)
+        check_counts("plot", num_samples=num_samples)
         if kind == "summary":
             return _arviz.plot(self, var_names, num_samples)
         if kind != "pair":

@@ -65,6 +65,16 @@ def quick_key(key: Array) -> Array:
     return jax.random.wrap_key_data(jax.random.key_data(typed), impl=GENERATOR)
 
 
+def checked_key(rng_key: Any, owner: str) -> Array:
+    """:func:`quick_key` of a key; a ``TypeError`` for anything else."""
+    try:
+        return quick_key(rng_key)
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(
+            f"{owner}: rng_key must be a key of jax.random and comes first, but got {type(rng_key).__name__}."
+        ) from None
+
+
 def words_of(key: Array) -> tuple[str, list[int]]:
     """A key's generator and words, for a file."""
     return str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key)).tolist()

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from functools import cached_property
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -18,11 +17,12 @@ from numpyro.infer import NUTS
 from tqdm import tqdm
 
 from numpyro_flows import _arviz, evidence
+from numpyro_flows.checks import check_counts
 from numpyro_flows.density import _fit_modules
 from numpyro_flows.evidence import Estimate
 from numpyro_flows.log_density import LogDensity
 from numpyro_flows.noncentering import forward_and_log_density, inverse, with_density
-from numpyro_flows.programs import Programs, is_array, quick_key
+from numpyro_flows.programs import Programs, checked_key
 from numpyro_flows.transform_module import Compose, TransformModule, parameters
 
 METHODS = ("resample", "flow_mh", "nuts")
@@ -150,7 +150,7 @@ class RefinedPosterior:
         :param progress_bar: whether to show one.
         :raises TypeError: if ``rng_key`` is no key.
         """
-        rng_key = checked_key("adapt", rng_key)
+        rng_key = checked_key(rng_key, "adapt")
         guide, old = self.posterior.guide, self.posterior._transform
         outer = Compose(guide.outer_layers)
         inner = Compose(old.layers[: -len(guide.outer_layers)])
@@ -352,7 +352,7 @@ def refine(
 ) -> RefinedPosterior:
     """See :meth:`FlowPosterior.refine`."""
     check_options(method, num_samples, num_warmup, num_chains, target_accept_prob, max_tree_depth)
-    rng_key = checked_key("refine", rng_key)
+    rng_key = checked_key(rng_key, "refine")
     begin = time.perf_counter()
     before = {"fit": posterior.history.gradients}
     if adapt and method != "resample":
@@ -542,23 +542,8 @@ def check_options(
     """Raises a ``ValueError`` that names the option with which nothing can be drawn."""
     if method not in METHODS:
         raise ValueError(f"refine: method must be one of {METHODS}, but got {method!r}.")
-    for name, value, least in (
-        ("num_samples", num_samples, 4), ("num_warmup", num_warmup, 0), ("num_chains", num_chains, 1),
-        ("max_tree_depth", max_tree_depth, 1),
-    ):  # fmt: skip
-        check_number("refine", name, value, least)
+    check_counts("refine", 4, num_samples=num_samples)
+    check_counts("refine", 0, num_warmup=num_warmup)
+    check_counts("refine", num_chains=num_chains, max_tree_depth=max_tree_depth)
     if not 0 < target_accept_prob < 1:
         raise ValueError(f"refine: target_accept_prob must lie between 0 and 1, but got {target_accept_prob}.")
-
-
-def checked_key(owner: str, rng_key: Array) -> Array:
-    """:func:`quick_key` of a key; a ``TypeError`` for anything else."""
-    if not is_array(rng_key):
-        raise TypeError(f"{owner}: rng_key must be a key of jax.random and comes first, but got {rng_key!r}.")
-    return quick_key(rng_key)
-
-
-def check_number(owner: str, name: str, value: int, least: int) -> None:
-    """Raises a ``ValueError`` unless ``value`` is an integer of at least ``least``."""
-    if not (isinstance(value, Integral) and value >= least):
-        raise ValueError(f"{owner}: {name} must be an integer of at least {least}, but got {value!r}.")

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyroflows import flows, serialization
+from pyroflows.checks import check_counts
 from pyroflows.distributions import Base, distribution_of
 from pyroflows.encoders import location_and_scale
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base, check_encoding, check_encoding_shape
-from pyroflows.inference import FlowVI, check_counts, posterior_of
+from pyroflows.inference import FlowVI, posterior_of
 from pyroflows.posterior import FlowPosterior, History
 from pyroflows.prior_predictive import PriorPredictive, Simulations, batched
 from pyroflows.training import FitHistory, train

@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroflows import _arviz
-from pyroflows.inference import FlowVI, _numpy_rng, check_counts
+from pyroflows.checks import check_counts
+from pyroflows.inference import FlowVI, _numpy_rng
 from pyroflows.log_density import check_latents
 from pyroflows.posterior import Estimate
 from pyroflows.prior_predictive import ByGammas, batched

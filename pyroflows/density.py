@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyroflows.checks import check_counts
 from pyroflows.distributions import (
     Base,
     ConditionalFlowDistribution,
@@ -151,9 +152,7 @@ def check_fit(
             )
     if objective not in ("likelihood", "flow_matching"):
         raise ValueError(f'fit_density: objective must be "likelihood" or "flow_matching", but got {objective!r}.')
-    for name, value in {"num_steps": num_steps, "batch_size": batch_size, "patience": patience}.items():
-        if value < 1:
-            raise ValueError(f"fit_density: {name} must be at least 1, but got {value}.")
+    check_counts("fit_density", num_steps=num_steps, batch_size=batch_size, patience=patience)
     if not learning_rate > 0:
         raise ValueError(f"fit_density: learning_rate must be positive, but got {learning_rate}.")
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pyroflows import flows
 from pyroflows.centering import Centering, normal_priors
+from pyroflows.checks import check_counts
 from pyroflows.distributions import Base, FlexibleBase, MixtureBase, distribution_of
 from pyroflows.elbo import elbo_terms, score_gradient, unfolded
 from pyroflows.graphs import close, recorded_step
@@ -954,13 +955,6 @@ def check_options(
         if not isinstance(value, Real) or not value > 0:
             none = ", or None" if name in given else ""
             raise ValueError(f"FlowVI: {name} must be a positive number{none}, but got {value!r}.")
-
-
-def check_counts(owner: str, **counts: Any) -> None:
-    """Raises a ``ValueError`` that names the option which is no positive integer."""
-    for name, value in counts.items():
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{owner}: {name} must be an integer of at least 1, but got {value!r}.")
 
 
 def check_functions(flow: Any, richer: Any, init_loc_fn: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyroflows import _arviz, diagnosis, evidence, refinement, serialization
 from pyroflows.centering import Centering
+from pyroflows.checks import check_counts
 from pyroflows.diagnosis import Departure
 from pyroflows.distributions import BASES, FlowDistribution
 from pyroflows.evidence import Estimate
@@ -155,7 +156,7 @@ class FlowPosterior:
         :param deterministic: as of :meth:`sample`.
         :raises ValueError: if ``num_samples`` is no positive integer.
         """
-        refinement.check_number("importance_resample", "num_samples", num_samples, 1)
+        check_counts("importance_resample", num_samples=num_samples)
         self._warn_if_unreliable("importance_resample")
         return self._constrain(self.draws.unconstrained[self._resampled((num_samples,))], deterministic)
 
@@ -494,7 +495,7 @@ class FlowPosterior:
         :param dims: of the sites, likewise: ``{"theta": ["school"], "y": ["school"]}``.
         :raises ValueError: if ``num_samples`` is no positive integer, or ``dims`` names no site.
         """
-        refinement.check_number("to_arviz", "num_samples", num_samples, 1)
+        check_counts("to_arviz", num_samples=num_samples)
         n = min(num_samples, self.num_draws)
         sites = {name: x.numpy(force=True)[None] for name, x in self._constrain(self.draws.unconstrained[:n]).items()}
         stats = {
@@ -528,7 +529,7 @@ class FlowPosterior:
         :returns: the matplotlib figure.
         :raises ValueError: for another kind, names that are no sites, and if ``num_samples`` is no positive integer.
         """
-        refinement.check_number("plot", "num_samples", num_samples, 1)
+        check_counts("plot", num_samples=num_samples)
         if kind == "summary":
             return _arviz.plot(self, var_names, num_samples)
         if kind != "pair":

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from functools import cached_property
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroflows import _arviz, evidence
+from pyroflows.checks import check_counts
 from pyroflows.density import fit_density
 from pyroflows.evidence import Estimate
 from pyroflows.transform_module import Compose
@@ -498,16 +498,8 @@ def check_options(
     """Raises a ``ValueError`` that names the option with which nothing can be drawn."""
     if method not in METHODS:
         raise ValueError(f"refine: method must be one of {METHODS}, but got {method!r}.")
-    for name, value, least in (
-        ("num_samples", num_samples, 4), ("num_warmup", num_warmup, 0), ("num_chains", num_chains, 1),
-        ("max_tree_depth", max_tree_depth, 1),
-    ):  # fmt: skip
-        check_number("refine", name, value, least)
+    check_counts("refine", 4, num_samples=num_samples)
+    check_counts("refine", 0, num_warmup=num_warmup)
+    check_counts("refine", num_chains=num_chains, max_tree_depth=max_tree_depth)
     if not 0 < target_accept_prob < 1:
         raise ValueError(f"refine: target_accept_prob must lie between 0 and 1, but got {target_accept_prob}.")
-
-
-def check_number(owner: str, name: str, value: int, least: int) -> None:
-    """Raises a ``ValueError`` unless ``value`` is an integer of at least ``least``."""
-    if not (isinstance(value, Integral) and value >= least):
-        raise ValueError(f"{owner}: {name} must be an integer of at least {least}, but got {value!r}.")

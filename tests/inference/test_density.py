@@ -283,7 +283,7 @@ def test_fit_skips_steps_that_are_not_finite(backend):
         ({"num_steps": 0}, "num_steps"),
         ({"validation": 1.0}, "validation"),
         ({"learning_rate": -1.0}, "learning_rate must be positive, but got -1.0"),
-        ({"patience": 0}, "patience must be at least 1"),
+        ({"patience": 0}, "patience must be an integer of at least 1"),
         ({"context": np.zeros((9, 1), "float32")}, "context must be finite, of shape .* n = 10 .* has shape"),
         ({"context": np.full((10, 1), np.nan, "float32")}, "context must be finite"),
     ],
