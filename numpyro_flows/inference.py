@@ -730,11 +730,14 @@ class Budget:
     def seconds(self) -> float:
         return time.perf_counter() - self.begin
 
+    def is_late(self, share: float = 1.0) -> bool:
+        """Whether this share of the time is over."""
+        return self.max_time is not None and self.seconds > share * self.max_time
+
     def is_spent(self, share: float, gradients: int, since: int = 0) -> bool:
         """Whether a search of so many gradients, after others that are not counted yet, has had this share of all."""
-        late = self.max_time is not None and self.seconds > share * self.max_time
         gradients += self.gradients + since
-        return late or self.max_gradients is not None and gradients > share * self.max_gradients
+        return self.is_late(share) or self.max_gradients is not None and gradients > share * self.max_gradients
 
     def allows_more(self) -> bool:
         """Whether another fit may begin; notes what forbids it."""

@@ -214,6 +214,15 @@ def check_finite(trace: dict[str, Any], owner: str) -> None:
         )
 
 
+def latent_sites(trace: dict[str, Any]) -> dict[str, Any]:
+    """The latent sites of a traced model."""
+    return {
+        name: site
+        for name, site in trace.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+    }
+
+
 def check_plates(trace: dict[str, Any], owner: str) -> None:
     """Raises a ``ValueError`` where the density of the traced model is that of a subsample."""
     sizes = {name: site["args"] for name, site in trace.items() if site["type"] == "plate"}
@@ -227,11 +236,7 @@ def check_plates(trace: dict[str, Any], owner: str) -> None:
 
 def check_latents(trace: dict[str, Any], owner: str) -> None:
     """Raises a ``ValueError`` where a flow over all latents jointly cannot serve the traced model."""
-    latent = {
-        name: site
-        for name, site in trace.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
-    }
+    latent = latent_sites(trace)
     if not latent:
         raise ValueError(f"{owner}: the model has no latent sites: there is nothing to infer.")
     discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]

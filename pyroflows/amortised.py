@@ -22,7 +22,7 @@ from pyroflows.distributions import Base, distribution_of
 from pyroflows.encoders import location_and_scale
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.auto_flow import check_base, check_encoding, check_encoding_shape
-from pyroflows.inference import FlowVI, posterior_of
+from pyroflows.inference import FlowVI, _posterior_of
 from pyroflows.posterior import FlowPosterior, History
 from pyroflows.prior_predictive import PriorPredictive, Simulations, batched
 from pyroflows.training import FitHistory, train
@@ -309,7 +309,7 @@ class AmortisedFlowVI:
             log_density = own._log_density(args, kwargs, mode=self._mode)
         self._mode = log_density.mode  # a trial that one data set is enough for
         history = History(np.zeros(0), stationary=True, seconds=time.perf_counter() - begin)
-        posterior = posterior_of(own, log_density, history)
+        posterior = _posterior_of(own, log_density, history)
         if not self.refine_steps:
             return posterior
         vi = FlowVI(
@@ -326,7 +326,7 @@ class AmortisedFlowVI:
             warnings.warn(f"{_OWNER}: the refinement failed, the amortised guide stands: {error}", stacklevel=2)
             return posterior
         history = history._replace(gradients=vi.num_particles * len(history.elbo), seconds=time.perf_counter() - begin)
-        refined = posterior_of(own, log_density, history)
+        refined = _posterior_of(own, log_density, history)
         if refined._elbo_inside.value >= posterior._elbo_inside.value:
             return refined
         posterior.history = history

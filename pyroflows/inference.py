@@ -357,7 +357,7 @@ class FlowVI:
         if schedule.shortened and len(history.elbo) == schedule.num_steps:
             budget.stopped = "max_gradients"
         history = history._replace(gradients=budget.gradients, seconds=budget.seconds)
-        return posterior_of(guide, log_density, history)
+        return _posterior_of(guide, log_density, history)
 
     def _target(self, log_density: LogDensity) -> Target:
         """A density in numpy."""
@@ -404,13 +404,13 @@ class FlowVI:
         is_late = partial(budget.is_late, _START_SHARE if log_density.mode == "loop" else np.inf)
 
         def search(u: Tensor, since: int = 0, alone: bool = False) -> tuple[Target, Start]:
-            target = self._target(pulled_back(log_density, guide.coordinates))
+            target = self._target(pulled_back(log_density, guide.coordinates))._replace(is_late=is_late)
             first = [guide.coordinates.inverse_and_log_det(u)[0].double().numpy(force=True)]
             for point in self._points(guide, log_density, 0 if alone else self.num_starts - 1, self.init_loc_fn):
                 if not np.allclose(point, first[0]) and np.isfinite(target.value_and_grad(point)[0]):
                     first.append(point)
             rng, is_spent = _numpy_rng(), partial(budget.is_spent, _SEARCH_SHARE, since=since)
-            found = find_start(target, first, rng, is_late)
+            found = find_start(target, first, rng)
             if log_density.mode == "loop":  # a Hessian takes a run of the model for each of its rows
                 return target, found
             return target, improve(target, found, rng, is_spent)
@@ -566,7 +566,8 @@ class FlowVI:
                 points += self._points(guide, log_density, 1, init_to_sample)
         points += list(start.loc + _WIDE * rng.standard_normal((_NUM_PROBES, len(start.loc))) @ start.scale_tril.T)
         points = [point for point in points if np.isfinite(target.value_and_grad(point)[0])]
-        found, gradients = find_modes(target, points, rng, 1, is_late) if points else ((), 0)
+        target = target._replace(is_late=is_late)
+        found, gradients = find_modes(target, points, rng, points_per_path=1) if points else ((), 0)
         budget.gradients += gradients
         return distinct([*start.modes, *found], target.log_density)
 
@@ -659,7 +660,7 @@ class FlowVI:
         )
 
 
-def posterior_of(guide: AutoFlow, log_density: LogDensity, history: History) -> FlowPosterior:
+def _posterior_of(guide: AutoFlow, log_density: LogDensity, history: History) -> FlowPosterior:
     """The posterior of a guide, with fewer draws for its diagnostics where the model runs for each of them."""
     few = {"num_draws": _FEW_DRAWS} if log_density.mode == "loop" else {}
     return FlowPosterior(guide, log_density, history, **few)

@@ -8,7 +8,6 @@ one of the candidates, since at the mode of a funnel a Gaussian is useless. Natu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +51,8 @@ class Target(NamedTuple):
     # of a batch, which takes about as long as a point where the model's operations are small
     values_and_grads: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
     gradients_and_hessians: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    # whether time is over: then walks end, and the first candidate of finite ELBO is the last
+    is_late: Callable[[], bool] = lambda: False
 
 
 class Start(NamedTuple):
@@ -78,18 +79,12 @@ class Likelihood(NamedTuple):
     shifts: np.ndarray  # (dim, dim)
 
 
-def find_start(
-    target: Target,
-    starts: Sequence[np.ndarray],
-    rng: np.random.Generator,
-    is_late: Callable[[], bool] = lambda: False,
-) -> Start:
+def find_start(target: Target, starts: Sequence[np.ndarray], rng: np.random.Generator) -> Start:
     """Returns the candidate of :func:`find_modes` with the highest ELBO.
 
-    :param is_late: as are the others, see there.
     :raises RuntimeError: if no candidate has a finite ELBO.
     """
-    modes, gradients = find_modes(target, starts, rng, is_late=is_late)
+    modes, gradients = find_modes(target, starts, rng)
     if not modes:
         raise RuntimeError(
             "FlowVI: no start with a finite ELBO was found. Standardise the data, use tighter priors, or pass "
@@ -99,11 +94,7 @@ def find_start(
 
 
 def find_modes(
-    target: Target,
-    starts: Sequence[np.ndarray],
-    rng: np.random.Generator,
-    points_per_path: int = 12,
-    is_late: Callable[[], bool] = lambda: False,
+    target: Target, starts: Sequence[np.ndarray], rng: np.random.Generator, points_per_path: int = 12
 ) -> tuple[tuple[Start, ...], int]:
     """Returns the Gaussians of highest ELBO, one a path and without repetitions, and the gradient evaluations.
 
@@ -112,7 +103,6 @@ def find_modes(
     :param rng: source of the draws that score the candidates, the same for all of them.
     :param points_per_path: points of a path whose Gaussians are candidates; 1 for its end alone, once for all paths
         that end there.
-    :param is_late: whether time is over: then walks end, and the first candidate of finite ELBO is the last.
     """
     dim = len(starts[0])
     noise = rng.standard_normal((_NUM_DRAWS, dim))
@@ -125,9 +115,9 @@ def find_modes(
             best_of_paths[-1] = found
 
     def is_enough() -> bool:
-        return is_late() and any(np.isfinite(best.elbo) for best in best_of_paths)
+        return target.is_late() and any(np.isfinite(best.elbo) for best in best_of_paths)
 
-    for start, (path, scale_at_end, evaluations) in zip(starts, _walks(target, starts, is_late), strict=True):
+    for start, (path, scale_at_end, evaluations) in zip(starts, _walks(target, starts), strict=True):
         if is_enough():
             break
         gradients += evaluations
@@ -577,27 +567,23 @@ def _divergence(below: tuple, here: tuple, above: tuple, *observations: tuple) -
     return float(np.mean(divergences))
 
 
-def _walks(
-    target: Target, starts: Sequence[np.ndarray], is_late: Callable[[], bool] = lambda: False
-) -> Iterable[tuple[list[np.ndarray], np.ndarray | None, int]]:
+def _walks(target: Target, starts: Sequence[np.ndarray]) -> Iterable[tuple[list[np.ndarray], np.ndarray | None, int]]:
     """:func:`_walk` from every start."""
     if target.values_and_grads is None:
-        return (_walk(target, start, is_late) for start in starts)
-    return InStep(target).run(partial(_walk, is_late=is_late), starts)
+        return (_walk(target, start) for start in starts)
+    return InStep(target).run(_walk, starts)
 
 
-def _walk(
-    target: Target, start: np.ndarray, is_late: Callable[[], bool]
-) -> tuple[list[np.ndarray], np.ndarray | None, int]:
+def _walk(target: Target, start: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None, int]:
     """The points on the way from a start to a mode, the local Gaussian's scale at the last, where it is known, and the
     gradient evaluations.
 
     L-BFGS knows the scales of the last steps alone, and may end far from the mode where they differ by orders of
     magnitude between parameters. It goes on from there in coordinates that the Hessian makes alike.
     """
-    path, gradients = _ascend(target.value_and_grad, start, is_late)
+    path, gradients = _ascend(target.value_and_grad, start, target.is_late)
     for _ in range(_MAX_LEGS - 1 if len(start) <= MAX_HESSIAN_DIM else 0):
-        if is_late():
+        if target.is_late():
             break
         end = path[-1]
         scale_tril, gradients = _gaussian_scale(target.hessian(end)), gradients + len(start)
@@ -609,7 +595,7 @@ def _walk(
                 value, gradient = target.value_and_grad(end + scale_tril @ z)
                 return value, scale_tril.T @ gradient
 
-        leg, evaluations = _ascend(whitened, np.zeros(len(start)), is_late)
+        leg, evaluations = _ascend(whitened, np.zeros(len(start)), target.is_late)
         path += [end + scale_tril @ z for z in leg[1:]]
         gradients += evaluations
     return path, None, gradients
