@@ -402,23 +402,30 @@ class AutoHierarchicalFlow(AutoGuide):
 
         :param params: as ``SVI`` returns them.
         :param args: the model's arguments; those of the guide's first call unless given.
-        :raises ValueError: for several draws where plates of the model are subsampled at random.
+        :raises ValueError: for several draws without arguments, if those of the first call subsample at random.
         """
+        draws, indices = self._draws(rng_key, params, args, kwargs, sample_shape)
+        if not args and not kwargs:
+            _check_same(indices)
+        return draws
+
+    def _draws(
+        self, rng_key: Array, params: dict[str, Any], args: tuple, kwargs: dict[str, Any], sample_shape: tuple[int, ...]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Draws, and the indices of each plate in every one of them ``(n, size)``."""
         if not args and not kwargs and self.prototype_trace is not None:
             args, kwargs = self._prototype_call
 
-        def draw(key: Array) -> dict[str, Array]:
+        def draw(key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
             with handlers.block(), handlers.seed(rng_seed=key), handlers.substitute(data=params):
                 with handlers.trace() as trace:
                     draws = self(*args, **kwargs)
-            if sample_shape:
-                _check_full({name: site["args"] for name, site in trace.items() if site["type"] == "plate"})
-            return draws
+            return draws, {name: jnp.asarray(site["value"]) for name, site in trace.items() if site["type"] == "plate"}
 
         if not sample_shape:
-            return draw(rng_key)
-        draws = jax.vmap(draw)(jax.random.split(rng_key, math.prod(sample_shape)))
-        return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
+            return draw(rng_key)[0], {}
+        draws, indices = jax.vmap(draw)(jax.random.split(rng_key, math.prod(sample_shape)))
+        return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws), indices
 
     def quantiles(
         self,
@@ -431,11 +438,13 @@ class AutoHierarchicalFlow(AutoGuide):
     ) -> dict[str, Array]:
         """Quantiles of each latent site, from draws.
 
-        :param args: as for :meth:`sample_posterior`, which raises the same errors.
+        :param args: as for :meth:`sample_posterior`.
         :returns: dict of arrays ``(len(quantiles), *site_shape)``, or ``site_shape`` for a single number.
+        :raises ValueError: where plates of the model are subsampled at random: every draw is of other elements.
         """
         rng_key = jax.random.key(0) if rng_key is None else rng_key
-        draws = self.sample_posterior(rng_key, params, *args, sample_shape=(num_samples,), **kwargs)
+        draws, indices = self._draws(rng_key, params, args, kwargs, (num_samples,))
+        _check_same(indices)
         return jax.tree.map(lambda x: jnp.quantile(x, jnp.asarray(quantiles), axis=0), draws)
 
     def median(
@@ -454,12 +463,12 @@ class AutoHierarchicalFlow(AutoGuide):
         return {**super().__getstate__(), "prototype_trace": None if self.prototype_trace is None else {}}
 
 
-def _check_full(plates: dict[str, tuple[int, int | None]]) -> None:
-    """Raises a ``ValueError`` for plates, given by their size and that of a subsample, where these differ."""
-    subsampled = [name for name, (size, part) in plates.items() if part not in (None, size)]
-    if subsampled:
+def _check_same(indices: dict[str, Array]) -> None:
+    """Raises a ``ValueError`` where the elements of plates differ from draw to draw ``(n, size)``."""
+    random = [name for name, x in indices.items() if not isinstance(x, jax.core.Tracer) and (x != x[:1]).any()]
+    if random:
         raise ValueError(
-            f"AutoHierarchicalFlow: plate(s) {subsampled} are subsampled at random, so that nobody knows of which "
+            f"AutoHierarchicalFlow: plate(s) {random} are subsampled at random, so that nobody knows of which "
             "elements these draws would be. Pass the full data, without a subsample."
         )
 

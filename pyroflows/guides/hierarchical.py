@@ -405,32 +405,44 @@ class AutoHierarchicalFlow(AutoGuide):
         broadcast, as for ``Trace_ELBO(vectorize_particles=True)``.
 
         :param args: the model's arguments.
-        :raises ValueError: for several draws where plates of the model are subsampled at random.
         """
+        return self._draws(args, kwargs, sample_shape)[0]
+
+    @torch.no_grad()
+    def _draws(
+        self, args: tuple, kwargs: dict[str, Any], sample_shape: tuple[int, ...]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Draws, and the plates that are subsampled at random."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         if not sample_shape:
             with poutine.block():
-                return self(*args, **kwargs)
+                return self(*args, **kwargs), []
         nesting = max(-dim for group in self.groups.values() for dim in group.plates.values())
         with poutine.block(), pyro.plate("_draws", math.prod(sample_shape), dim=-1 - nesting), poutine.trace() as trace:
             draws = self(*args, **kwargs)
         plates = {name: site["fn"] for name, site in trace.trace.nodes.items() if site_is_subsample(site)}
-        _check_full({name: (fn.size, fn.subsample_size) for name, fn in plates.items()})
+        random = [name for name, fn in plates.items() if fn.subsample_size not in (None, fn.size)]
         depths = {name: site.dim for group in self.groups.values() for name, site in group.sites.items()}
         result = {}
         for name, value in draws.items():
             inner = value.shape[value.dim() - depths[name] :]
             result[name] = value.reshape(*sample_shape, *inner)
-        return result
+        return result, random
 
     def quantiles(self, quantiles: Any, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
         """Quantiles of each latent site, from draws.
 
-        :param args: as for :meth:`sample_posterior`, which raises the same errors.
+        :param args: as for :meth:`sample_posterior`.
         :returns: dict of tensors ``(len(quantiles), *site_shape)``, or ``site_shape`` for a single number.
+        :raises ValueError: where plates of the model are subsampled at random.
         """
-        draws = self.sample_posterior(*args, sample_shape=(num_samples,), **kwargs)
+        draws, random = self._draws(args, kwargs, (num_samples,))
+        if random:
+            raise ValueError(
+                f"AutoHierarchicalFlow: plate(s) {random} are subsampled at random, so that nobody knows of which "
+                "elements these draws would be. Pass the full data, without a subsample."
+            )
         return {
             name: torch.quantile(x, torch.as_tensor(quantiles, dtype=x.dtype, device=x.device), dim=0)
             for name, x in draws.items()
@@ -444,16 +456,6 @@ class AutoHierarchicalFlow(AutoGuide):
         # unlike the base class's, leaves this guide as it is; the copied parameters are free of Pyro's weak references
         trace = None if self.prototype_trace is None else poutine.Trace()
         return {**self.__dict__, "master": None, "prototype_trace": trace, "_modules": copy.deepcopy(self._modules)}
-
-
-def _check_full(plates: dict[str, tuple[int, int | None]]) -> None:
-    """Raises a ``ValueError`` for plates, given by their size and that of a subsample, where these differ."""
-    subsampled = [name for name, (size, part) in plates.items() if part not in (None, size)]
-    if subsampled:
-        raise ValueError(
-            f"AutoHierarchicalFlow: plate(s) {subsampled} are subsampled at random, so that nobody knows of which "
-            "elements these draws would be. Pass the full data, without a subsample."
-        )
 
 
 def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any, init_scale: Any) -> None:

@@ -716,23 +716,23 @@ def test_copies_and_quantiles(backend):
     assert np.asarray(guide.median(*first, y, num_samples=100)["theta"]).shape == (4,)
 
 
-def test_draws_of_subsamples_are_refused(backend):
-    """Each would be of other elements; one draw, and a subsample that is given, are not."""
+def test_medians_of_subsamples_are_refused(backend):
+    """Each draw would be of other elements; those of a subsample that is given are not."""
     y = backend.array(observations(4))
     guide = backend.guide(normal_hierarchy(backend))
     params = backend.start(guide, y, 2)
     first = () if params is None else (params,)
-    for call in (
-        lambda *args: backend.draws(guide, params, *args, n=3),
-        lambda *args: guide.median(*first, *args),
-        lambda *args: guide.quantiles(*first, [0.1, 0.9], *args),
-    ):
-        for args in ((y, 2), () if params else (y, 3)):  # in NumPyro, those of the first call
+    calls = [lambda *args: guide.median(*first, *args), lambda *args: guide.quantiles(*first, [0.1, 0.9], *args)]
+    if params is not None:  # without arguments, those of the first call
+        calls.append(lambda *args: guide.sample_posterior(backend.jax.random.key(1), params, sample_shape=(3,)))
+    for call in calls:
+        for args in ((y, 2), () if params else (y, 3)):
             with pytest.raises(ValueError, match=r"plate\(s\) \['groups'\] are subsampled.*Pass the full data"):
                 call(*args)
-    if params is None:
-        assert backend.draws(guide, params, y, None, backend.array(np.array([3, 1])), n=3)["theta"].shape == (3, 2)
-    assert backend.draws(guide, params, y, n=3)["theta"].shape == (3, 4)
+    assert backend.draws(guide, params, y, 2, n=3)["theta"].shape == (3, 2)
+    given = backend.array(y[:2]), None, backend.array(np.array([3, 1])), 4
+    assert guide.median(*first, *given)["theta"].shape == (2,)
+    assert guide.median(*first, y)["theta"].shape == (4,)
 
 
 def test_parameters_are_alike():
