@@ -43,6 +43,7 @@ _COMPILED = {
         "test_programs.py",
         "test_refinement.py",
         "test_reparam.py",
+        "test_supports.py",
         "test_verdict.py",
     ),
 }

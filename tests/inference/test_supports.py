@@ -116,9 +116,8 @@ def test_density_has_the_evidence_as_its_mass(lab, name):
     assert math.log(mass) == pytest.approx(log_evidence, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_fit_stays_within_the_support(lab, name):
-    build, edge, log_evidence = MODELS[name]
+def test_fit_stays_within_the_support(lab):
+    build, edge, log_evidence = MODELS["scaled beta"]
     vi = lab.pkg.FlowVI(build(lab), num_steps=200, num_particles=32, num_starts=1, progress_bar=False)
     if lab.jax:
         key = importlib.import_module("jax").random.key(0)
