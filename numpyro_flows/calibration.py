@@ -30,7 +30,7 @@ from numpyro_flows.checks import check_counts
 from numpyro_flows.inference import FlowVI
 from numpyro_flows.log_density import check_latents
 from numpyro_flows.posterior import Estimate
-from numpyro_flows.programs import numpy_rng
+from numpyro_flows.programs import checked_key, numpy_rng
 from numpyro_flows.transform_module import _typed_key
 
 LOG_LIKELIHOOD = "log_likelihood"
@@ -105,14 +105,14 @@ def simulation_based_calibration(
     :param progress_bar: shows a bar with the number of failures and the time left.
     :returns: :class:`Calibration`. A simulation that raises, or has draws that are not finite, is counted among its
         ``failures``. Ctrl-C returns what is done.
+    :raises TypeError: unless a key comes first.
     :raises ValueError: for a model whose data cannot be simulated (no observed sites, factors, improper priors,
         subsampled plates, scaled or masked latents, data of another shape than the model draws), draws of the wrong
         names or shapes, and arguments out of range.
     :raises RuntimeError: if every simulation fails.
     """
     _check_arguments(num_simulations, num_draws, num_workers, infer)
-    if not hasattr(rng_key, "dtype"):
-        raise ValueError(f"{_OWNER}: rng_key must be a key of jax.random and comes first, but got {rng_key!r}.")
+    checked_key(rng_key, _OWNER)
     rng_key = _typed_key(rng_key)
     simulator = _Simulator(model, args, kwargs or {}, infer, num_draws, var_names, str(jax.random.key_impl(rng_key)))
     check_key, key = jax.random.split(rng_key)

@@ -25,7 +25,7 @@ from numpyro_flows.checks import check_counts
 from numpyro_flows.distributions import Base, FlexibleBase, MixtureBase
 from numpyro_flows.elbo import elbo_terms, score_gradient, unfolded
 from numpyro_flows.guides import AutoFlow
-from numpyro_flows.guides.auto_flow import check_base
+from numpyro_flows.guides.auto_flow import check_base, check_flow
 from numpyro_flows.initialization import (
     MAX_HESSIAN_DIM,
     Start,
@@ -297,13 +297,9 @@ class FlowVI:
             full_rank=True,
             noncentered=self.noncentered,
         )
-        guide._programs, guide._held = self._programs, self._held
-        try:
-            with handlers.seed(rng_seed=key):
-                guide._setup_prototype(*args, **kwargs)
-        except ValueError as error:
-            message = str(error).removeprefix("AutoFlow: ")
-            raise error if message == str(error) else ValueError(f"FlowVI: {message}") from None
+        guide._programs, guide._held, guide._owner = self._programs, self._held, "FlowVI"
+        with handlers.seed(rng_seed=key):
+            guide._setup_prototype(*args, **kwargs)
         learned = [name for name, site in guide.prototype_trace.items() if site["type"] == "param"]
         if learned:
             raise ValueError(
@@ -964,10 +960,6 @@ def check_functions(flow: Any, richer: Any, init_loc_fn: Any) -> None:
     if not isinstance(richer, Sequence):
         raise TypeError(f"FlowVI: richer must be a list of flows' factories, but got {type(richer).__name__}.")
     for name, value in (("flow", flow), *(("each of richer", value) for value in richer)):
-        if not callable(value) or isinstance(value, TransformModule):
-            raise TypeError(
-                f"FlowVI: {name} must be a factory 'dim, *, key -> TransformModule', but got {type(value).__name__}. "
-                "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a name or a built flow."
-            )
+        check_flow(value, "FlowVI", name)
     if not callable(init_loc_fn):
         raise TypeError(f"FlowVI: init_loc_fn must be a strategy, as init_to_median, but got {init_loc_fn!r}.")

@@ -25,9 +25,9 @@ from numpyro.primitives import Messenger
 
 from numpyro_flows.log_density import LogDensity, _no_overflow
 from numpyro_flows.programs import Programs
+from numpyro_flows.supports import WRAPPERS
 from numpyro_flows.transform_module import Compose, TransformModule
 
-WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 _ROWS = 256  # of a Hessian at once: as many as a fit has draws in a step
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
 LOCATION_SCALE = (dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace, dist.Logistic, dist.Gumbel, dist.LogNormal)

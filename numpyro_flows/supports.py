@@ -11,7 +11,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import ComposeTransform
 from numpyro.primitives import Messenger
 
-_WRAPPERS = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
+WRAPPERS = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
 
 class Supported(Messenger):
@@ -28,7 +28,7 @@ def supported(fn: Any) -> Any:
     ``TransformedDistribution(Beta(2, 2), AffineTransform(-1, 2))`` lies between -1 and 1, for one: NumPyro asks for a
     ``domain=constraints.unit_interval`` of its transform.
     """
-    if isinstance(fn, _WRAPPERS):
+    if isinstance(fn, WRAPPERS):
         return _with_base(fn, supported(fn.base_dist))
     if type(fn) is dist.TransformedDistribution:
         fn = _with_base(fn, supported(fn.base_dist))

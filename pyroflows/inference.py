@@ -25,7 +25,7 @@ from pyroflows.distributions import Base, FlexibleBase, MixtureBase, distributio
 from pyroflows.elbo import elbo_terms, score_gradient, unfolded
 from pyroflows.graphs import close, recorded_step
 from pyroflows.guides import AutoFlow
-from pyroflows.guides.auto_flow import check_base
+from pyroflows.guides.auto_flow import check_base, check_flow
 from pyroflows.initialization import (
     MAX_HESSIAN_DIM,
     Start,
@@ -287,11 +287,8 @@ class FlowVI:
             full_rank=True,
             noncentered=self.noncentered,
         )
-        try:
-            guide._setup_prototype(*args, **kwargs)
-        except ValueError as error:
-            message = str(error).removeprefix("AutoFlow: ")
-            raise error if message == str(error) else ValueError(f"FlowVI: {message}") from None
+        guide._owner = "FlowVI"
+        guide._setup_prototype(*args, **kwargs)
         if guide.model_params:
             raise ValueError(
                 f"FlowVI: the model has param site(s) {guide.model_params}, which a posterior does not cover. Give "
@@ -419,7 +416,7 @@ class FlowVI:
         if len(start.loc) > MAX_HESSIAN_DIM:
             return target, start
         if guide.noncentering is not None:
-            target, start = self._noncentered(guide, log_density, target, start, search, is_late)
+            target, start = self._noncentered(guide, log_density, target, start, search)
             if start.divergence > _WORTHWHILE and not budget.is_spent(_SEARCH_SHARE, start.gradients):
                 target, start = self._as_it_is(guide, log_density, target, start, search)
         if self.noncentered and not budget.is_spent(_SEARCH_SHARE, start.gradients):
@@ -427,19 +424,13 @@ class FlowVI:
         return target, start
 
     def _noncentered(
-        self,
-        guide: AutoFlow,
-        log_density: LogDensity,
-        target: Target,
-        start: Start,
-        search: Callable,
-        is_late: Callable[[], bool],
+        self, guide: AutoFlow, log_density: LogDensity, target: Target, start: Start, search: Callable
     ) -> tuple[Target, Start]:
         """The same, after the non-centring has been adapted to the likelihood."""
         plain: Any = guide.noncentering
         plain_target, gradients = target, start.gradients
         for _ in range(_MAX_ADAPTATIONS):
-            if is_late():
+            if target.is_late():
                 break
             u = self._latents(guide, log_density, start.loc)
             x = plain.inverse_and_log_det(u)[0]
@@ -963,10 +954,6 @@ def check_functions(flow: Any, richer: Any, init_loc_fn: Any) -> None:
     if not isinstance(richer, Sequence):
         raise TypeError(f"FlowVI: richer must be a list of flows' factories, but got {type(richer).__name__}.")
     for name, value in (("flow", flow), *(("each of richer", value) for value in richer)):
-        if not callable(value) or isinstance(value, TransformModule):
-            raise TypeError(
-                f"FlowVI: {name} must be a factory 'dim -> TransformModule', but got {type(value).__name__}. "
-                "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a name or a built flow."
-            )
+        check_flow(value, "FlowVI", name)
     if not callable(init_loc_fn):
         raise TypeError(f"FlowVI: init_loc_fn must be a strategy, as init_to_median, but got {init_loc_fn!r}.")

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pyroflows.graphs import close
 from pyroflows.log_density import LogDensity, _Unconstrained
+from pyroflows.supports import WRAPPERS
 from pyroflows.transform_module import Compose, TransformModule
 
-WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution)
 # of location-scale form; the log-normal's unconstrained value, its logarithm, is of that form
 LOCATION_SCALE = tuple(
     getattr(torch.distributions, name) for name in ("Normal", "StudentT", "Cauchy", "Laplace", "Gumbel", "LogNormal")

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -634,8 +633,8 @@ class FlowPosterior:
 
 
 def _sizes(sample_shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    shape = (sample_shape,) if isinstance(sample_shape, Integral) else sample_shape
-    if not (isinstance(shape, tuple | list) and all(isinstance(n, Integral) and n >= 0 for n in shape)):
+    shape = (sample_shape,) if isinstance(sample_shape, int | np.integer) else sample_shape
+    if not (isinstance(shape, tuple | list) and all(isinstance(n, int | np.integer) and n >= 0 for n in shape)):
         raise ValueError(f"sample: sample_shape must be a size or a tuple of sizes, but got {sample_shape!r}.")
     return tuple(map(int, shape))
 

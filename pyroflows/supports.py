@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import ComposeTransform, biject_to, constraints, transform_to
 
-_WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, dist.torch_distribution.ExpandedDistribution)
+WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, dist.torch_distribution.ExpandedDistribution)
 _ANGLE = constraints.interval(-math.pi, math.pi)
 
 
@@ -30,7 +30,7 @@ def supported(fn: Any) -> Any:
     ``TransformedDistribution(Beta(2, 2), AffineTransform(-1, 2))`` lies between -1 and 1, for one, and an angle is one
     between -pi and pi: over all numbers its density has no end.
     """
-    if isinstance(fn, _WRAPPERS):
+    if isinstance(fn, WRAPPERS):
         return _with_base(fn, supported(fn.base_dist))
     if type(fn) in _TRANSFORMED:
         fn = _with_base(fn, supported(fn.base_dist))

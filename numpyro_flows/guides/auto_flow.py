@@ -47,8 +47,8 @@ class AutoFlow(AutoContinuous):
 
     :param model: NumPyro model with continuous latents.
     :param flow: factory ``flow(dim, key=key) -> TransformModule``, such as ``flows.nsf`` or
-        ``functools.partial(flows.nsf, num_layers=4)``. The default stands the noise of the plain ELBO of a single draw
-        at any usual step size; ``flows.realnvp`` wants steps of 0.001 there, or more particles.
+        ``functools.partial(flows.nsf, num_layers=4)``. The default stands the noise of the plain ELBO of a single draw,
+        where ``flows.realnvp`` may run off to NaN.
     :param prefix: prefix of the guide's sites.
     :param init_loc_fn: NumPyro's initialisation strategy, which gives the first location.
     :param init_scale: first scale on the unconstrained space: a positive number, a vector ``(latent_dim,)``, or a lower
@@ -89,27 +89,24 @@ class AutoFlow(AutoContinuous):
         encoder: Callable[..., Array] | None = None,
         data: Callable | None = None,
     ):
-        if not callable(flow) or isinstance(flow, TransformModule):
-            raise TypeError(
-                f"AutoFlow: flow must be a factory 'dim, *, key -> TransformModule', but got {type(flow).__name__}. "
-                "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a built flow."
-            )
+        check_flow(flow, "AutoFlow")
         check_guide_scale(init_scale, base_df)
         check_base(base, base_df, "AutoFlow")
         check_encoding(encoder, data, noncentered, "AutoFlow")
         super().__init__(Supported(model), prefix=prefix, init_loc_fn=init_loc_fn)
-        self._raw_model = model  # what programs are compiled for once is one and the same
+        self._raw_model = model  # the same for all guides of a fit, whose programs go by it
         self.flow, self._init_scale, self.base_df, self.full_rank = flow, init_scale, base_df, full_rank
         self.base, self.noncentered, self.encoder, self.data = base, noncentered, encoder, data
         self.transform: Compose | None = None
         self.learned_base: Base | None = None
         self.standardized_encoder: StandardizedEncoder | None = None
         self._num_pilots = _NUM_PILOTS
+        self._owner = type(self).__name__  # whom its errors name
         self._programs = Programs()
         self._held: bool | None = None  # whether the model's arguments are a part of programs, once it is known
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        owner = type(self).__name__
+        owner = self._owner
         key = numpyro.prng_key()
         key = jax.random.key(0) if key is None else key
         self._prototype_call = key, args, kwargs
@@ -150,7 +147,8 @@ class AutoFlow(AutoContinuous):
             whole = _cast(whole, dtype)
             self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates])
             if self.base is not None:
-                base = check_built_base(_built(self.base, self.latent_dim, key=jax.random.fold_in(key, 2)))
+                base = _built(self.base, self.latent_dim, key=jax.random.fold_in(key, 2))
+                base = check_built_base(base, self._owner)
                 self.learned_base = _cast(base, dtype)
 
     def _location_and_scale(self, loc: Array, scale: float | Array) -> TransformModule:
@@ -492,6 +490,15 @@ def check_guide_scale(init_scale: Any, base_df: float | None) -> None:
         raise ValueError(f"AutoFlow: base_df must be positive, or None for a normal base, but got {base_df}.")
 
 
+def check_flow(flow: Any, owner: str, name: str = "flow") -> None:
+    """Raises an error unless ``flow`` is a factory."""
+    if not callable(flow) or isinstance(flow, TransformModule):
+        raise TypeError(
+            f"{owner}: {name} must be a factory 'dim, *, key -> TransformModule', but got {type(flow).__name__}. "
+            "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a name or a built flow."
+        )
+
+
 def check_base(base: Any, base_df: float | None, owner: str) -> None:
     """Raises an error unless ``base`` is a factory, or none."""
     if base is None:
@@ -530,15 +537,13 @@ def check_encoding_shape(context: tuple[int, ...], data: list[tuple[int, ...]], 
         )
 
 
-def check_built_base(base: Any) -> Base:
+def check_built_base(base: Any, owner: str) -> Base:
     """Raises an error unless what a factory built is a :class:`Base` whose draws carry gradients."""
     if not isinstance(base, Base):
-        raise TypeError(
-            f"AutoFlow: base must be a factory of a distributions.Base, but it built {type(base).__name__}."
-        )
+        raise TypeError(f"{owner}: base must be a factory of a distributions.Base, but it built {type(base).__name__}.")
     if not base.distribution().has_rsample:
         raise ValueError(
-            f"AutoFlow: draws of {type(base).__name__} are not reparameterised, so a guide cannot be trained with it: "
+            f"{owner}: draws of {type(base).__name__} are not reparameterised, so a guide cannot be trained with it: "
             "it serves maximum likelihood (fit_density). Use MixtureBase or LocScaleBase."
         )
     return base

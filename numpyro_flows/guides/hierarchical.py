@@ -20,7 +20,7 @@ from numpyro.infer.initialization import init_to_median
 from tqdm import tqdm
 
 from numpyro_flows import flows
-from numpyro_flows.guides.auto_flow import _cast
+from numpyro_flows.guides.auto_flow import _cast, check_flow
 from numpyro_flows.guides.guide_run import Done, GroupFlow, GuideRun, pseudo_observations
 from numpyro_flows.guides.plates import (
     Group,
@@ -475,12 +475,7 @@ def _check_same(indices: dict[str, Array]) -> None:
 
 def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any, init_scale: Any) -> None:
     for argument, flow in (("global_flow", global_flow), ("local_flow", local_flow)):
-        if not callable(flow) or isinstance(flow, TransformModule):
-            raise TypeError(
-                f"AutoHierarchicalFlow: {argument} must be a factory 'dim, *, key -> TransformModule', but got "
-                f"{type(flow).__name__}. Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a "
-                "built flow."
-            )
+        check_flow(flow, "AutoHierarchicalFlow", argument)
     for argument, given in (("amortise", amortise), ("data", data)):
         for each in given.values() if isinstance(given, Mapping) else [given]:
             if each is not None and not callable(each):

@@ -15,7 +15,8 @@ from jax import Array
 from numpyro.distributions import biject_to
 
 from numpyro_flows.log_density import check_finite
-from numpyro_flows.noncentering import LOCATION_SCALE, WRAPPERS, unwrapped
+from numpyro_flows.noncentering import LOCATION_SCALE, unwrapped
+from numpyro_flows.supports import WRAPPERS
 
 
 @dataclasses.dataclass

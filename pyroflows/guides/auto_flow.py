@@ -47,8 +47,8 @@ class AutoFlow(AutoContinuous):
 
     :param model: Pyro model with continuous latents.
     :param flow: factory ``flow(dim) -> TransformModule``, such as ``flows.nsf`` or
-        ``functools.partial(flows.nsf, num_layers=4)``. The default stands the noise of the plain ELBO of a single draw
-        at any usual step size; ``flows.realnvp`` wants steps of 0.001 there, or more particles.
+        ``functools.partial(flows.nsf, num_layers=4)``. The default stands the noise of the plain ELBO of a single draw,
+        where ``flows.realnvp`` may run off to NaN.
     :param init_loc_fn: Pyro's initialisation strategy, which gives the first location.
     :param init_scale: first scale on the unconstrained space: a positive number, a vector ``(latent_dim,)``, or a lower
         Cholesky factor ``(latent_dim, latent_dim)`` (then the scale map is of full rank).
@@ -86,11 +86,7 @@ class AutoFlow(AutoContinuous):
         encoder: Callable[..., Tensor] | None = None,
         data: Callable | None = None,
     ):
-        if not callable(flow) or isinstance(flow, TransformModule):
-            raise TypeError(
-                f"AutoFlow: flow must be a factory 'dim -> TransformModule', but got {type(flow).__name__}. "
-                "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a built flow."
-            )
+        check_flow(flow, "AutoFlow")
         check_guide_scale(init_scale, base_df)
         check_base(base, base_df, "AutoFlow")
         check_encoding(encoder, data, noncentered, "AutoFlow")
@@ -104,6 +100,7 @@ class AutoFlow(AutoContinuous):
         self.learned_base: Base | None = None
         self.standardized_encoder: StandardizedEncoder | None = None
         self._num_pilots = _NUM_PILOTS
+        self._owner = type(self).__name__  # whom its errors name
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._find_start(args, kwargs)
@@ -123,13 +120,13 @@ class AutoFlow(AutoContinuous):
         start = coordinates.inverse_and_log_det(loc)[0]
         self.transform = Compose([*whole, self._location_and_scale(start, self._init_scale), coordinates]).to(loc)
         if self.base is not None:
-            self.learned_base = check_built_base(self.base(self.latent_dim)).to(loc)
+            self.learned_base = check_built_base(self.base(self.latent_dim), self._owner).to(loc)
         with pyro.poutine.block():
             self._create_plates(*args, **kwargs)  # which NeuTraReparam asks a guide for that FlowVI has trained
 
     def _find_start(self, args: tuple, kwargs: dict) -> None:
         """Sets up the prototype at the first values of ``init_loc_fn`` where the log-density is finite."""
-        owner = type(self).__name__
+        owner = self._owner
         with pyro.validation_enabled(False), NotRaising(), torch.no_grad():
             trace = prototype_trace(self._raw_model[0], args, kwargs, self._init_loc_fn)
             check_latents(trace, owner)
@@ -475,6 +472,15 @@ def check_guide_scale(init_scale: Any, base_df: float | None) -> None:
         raise ValueError(f"AutoFlow: base_df must be positive, or None for a normal base, but got {base_df}.")
 
 
+def check_flow(flow: Any, owner: str, name: str = "flow") -> None:
+    """Raises an error unless ``flow`` is a factory."""
+    if not callable(flow) or isinstance(flow, TransformModule):
+        raise TypeError(
+            f"{owner}: {name} must be a factory 'dim -> TransformModule', but got {type(flow).__name__}. "
+            "Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a name or a built flow."
+        )
+
+
 def check_base(base: Any, base_df: float | None, owner: str) -> None:
     """Raises an error unless ``base`` is a factory, or none."""
     if base is None:
@@ -513,15 +519,13 @@ def check_encoding_shape(context: tuple[int, ...], data: list[tuple[int, ...]], 
         )
 
 
-def check_built_base(base: Any) -> Base:
+def check_built_base(base: Any, owner: str) -> Base:
     """Raises an error unless what a factory built is a :class:`Base` whose draws carry gradients."""
     if not isinstance(base, Base):
-        raise TypeError(
-            f"AutoFlow: base must be a factory of a distributions.Base, but it built {type(base).__name__}."
-        )
+        raise TypeError(f"{owner}: base must be a factory of a distributions.Base, but it built {type(base).__name__}.")
     if not base.distribution().has_rsample:
         raise ValueError(
-            f"AutoFlow: draws of {type(base).__name__} are not reparameterised, so a guide cannot be trained with it: "
+            f"{owner}: draws of {type(base).__name__} are not reparameterised, so a guide cannot be trained with it: "
             "it serves maximum likelihood (fit_density). Use MixtureBase or LocScaleBase."
         )
     return base

@@ -20,7 +20,7 @@ from torch.distributions import biject_to
 from tqdm import tqdm
 
 from pyroflows import flows
-from pyroflows.guides.auto_flow import AutoFlow
+from pyroflows.guides.auto_flow import AutoFlow, check_flow
 from pyroflows.guides.guide_run import Done, GroupFlow, GuideRun, Subsamples, pseudo_observations
 from pyroflows.guides.plates import (
     Group,
@@ -460,12 +460,7 @@ class AutoHierarchicalFlow(AutoGuide):
 
 def _check_arguments(global_flow: Any, local_flow: Any, amortise: Any, data: Any, init_scale: Any) -> None:
     for argument, flow in (("global_flow", global_flow), ("local_flow", local_flow)):
-        if not callable(flow) or isinstance(flow, TransformModule):
-            raise TypeError(
-                f"AutoHierarchicalFlow: {argument} must be a factory 'dim -> TransformModule', but got "
-                f"{type(flow).__name__}. Pass flows.realnvp, or functools.partial(flows.realnvp, num_layers=4), not a "
-                "built flow."
-            )
+        check_flow(flow, "AutoHierarchicalFlow", argument)
     for argument, given in (("amortise", amortise), ("data", data)):
         for each in given.values() if isinstance(given, Mapping) else [given]:
             if each is not None and not callable(each):

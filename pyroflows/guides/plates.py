@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyroflows.log_density import check_finite
-from pyroflows.noncentering import LOCATION_SCALE, WRAPPERS, unwrapped
+from pyroflows.noncentering import LOCATION_SCALE, unwrapped
+from pyroflows.supports import WRAPPERS
 
 
 @dataclasses.dataclass

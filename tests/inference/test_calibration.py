@@ -525,7 +525,7 @@ def test_errors_of_arguments(lab):
     with pytest.raises(ValueError, match="num_workers > 1.*importe?d.*num_workers=1"):
         lab.conjugate(lambda *_: None, num_workers=2)
     if lab.name == "jax":
-        with pytest.raises(ValueError, match="rng_key"):
+        with pytest.raises(TypeError, match="rng_key must be a key"):
             lab.module.simulation_based_calibration(lab.models.conjugate, (np.zeros(20),))
 
 

@@ -97,6 +97,20 @@ def test_support_is_where_the_draws_are(lab, kind):
         assert twin.support.check(x).all() and not twin.support.check(x + 50).any()
 
 
+def test_angles_lie_on_a_circle():
+    """In Pyro; NumPyro has a constraint for them."""
+    torch, dist = importlib.import_module("torch"), importlib.import_module("pyro.distributions")
+    zero, one = torch.zeros(()), torch.ones(())
+    pair = dist.SineBivariateVonMises(zero, zero, one, one, 0.1 * one)
+    skewed = dist.SineSkewed(dist.VonMises(torch.zeros(2), 1.0).to_event(1), torch.tensor([0.3, -0.2]))
+    for fn in (dist.VonMises(zero, one), torch.distributions.VonMises(zero, one), pair, skewed):
+        mended = importlib.import_module("pyroflows.supports").supported(fn)
+        x = fn.sample((100,))
+        assert fn.support.check(x + 2 * math.pi).all() and not mended.support.check(x + 2 * math.pi).any()
+        assert mended.support.check(x).all()
+        torch.testing.assert_close(mended.log_prob(x), fn.log_prob(x))
+
+
 def test_a_support_that_is_right_is_left(lab):
     dist = lab.dist
     normal, one = dist.Normal(lab.array(0.0), lab.array(1.0)), lab.array(1.0)
