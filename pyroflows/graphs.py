@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflows.graph_rules import (
@@ -38,6 +40,13 @@ _BOUND = {  # operations with a binding that takes the same arguments, and reads
 }
 
 
+def record(function: Callable[..., Any], *inputs: Tensor, decompositions: Any = None) -> fx.GraphModule:
+    """The graph of ``make_fx``, which notes the shapes of all results in one mode here, not in a new one for each: that
+    takes more than half of the time."""
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        return make_fx(function, decompositions)(*inputs)
+
+
 def recorded_step(function: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
     """A function that takes gradients of what it closes over, as one graph: autograd runs once, while it is recorded.
 
@@ -55,7 +64,7 @@ def recorded_step(function: Callable[[], tuple[Tensor, ...]], device: torch.devi
 
     expected = with_same_draws(function)  # first, for it may record graphs itself
     try:
-        graph = with_same_draws(lambda: simplified(make_fx(function)(), differentiable=False))
+        graph = with_same_draws(lambda: simplified(record(function), differentiable=False))
         call = torch.no_grad()(compiled(graph))
         found = with_same_draws(call)
     except Exception:  # whatever a flow or a base does that a graph cannot
@@ -73,7 +82,7 @@ def simplified(recorded: fx.GraphModule, *inputs: Tensor, differentiable: bool =
     may change between calls, in place, and count as no constants; nor do random draws. A graph that changes tensors in
     place, which might be constants, is left as it is.
 
-    :param recorded: a graph of ``make_fx``.
+    :param recorded: a graph of :func:`record`.
     :param inputs: of the graph.
     :param differentiable: whether gradients are taken through the graph; they flow past ``detach`` otherwise, and large
         results are written over what is needed no more.

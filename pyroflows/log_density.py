@@ -16,10 +16,9 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx
 from torch.distributions import biject_to
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from pyroflows.graphs import close, compiled, simplified
+from pyroflows.graphs import close, compiled, record, simplified
 from pyroflows.supports import Supported
 
 _ROWS = 256  # of a Hessian at once: as many as a fit has draws in a step
@@ -179,7 +178,7 @@ class LogDensity:
 
         def recorded() -> fx.GraphModule:
             batched = torch.func.functionalize(lambda u: torch.func.vmap(self._single)(u))
-            return make_fx(batched, {torch.ops.aten.copy.default: _copied})(u)
+            return record(batched, u, decompositions={torch.ops.aten.copy.default: _copied})
 
         with pyro.validation_enabled(False):
             graph = recorded()
