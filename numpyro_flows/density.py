@@ -26,6 +26,7 @@ from numpyro_flows.training import FitHistory, train
 from numpyro_flows.transform_module import Compose, TransformModule
 from numpyro_flows.transforms import ElementwiseAffine
 
+NOTHING_TO_TRAIN = "fit_density: flow and base have no parameters to train; such a flow is used as it is."
 _PIECE = 4096  # held-out points scored at a time
 
 
@@ -68,8 +69,8 @@ def fit_density(
     :param progress_bar: shows a bar with the losses and the time left.
     :returns: the density (a :class:`ConditionalFlowDistribution` with a context), and the course of the fit.
     :raises TypeError: for a factory in place of a flow or a base.
-    :raises ValueError: for data that are no finite matrix, options with which nothing can be fitted, and a flow, a base
-        or contexts of another size.
+    :raises ValueError: for data that are no finite matrix, options with which nothing can be fitted, a flow, a base or
+        contexts of another size, and if there are no parameters to train.
     :raises RuntimeError: if no step had a finite gradient.
     """
     trained, learned_base, outer, history = _fit_modules(
@@ -113,7 +114,9 @@ def _fit_modules(
     check_fit(flow, base, objective, num_steps, batch_size, learning_rate, patience)
     learned = (flow, base) if isinstance(base, Base) else (flow, None)
     params, static = eqx.partition(learned, eqx.is_inexact_array)
-    like = next(iter(jax.tree.leaves(params)), jnp.empty(()))
+    if not jax.tree.leaves(params):
+        raise ValueError(NOTHING_TO_TRAIN)
+    like = jax.tree.leaves(params)[0]
     data = jnp.asarray(data, like.dtype)
     context = None if context is None else jnp.asarray(context, like.dtype)
     check_data(data, context, base, validation)

@@ -23,6 +23,7 @@ from pyroflows.training import FitHistory, train
 from pyroflows.transform_module import Compose, TransformModule
 from pyroflows.transforms import ElementwiseAffine
 
+NOTHING_TO_TRAIN = "fit_density: flow and base have no parameters to train; such a flow is used as it is."
 _PIECE = 4096  # held-out points scored at a time
 
 
@@ -64,14 +65,17 @@ def fit_density(
     :param progress_bar: shows a bar with the losses and the time left.
     :returns: the density (a :class:`ConditionalFlowDistribution` with a context), and the course of the fit.
     :raises TypeError: for a factory in place of a flow or a base.
-    :raises ValueError: for data that are no finite matrix, options with which nothing can be fitted, and a flow, a base
-        or contexts of another size.
+    :raises ValueError: for data that are no finite matrix, options with which nothing can be fitted, a flow, a base or
+        contexts of another size, and if there are no parameters to train.
     :raises RuntimeError: if no step had a finite gradient, and under ``torch.inference_mode``.
     """
     begin = time.perf_counter()
     check_fit(flow, base, objective, num_steps, batch_size, learning_rate, patience)
     learned = [*flow.parameters(), *(base.parameters() if isinstance(base, Base) else ())]
-    like = next(iter(learned), torch.empty(()))
+    parameters = [p for p in learned if p.requires_grad]
+    if not parameters:
+        raise ValueError(NOTHING_TO_TRAIN)
+    like = parameters[0]
     data = torch.as_tensor(data, dtype=like.dtype, device=like.device)
     context = None if context is None else torch.as_tensor(context, dtype=like.dtype, device=like.device)
     check_data(data, context, base, validation)
@@ -102,7 +106,6 @@ def fit_density(
 
     if objective == "flow_matching":
         velocity_of(flow)
-    parameters = [p for p in learned if p.requires_grad]
 
     def batches(n: int) -> Iterator[Tensor]:
         return (training[torch.randint(len(training), (batch_size,), device=data.device)] for _ in range(n))

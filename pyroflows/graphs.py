@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,26 +47,33 @@ def record(function: Callable[..., Any], *inputs: Tensor, decompositions: Any = 
         return make_fx(function, decompositions)(*inputs)
 
 
-def recorded_step(function: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+def recorded_step(
+    function: Callable[..., tuple[Tensor, ...]],
+    device: torch.device,
+    inputs: Sequence[Tensor] = (),
+    others: Sequence[Tensor] = (),
+) -> Callable[..., tuple[Tensor, ...]]:
     """A function that takes gradients of what it closes over, as one graph: autograd runs once, while it is recorded.
 
-    The tensors that require a gradient may change between calls, in place; all others, and the course of the function,
-    may not. It is returned as it is where it cannot be recorded, or does something else than its graph for the same
-    random numbers.
+    Its inputs may change between calls, and in place the tensors that require a gradient; all others, and the course of
+    the function, may not. It is returned as it is where it cannot be recorded, or does something else than its graph
+    for the same random numbers.
 
     :param function: returns tensors without gradients.
     :param device: on which it draws its random numbers.
+    :param inputs: such as it will be given, of the shapes to come.
+    :param others: as many, at which the graph is compared with it.
     """
 
     def with_same_draws(call: Callable[[], Any]) -> Any:
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
             return call()
 
-    expected = with_same_draws(function)  # first, for it may record graphs itself
+    expected = with_same_draws(lambda: function(*others))  # first, for it may record graphs itself
     try:
-        graph = with_same_draws(lambda: simplified(record(function), differentiable=False))
+        graph = with_same_draws(lambda: simplified(record(function, *inputs), *inputs, differentiable=False))
         call = torch.no_grad()(compiled(graph))
-        found = with_same_draws(call)
+        found = with_same_draws(lambda: call(*others))
     except Exception:  # whatever a flow or a base does that a graph cannot
         return function
     return call if all(map(close, found, expected)) else function

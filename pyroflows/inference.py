@@ -42,7 +42,7 @@ from pyroflows.initialization import (
 from pyroflows.log_density import LogDensity, check_plates, latent_sites, prototype_trace
 from pyroflows.noncentering import points_around, pulled_back
 from pyroflows.posterior import FlowPosterior, History, tolerated
-from pyroflows.training import CHUNK, Ascent, copies, settle
+from pyroflows.training import CHUNK, RECORD_FROM, Ascent, copies, settle
 from pyroflows.transform_module import Compose, TransformModule
 
 _WINDOW = 250  # steps whose mean ELBO says whether it still rises
@@ -63,7 +63,6 @@ _GAP_NEAR = 0.1, 1.1  # nats, or in units of that, above which more steps will n
 _GAP_HOPELESS = 0.15, 1.4  # before annealing, which would spend half of the steps on what a richer flow is needed for
 _RICHER_STEPS, _RICHER_RATE = 0.6, 2.0  # of a fit with a richer flow, in those of the first: as good, in less time
 _HOPELESS_FROM = 1000  # steps, before which the ELBO's rise does not foretell where it ends
-_RECORD_FROM = 1000  # steps for which it is worth while to record one
 RICHER = (partial(flows.realnvp, rotated=True),)  # flows that a poor fit by the default one turns to
 
 
@@ -104,7 +103,7 @@ class FlowVI:
     non-centring``. The last three are held fixed, so that the flow works on a posterior of about unit scale. Steps with
     a gradient that is not finite are skipped and counted; one of more than ten times the median length of the last 25
     is shortened to that.
-    The first of 1,000 steps or more is recorded as a graph which the others run (``graphs.recorded_step``): what the
+    The first of 250 steps or more is recorded as a graph which the others run (``graphs.recorded_step``): what the
     model reads besides its arguments is taken as it was then.
 
     :param model: Pyro model with continuous latents.
@@ -619,7 +618,7 @@ class FlowVI:
         best = -np.inf, copies(parameters)
         with tqdm(total=schedule.expected_steps, desc="FlowVI", disable=not self.progress_bar) as bar:
             try:
-                worth_it = density.mode != "loop" and schedule.expected_steps >= _RECORD_FROM
+                worth_it = density.mode != "loop" and schedule.expected_steps >= RECORD_FROM
                 prepared = recorded_step(gradient, density.prototype.device) if worth_it else gradient
                 while (step_sizes := schedule.next_chunk(trace, divergence)) is not None:
                     done = torch.stack([step(prepared, float(size)) for size in step_sizes])

@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from pyroflows.graphs import recorded_step
+
 MEMORY, LONGEST = 25, 10.0  # gradients are at most so many times as long as the median of so many before
+RECORD_FROM = 250  # steps: to record one takes as long as is gained on 110 to 250
 CHUNK = 50  # steps between two looks at the held-out data, the keyboard and the progress bar
 
 
@@ -80,6 +84,56 @@ def settle(parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> Non
         parameter.copy_(value)
 
 
+class Gradient:
+    """Loss of a batch and its gradient: by a graph, where one has been recorded of batches of the same shapes.
+
+    :param loss: ``loss(batch)``, of a batch that may be a tree of tensors and of what never changes.
+    :param ascent: whose parameters the gradient is of.
+    """
+
+    def __init__(self, loss: Callable[[Any], Tensor], ascent: Ascent):
+        self.loss, self.ascent = loss, ascent
+        self.graph: Callable[..., tuple[Tensor, ...]] | None = None
+        self.kind: Any = None  # of the batches which it takes
+
+    def __call__(self, batch: Any) -> tuple[Tensor, ...]:
+        if self.graph is not None:
+            tensors, rest = _parts(batch)
+            if self.kind == _kind(tensors, rest):
+                return self.graph(*tensors)
+        return self._plain(batch)
+
+    def _plain(self, batch: Any) -> tuple[Tensor, Tensor]:
+        value = self.loss(batch)
+        return value.detach(), self.ascent.gradient(value)
+
+    def record(self, batches: Sequence[Any]) -> None:
+        """Records the first of several batches, and compares at the last."""
+        (tensors, rest), (others, last) = _parts(batches[0]), _parts(batches[-1])
+        if _kind(tensors, rest) != _kind(others, last):
+            return
+
+        def of(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            given = iter(tensors)
+            return self._plain(
+                pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, batches[0])
+            )
+
+        graph = recorded_step(of, self.ascent.vector.device, tensors, others)
+        if graph is not of:
+            self.graph, self.kind = graph, _kind(tensors, rest)
+
+
+def _parts(batch: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of a batch, and what else it consists of."""
+    leaves, tree = pytree.tree_flatten(batch)
+    return [a for a in leaves if isinstance(a, Tensor)], (tree, [a for a in leaves if not isinstance(a, Tensor)])
+
+
+def _kind(tensors: Sequence[Tensor], rest: Any) -> Any:
+    return [(a.shape, a.stride(), a.dtype, a.device) for a in tensors], rest
+
+
 @torch.enable_grad()
 def train(
     parameters: Sequence[Tensor],
@@ -112,11 +166,12 @@ def train(
         raise RuntimeError(f"{owner}: torch.inference_mode() allows for no gradients: call it outside.")
     ascent = Ascent(parameters)
 
+    gradient = Gradient(loss, ascent)
+
     def step(batch: Any, step_size: float) -> Tensor:
-        value = loss(batch)
-        skip = ascent.update(ascent.gradient(value), step_size)
-        value = value.detach()
-        return torch.stack([value, skip.to(value)])
+        """Loss, and whether the step was skipped."""
+        value, slope = gradient(batch)
+        return torch.stack([value, ascent.update(slope, step_size).to(value)])
 
     losses: list[float] = []
     checks: list[tuple[int, float]] = []
@@ -127,7 +182,10 @@ def train(
         try:
             while len(losses) < num_steps and (score is None or len(losses) - best[1] < patience):
                 sizes = step_sizes[len(losses) : len(losses) + CHUNK]
-                done = [step(batch, float(size)) for batch, size in zip(batches(len(sizes)), sizes, strict=True)]
+                given = list(batches(len(sizes)))
+                if not losses and num_steps >= RECORD_FROM:
+                    gradient.record(given)
+                done = [step(batch, float(size)) for batch, size in zip(given, sizes, strict=True)]
                 values, skips = torch.stack(done).T.tolist()
                 losses += values
                 skipped += int(sum(skips))

@@ -300,6 +300,8 @@ def test_bad_data_flows_and_bases_are_named(backend):
         fit(backend, flow, data + np.float32("nan"))
     with pytest.raises(ValueError, match=r"takes vectors of 2 elements, but got shape \(\d+, 3\)"):
         fit(backend, flow, np.zeros((10, 3), "float32"))
+    with pytest.raises(ValueError, match="flow and base have no parameters to train"):
+        fit(backend, backend.pkg.transforms.Permutation([1, 0]), data)
     with pytest.raises(TypeError, match="single Continuous"):
         fit(backend, flow, data, objective="flow_matching")
     with pytest.raises(TypeError, match="flow must be a TransformModule, but got maf. A class or factory must be call"):

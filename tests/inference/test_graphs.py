@@ -14,8 +14,9 @@ from torch import fx  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
-from pyroflows import FlowVI, flows, inference, log_density  # noqa: E402
+from pyroflows import AmortisedFlowVI, FlowVI, fit_density, flows, inference, log_density, training  # noqa: E402
 from pyroflows.distributions import MixtureBase  # noqa: E402
+from pyroflows.encoders import MLPEncoder  # noqa: E402
 from pyroflows.graphs import compiled, recorded_step, simplified  # noqa: E402
 from pyroflows.guides import AutoFlow  # noqa: E402
 from tests.inference.models_pyro import eight_schools  # noqa: E402
@@ -452,6 +453,28 @@ def test_a_recorded_step_sees_changed_parameters_and_draws_anew():
         torch.manual_seed(draws + 1)
 
 
+def test_a_recorded_step_takes_what_it_is_given():
+    weight = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()
+    data, rows = torch.randn(9, 4, dtype=torch.float64), torch.tensor([[0, 1, 5], [2, 8, 8], [3, 3, 4]])
+
+    def step(at):
+        loss = (data[at] * weight.exp() + torch.randn(4, dtype=weight.dtype)).square().sum()
+        return loss.detach(), torch.autograd.grad(loss, weight)[0]
+
+    graph = recorded_step(step, weight.device, [rows[0]], [rows[1]])
+    assert graph is not step
+    for at in rows:
+        torch.manual_seed(0)
+        expected = step(at)
+        torch.manual_seed(0)
+        for found, wanted in zip(graph(at), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
+    looks = lambda at: step(at if int(at[0]) == 0 else 8 - at)  # noqa: E731
+    assert recorded_step(looks, weight.device, [rows[0]], [rows[1]]) is looks
+    repeats = lambda at: step(at if at.data_ptr() != rows[1].data_ptr() else 8 - at)  # noqa: E731
+    assert recorded_step(repeats, weight.device, [rows[0]], [rows[1]]) is repeats
+
+
 def test_a_step_that_a_graph_cannot_hold_is_left_as_it_is():
     weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
     step = gradient_step(weight, lambda x: x.tanh() if x.sum() > 0 else x)  # control flow by values
@@ -518,10 +541,72 @@ def test_recorded_steps_fit_as_plain_ones(monkeypatch, model, options):
     assert log_density.mode == ("plates" if model is minibatches else "traced")
 
     def elbo(record_from):
-        monkeypatch.setattr(inference, "_RECORD_FROM", record_from)
+        monkeypatch.setattr(inference, "RECORD_FROM", record_from)
         pyro.set_rng_seed(0)
         return vi._ascend(copy.deepcopy(guide), log_density).elbo
 
     recorded, plain = elbo(0), elbo(100)
     assert len(graphs) == 1
     np.testing.assert_allclose(recorded, plain, rtol=1e-8)
+
+
+def normal_mean(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 2.0)), 1.0), obs=x)
+
+
+def fit_amortised(objective):
+    vi = AmortisedFlowVI(
+        normal_mean,
+        partial(flows.realnvp, num_layers=2, hidden_dims=(8,)),
+        encoder=MLPEncoder(5, 2, hidden_dims=(8,)),
+        objective=objective,
+        num_steps=20,
+        batch_size=16,
+        progress_bar=False,
+    )
+    return vi.fit(torch.zeros(5)).history
+
+
+def fit_mixture(context):
+    flow = flows.maf(2, num_layers=2, context_dim=1 if context else 0)
+    data = torch.randn(100, 2)
+    options = {"context": data[:, :1] + 1} if context else {"base": MixtureBase(2, 3)}
+    return fit_density(flow, data, num_steps=20, batch_size=16, progress_bar=False, **options)[1]
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [partial(fit_amortised, "forward_kl"), partial(fit_amortised, "elbo"), *(partial(fit_mixture, c) for c in (0, 1))],
+    ids=["simulations", "amortised ELBO", "learned base", "context"],
+)
+def test_recorded_trainings_fit_as_plain_ones(monkeypatch, fit):
+    graphs = []
+
+    def spied(function, *args):
+        graphs.append(recorded_step(function, *args))
+        assert graphs[-1] is not function
+        return graphs[-1]
+
+    monkeypatch.setattr(training, "recorded_step", spied)
+
+    def losses(record_from):
+        monkeypatch.setattr(training, "RECORD_FROM", record_from)
+        pyro.set_rng_seed(0)
+        return fit().losses
+
+    recorded, plain = losses(0), losses(100)
+    assert len(graphs) == 1
+    np.testing.assert_allclose(recorded, plain, rtol=1e-6)
+
+
+def test_a_batch_of_another_kind_is_not_run_by_the_graph():
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    gradient = training.Gradient(lambda batch: (batch["x"] * weight).sum() * batch["times"], training.Ascent([weight]))
+    batches = [{"x": torch.ones(n), "times": times} for n, times in ((3, 1), (3, 1), (4, 1), (3, 2))]
+    gradient.record(batches[:2])
+    assert gradient.graph is not None
+    assert [float(gradient(batch)[1]) for batch in batches] == [3, 3, 4, 6]
+    of_any_size = training.Gradient(gradient.loss, gradient.ascent)
+    of_any_size.record(batches)
+    assert of_any_size.graph is None
