@@ -12,6 +12,9 @@ import pytest
 
 from tests.registry import CONTEXT_DIM, Case
 
+# of a fixture ``backend``: where what jax adds is the time to compile, since parity has shown it to be the same
+slow_in_jax = pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)], indirect=True)
+
 
 class Torch:
     name = "torch"
