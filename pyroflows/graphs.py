@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflows.graph_rules import (
@@ -43,8 +42,18 @@ _BOUND = {  # operations with a binding that takes the same arguments, and reads
 def record(function: Callable[..., Any], *inputs: Tensor, decompositions: Any = None) -> fx.GraphModule:
     """The graph of ``make_fx``, which notes the shapes of all results in one mode here, not in a new one for each: that
     takes more than half of the time."""
-    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+    with _one_mode():
         return make_fx(function, decompositions)(*inputs)
+
+
+def _one_mode() -> AbstractContextManager:
+    try:  # of torch's own, from where a later version may take it
+        from torch._guards import TracingContext, tracing
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        return tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+    except (ImportError, TypeError):
+        return nullcontext()
 
 
 def recorded_step(

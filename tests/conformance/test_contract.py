@@ -240,7 +240,7 @@ def test_vmap_over_parameters(backend, case):
         np.testing.assert_array_less(np.abs(case.gap(y, expected)), 1e-9 + 1e-9 * np.abs(expected))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", some(CASES, *LAYERS, *STACKS))
 def test_passes_as_stated(backend, case):
     for dim in case.dims:
         assert backend.build(case, dim).passes == case.passes(dim)

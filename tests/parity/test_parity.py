@@ -126,6 +126,7 @@ ROOMS = [
 ECOSYSTEM = {"key", "rng_key", "params", "prefix", "intermediates", "args", "kwargs"}
 OWN = {
     "Ascent",
+    "Gradient",
     "differentiable",
     "first_weights",
     "flow_module",
