@@ -58,6 +58,8 @@ class AmortisedFlowVI:
     kept. Latents are trained on the unconstrained space, at the location and scale of their prior, data standardised
     by simulations (:class:`encoders.StandardizedEncoder`), whatever their units. Steps whose gradient is not finite are
     skipped and counted; simulations that are not finite are left out. Ctrl-C ends the training and keeps the best.
+    The first of 250 steps or more is recorded as a graph which the others run: what model, flow and encoder hold
+    besides their parameters is taken as it was then.
     Random numbers come from torch's generator: ``pyro.set_rng_seed`` makes a training repeatable.
 
     :param model: Pyro model with proper priors, whose data are arguments which it passes to ``sample(..., obs=)``.

@@ -47,7 +47,8 @@ def fit_density(
     A share of the data is held out. The parameters of the best held-out likelihood are kept, and the fit ends when it
     has not improved for ``patience`` steps. Steps whose gradient is not finite are skipped and counted. Ctrl-C ends the
     fit and keeps the best so far. Torch trains ``flow`` and ``base`` in place; jax leaves them as they are. Costs an
-    inverse pass a step: take a flow whose inverse is cheap.
+    inverse pass a step: take a flow whose inverse is cheap. The first of 250 steps or more is recorded as a graph which
+    the others run: what flow and base hold besides their parameters is taken as it was then.
 
     :param flow: the transform from the base to the data.
     :param data: points ``(n, dim)``, an array or nested lists. They and their contexts are taken in the dtype of the

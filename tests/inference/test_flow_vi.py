@@ -43,6 +43,7 @@ def test_conjugate_normal(fitter, no_warnings):
     np.testing.assert_allclose(log_prob[bulk], stats.norm.logpdf(grid[bulk], mean, sd), atol=0.1)
 
 
+@slow_in_jax
 def test_correlated_gaussian_of_ten_dimensions(fitter):
     rng = np.random.default_rng(1)
     root = rng.normal(size=(10, 10)) * np.geomspace(0.01, 10, 10)[:, None]
@@ -1148,6 +1149,7 @@ def test_centering_is_the_conjugate_conditional(fitter):
     assert all(np.isfinite(np.asarray(part)).all() for part in layer.forward_and_log_det(fitter.array(far)))
 
 
+@slow_in_jax
 def test_models_non_centred_by_hand_are_centred(fitter, tmp_path):
     """The likelihood is normal in ``tau z``, so that nothing but standard normals is left of ``z``."""
     options = {"flow": _tiny(fitter), "num_steps": 20, "num_starts": 2}

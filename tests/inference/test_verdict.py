@@ -10,6 +10,8 @@ import warnings
 import numpy as np
 import pytest
 
+from tests.inference.fitting import slow_in_jax
+
 DATA = np.random.default_rng(0).normal(1.0, 1.0, 20)
 COVARIANCE = np.cov(np.random.default_rng(1).normal(size=(4, 9)))
 PRECISION = 1 / 4 + len(DATA)
@@ -139,6 +141,7 @@ def test_the_worst_linear_combination_of_the_latents_counts(fitter):
     assert found(np.zeros(n), mixing) == (np.inf, np.inf)
 
 
+@slow_in_jax
 @pytest.mark.parametrize("variances, word", [(np.full(60, 0.91), "Good"), (np.r_[0.5, np.ones(59)], "Usable")])
 def test_many_latents_may_be_further_from_the_posterior_in_all(fitter, variances, word):
     """0.15 nats: in sixty latents, each of which is hardly wrong, or in one of them."""

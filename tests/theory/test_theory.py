@@ -47,6 +47,7 @@ def masses(dim):
     return [param(c, slow=c.deep and c.name not in ("realnvp", "continuous")) for c in CASES if dim in c.dims]
 
 
+@slow_in_jax
 @pytest.mark.parametrize("case", masses(1))
 def test_mass_is_conserved_in_one_dimension(backend, case):
     flow = flow_of(backend, case, 1)
