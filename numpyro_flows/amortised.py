@@ -116,8 +116,11 @@ class AmortisedFlowVI:
             raise TypeError(f"{_OWNER}: encoder must be callable, but got None. Pass one such as encoders.MLPEncoder.")
         check_encoding(encoder, data, False, _OWNER)
         numbers = {
-            "num_steps": num_steps, "batch_size": batch_size, "num_particles": num_particles, "patience": patience
-        }  # fmt: skip
+            "num_steps": num_steps,
+            "batch_size": batch_size,
+            "num_particles": num_particles,
+            "patience": patience,
+        }
         check_training(numbers, objective, num_simulations, data_sets, learning_rate, validation, refine_steps)
         self.model, self.flow, self.encoder, self.data, self.arguments = model, flow, encoder, data, arguments
         self.objective, self.num_simulations, self.data_sets = objective, num_simulations, data_sets

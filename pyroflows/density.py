@@ -76,7 +76,7 @@ def fit_density(
     parameters = [p for p in learned if p.requires_grad]
     if not parameters:
         raise ValueError(NOTHING_TO_TRAIN)
-    like = parameters[0]
+    like = learned[0]
     data = torch.as_tensor(data, dtype=like.dtype, device=like.device)
     context = None if context is None else torch.as_tensor(context, dtype=like.dtype, device=like.device)
     check_data(data, context, base, validation)

@@ -85,7 +85,7 @@ def settle(parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> Non
 
 
 class Gradient:
-    """Loss of a batch and its gradient: by a graph, where one has been recorded of batches of the same shapes.
+    """Loss of a batch and its gradient: by a graph, if it can be recorded, where that has been of the same shapes.
 
     :param loss: ``loss(batch)``, of a batch that may be a tree of tensors and of what never changes.
     :param ascent: whose parameters the gradient is of.
@@ -119,9 +119,8 @@ class Gradient:
                 pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, batches[0])
             )
 
-        graph = recorded_step(of, self.ascent.vector.device, tensors, others)
-        if graph is not of:
-            self.graph, self.kind = graph, _kind(tensors, rest)
+        self.graph = recorded_step(of, self.ascent.vector.device, tensors, others)
+        self.kind = _kind(tensors, rest)
 
 
 def _parts(batch: Any) -> tuple[list[Tensor], Any]:
@@ -165,7 +164,6 @@ def train(
     if torch.is_inference_mode_enabled():
         raise RuntimeError(f"{owner}: torch.inference_mode() allows for no gradients: call it outside.")
     ascent = Ascent(parameters)
-
     gradient = Gradient(loss, ascent)
 
     def step(batch: Any, step_size: float) -> Tensor:

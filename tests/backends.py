@@ -12,9 +12,6 @@ import pytest
 
 from tests.registry import CONTEXT_DIM, Case
 
-# of a fixture ``backend``: where what jax adds is the time to compile, since parity has shown it to be the same
-slow_in_jax = pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)], indirect=True)
-
 
 class Torch:
     name = "torch"
@@ -31,6 +28,11 @@ class Torch:
         self.torch.manual_seed(seed)
         flow = case.make(self.pkg, dim, **({"context_dim": CONTEXT_DIM} if context else {}))
         return flow.to(self.device, getattr(self.torch, dtype))
+
+    def outline(self, case: Case, dim: int, context: bool = False) -> Any:
+        """The flow, perturbed, where its numbers do not matter."""
+        flow = self.build(case, dim, context)
+        return self.with_state(flow, perturbed(self.state(flow), 0.3, case.deep))
 
     def state(self, flow: Any) -> dict[str, np.ndarray]:
         return {k: self.numpy(v).copy() for k, v in self.serialization.state_dict(flow).items()}
@@ -189,14 +191,17 @@ class Jax:
         """The flow, which is immutable: built once, unless ``anew``, for that takes longer than most of the tests."""
         key = case, dim, context, seed, dtype
         if anew or key not in self._built:
-            flow = case.make(
-                self.pkg,
-                dim,
-                key=self.jax.random.key(seed, impl="rbg"),
-                **({"context_dim": CONTEXT_DIM} if context else {}),
-            )
+            flow = self._made(case, dim, context, seed)
             self._built[key] = self.jax.tree.map(lambda a: a.astype(dtype) if self.eqx.is_inexact_array(a) else a, flow)
         return self._built[key]
+
+    def _made(self, case: Case, dim: int, context: bool, seed: int) -> Any:
+        options = {"context_dim": CONTEXT_DIM} if context else {}
+        return case.make(self.pkg, dim, key=self.jax.random.key(seed, impl="rbg"), **options)
+
+    def outline(self, case: Case, dim: int, context: bool = False) -> Any:
+        """The flow with shapes in place of arrays, which takes no time to build."""
+        return self.eqx.filter_eval_shape(self._made, case, dim, context, 0)
 
     def state(self, flow: Any) -> dict[str, np.ndarray]:
         return self.serialization.state_dict(flow)

@@ -10,21 +10,13 @@ import pytest
 # tests compile far longer than they run: without these two a small program takes 1.7 times as long to compile
 _XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
-# each worker has a core: threads that wait for one another's take twice as long, and numpy asks when it is imported
-for _library in ("OMP", "OPENBLAS", "MKL"):
-    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+# each worker has a core: threads that wait for one another's take twice as long; numpy and torch ask at their import
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
     if version("jaxlib").startswith("0.10."):  # others may not know the flags, and stop at what they don't know
         os.environ["XLA_FLAGS"] = f"{_XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 except PackageNotFoundError:
-    pass
-
-try:
-    import torch
-
-    torch.set_num_threads(1)
-except ImportError:
     pass
 
 try:

@@ -10,7 +10,6 @@ import pytest
 from scipy import stats
 
 from tests import backends
-from tests.backends import slow_in_jax
 from tests.benchmarks import known_densities as targets
 from tests.registry import BY_NAME
 
@@ -339,7 +338,6 @@ def test_a_fit_needs_gradients_and_takes_them_where_it_can():
         fit(backend, flow, data)
 
 
-@slow_in_jax
 @pytest.mark.optimised
 def test_flow_matching_learns_a_mixture(backend):
     """Trained without solving the equation; judged by the exact likelihood, which solves it."""

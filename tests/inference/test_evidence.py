@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.inference.fitting import slow_in_jax
-
 
 def normal_ratios(rng, n, scale, log_c, chains=4, wide=1.3):
     """Log-ratios of ``c N(0, scale^2)`` in three dimensions over ``N(0, wide^2)``, at draws of either."""
@@ -81,7 +79,6 @@ def test_linear_regression(fitter):
     assert refined.log_evidence("importance") == posterior.log_evidence()
 
 
-@slow_in_jax
 def test_compare(fitter):
     """A variable too many, none too many and the wrong one: Bayes factors in closed form."""
     x, y, full_truth = regression_data(30, 4)

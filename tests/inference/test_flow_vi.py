@@ -716,7 +716,6 @@ def test_the_mass_that_a_guide_misses(fitter):
     assert missed(lambda u: log_density(u) - 3.0, 0.0) == 0
 
 
-@slow_in_jax
 def test_a_missed_mode_is_seen_and_fitted(fitter):
     """One normal keeps one mode, with a perfect Pareto k: only a look elsewhere tells."""
     flow = _tiny(fitter)
@@ -1149,7 +1148,6 @@ def test_centering_is_the_conjugate_conditional(fitter):
     assert all(np.isfinite(np.asarray(part)).all() for part in layer.forward_and_log_det(fitter.array(far)))
 
 
-@slow_in_jax
 def test_models_non_centred_by_hand_are_centred(fitter, tmp_path):
     """The likelihood is normal in ``tau z``, so that nothing but standard normals is left of ``z``."""
     options = {"flow": _tiny(fitter), "num_steps": 20, "num_starts": 2}

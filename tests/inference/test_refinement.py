@@ -7,8 +7,6 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 
-from tests.inference.fitting import slow_in_jax
-
 QUICK = {"num_steps": 100, "num_particles": 64}
 
 
@@ -150,7 +148,6 @@ def test_verdicts(fitter, monkeypatch):
     assert refined.verdict().startswith("Do not trust: about 30% of the posterior")
 
 
-@slow_in_jax
 def test_a_mixture_guide_is_refined_across_its_modes(fitter):
     flow = functools.partial(fitter.pkg.flows.realnvp, num_layers=2, hidden_dims=(8, 8))
     base = functools.partial(fitter.pkg.distributions.MixtureBase, num_components=2)

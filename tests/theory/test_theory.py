@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from tests import backends
-from tests.backends import slow_in_jax
 from tests.registry import BY_NAME, CASES, FLOWS, Case, H, param
 
 PIECE = 8192  # points at a time
+
+
+# the suite of parity has shown its densities to be those of torch
+slow_in_jax = pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)], indirect=True)
 
 
 @pytest.fixture(params=["torch", "jax"])
